@@ -1,0 +1,210 @@
+"""Saved states, from which an interrupted run goes on as if it had never stopped.
+
+    last/0003-step-00000120/    files of the state, and manifest.json with their sizes and SHA-256 sums, written last
+    last/0002-step-00000100/    the state before it, which goes only when a third one is safe
+
+A folder is a state if its manifest is there and true. Whatever else lies in `last/` is what a killed process left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils import Config, UserError, differences, process_rank, say, write_json
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+KEPT_STATES = 2
+
+
+@dataclass
+class Progress:
+    """Where a run is, apart from weights, optimizer and random generators."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    windows: int = 0  # optimizer steps done in the current epoch
+    best_epoch: int | None = None
+    best_metrics: dict[str, Any] = field(default_factory=dict)  # its validation metrics
+    epochs_without_improvement: int = 0
+    micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
+    history_lines: int = 0
+    wandb_id: str | None = None
+    reviews: int = 0
+    recorded_reviews: int = 0  # those before the last training record
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0  # of training, without evaluation and saving
+
+
+def finished_metrics(config: Config) -> dict[str, Any] | None:
+    """The metrics of a finished run in the run folder; None if there is none, or it shall be replaced.
+
+    Raises UserError if replacing was not asked for plainly, or the folder holds a run with other settings.
+    """
+    metrics = read_metrics(config.run_folder)
+    if "test" not in metrics or "train" not in metrics:
+        return None
+    if config.train_config.resume == "never":
+        if config.train_config.overwrite:
+            return None
+        raise UserError(f"{config.run_folder} holds a finished run: choose another run_name, or replace it with "
+                        "train_config.overwrite=true")
+    refuse_differences(config)
+    return metrics
+
+
+def find_state(config: Config) -> Path | None:
+    """The saved state to go on from, as train_config.resume says; None to start from the beginning.
+
+    Raises UserError if the folder holds a run with other settings, or nothing although resume=must.
+    """
+    folder = config.run_folder
+    if config.train_config.resume == "never":
+        if process_rank() == 0:
+            for leftover in ("last", "best"):
+                shutil.rmtree(folder / leftover, ignore_errors=True)
+            (folder / "metrics.json").unlink(missing_ok=True)
+        return None
+    if (folder / "config.yaml").exists():
+        refuse_differences(config)
+    state = newest_good_state(folder / "last")
+    if state is None and config.train_config.resume == "must":
+        raise UserError(f"{folder}: no saved state to go on from; train_config.resume=auto starts one")
+    return state
+
+
+def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
+    """Raises UserError if the run folder holds a run whose settings differ from `config` other than in `ignored`."""
+    path = config.run_folder / "config.yaml"
+    if path.exists() and (found := differences(path, config, ignored)):
+        raise UserError(f"{config.run_folder} holds a run with other settings ({'; '.join(found)}): "
+                        "choose another run_name, or give the settings of that run")
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json, {} if there is none."""
+    path = folder / "metrics.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it") from None
+
+
+def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], barrier: Callable[[], None]) -> None:
+    """Save one more state; the oldest goes once this one is safe.
+
+    `write` puts this process's files into the folder that it is given; `barrier` waits for the other processes.
+    """
+    states = saved_states(folder)
+    number = int(states[0].name[:4]) + 1 if states else 1
+    target = folder / f"{number:04d}-step-{progress.step:08d}"
+    partial = target.with_name(target.name + PARTIAL)
+    barrier()  # every process has counted the states
+    if process_rank() == 0:
+        for leftover in folder.glob("*" + PARTIAL):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    barrier()
+    write(partial)
+    barrier()
+    if process_rank() == 0:
+        write_json(partial / "progress.json", asdict(progress))
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        write_json(partial / MANIFEST, {str(path.relative_to(partial)): _sum(path, sync=True) for path in files})
+        os.replace(partial, target)
+        sync_folder(folder)
+        for old in saved_states(folder)[KEPT_STATES:]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The states in `last/`, newest first; complete by their names, not yet verified."""
+    return sorted((path for path in folder.glob("*-step-*") if path.suffix != PARTIAL), reverse=True)
+
+
+def newest_good_state(folder: Path) -> Path | None:
+    """The newest state whose files are what was written; None if there never was one.
+
+    Raises UserError if there are states and all are damaged.
+    """
+    states = saved_states(folder)
+    for state in states:
+        problem = damage(state)
+        if problem is None:
+            return state
+        say(f"{problem}: going back to the state before it")
+    if states:
+        raise UserError(f"{folder}: every saved state is damaged: start afresh with train_config.resume=never")
+    return None
+
+
+def damage(state: Path) -> str | None:
+    """What is wrong with a state's files, naming the file; None if nothing is."""
+    try:
+        manifest = json.loads((state / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return f"{state / MANIFEST} is missing or damaged"
+    for name, (size, digest) in expected.items():
+        path = state / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size or _sum(path)["sha256"] != digest:
+            return f"{path} is damaged: it is not what was saved"
+    foreign = {str(path.relative_to(state)) for path in state.rglob("*") if path.is_file()} - set(expected) - {MANIFEST}
+    return f"{state / min(foreign)} was not saved by this run" if foreign else None
+
+
+def load_progress(state: Path) -> Progress:
+    return Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+
+
+def random_state() -> dict[str, Any]:
+    """The generators of Python, NumPy and torch, as tensors and plain values that `weights_only` loading takes."""
+    kind, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut; a no-op where a folder cannot be opened (Windows)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sum(path: Path, sync: bool = False) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}

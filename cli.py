@@ -1,0 +1,60 @@
+"""The command line that main.py and main_accumulation.py share, and their exit codes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stopping import SIGNALS
+from utils import Config, UserError, load_config
+
+MODES = ("train", "test")
+
+
+@dataclass
+class Command:
+    mode: str
+    config: Config
+
+
+def read_command(description: str, accumulates: bool) -> Command:
+    """Parse and check the command line; leaves with exit code 2 and one line if it is wrong.
+
+    Fast, for it imports no torch: scripts call it before their other imports.
+    """
+    SIGNALS.install()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
+    parser.add_argument("--mode", default="train", metavar="{" + ",".join(MODES) + "}", help="default: train")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
+                        help="replaces a value of the configuration; README.md has the table")
+    arguments, unknown = parser.parse_known_args()
+    try:
+        if arguments.mode not in MODES:
+            raise UserError(f"--mode {arguments.mode}: choose one of {', '.join(MODES)}")
+        config = load_config(arguments.config, [*unknown, *arguments.overrides])
+        steps = config.train_config.gradient_accumulation_steps
+        if steps > 1 and not accumulates:
+            raise UserError(f"train_config.gradient_accumulation_steps is {steps}: main.py takes one micro-batch an "
+                            "optimizer step; run main_accumulation.py with the same arguments")
+    except UserError as error:
+        leave(error)
+    return Command(arguments.mode, config)
+
+
+def run(work: Callable[[], None]) -> None:
+    """Call `work` and leave with the exit code that its outcome means."""
+    # The reviews are tokenized by several threads of one process already; forked loaders must not start their own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        work()
+    except UserError as error:
+        leave(error)
+
+
+def leave(error: UserError) -> None:
+    """Print the one line and exit with code 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None

@@ -1,0 +1,139 @@
+"""Where the arithmetic happens: one device in plain PyTorch.
+
+The training loop asks for nothing but the methods of `SingleDevice`. main_accumulation.py puts Accelerate behind the
+same methods, and that is all in which the two scripts differ.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils import Config, UserError
+
+
+class SingleDevice:
+    """One device in plain PyTorch."""
+
+    num_processes = 1
+    is_main = True
+
+    def __init__(self, config: Config):
+        self.device = pick_device(config.train_config.device)
+        self.precision = pick_precision(config.train_config.mixed_precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+
+    def __str__(self) -> str:
+        return f"{self.device} ({self.precision if self.precision != 'no' else 'fp32'})"
+
+    def main_process_first(self):
+        """The main process does the work inside and fills the caches, the others follow."""
+        return nullcontext()
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return model, optimizer
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
+
+    def accumulate(self, model: nn.Module, is_last: bool):
+        """Around each micro-batch of a window: gradients need no exchange on one device."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Update the weights; False if fp16's loss scaler skipped the update because of an overflow."""
+        if self.scaler is None:
+            optimizer.step()
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale
+
+    def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The rows of all processes, one process after the other."""
+        return arrays
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+
+    def synchronize(self) -> None:
+        """Wait for the device, before a clock is read."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """All weights, as the unwrapped model names them."""
+        return model.state_dict()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model as it was before `prepare`."""
+        return model
+
+    def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Save what `read_state` needs for going on; every process calls it."""
+        if self.is_main:
+            torch.save({"model": self.unwrap(model).state_dict(), "optimizer": optimizer.state_dict(),
+                        "scaler": self.scaler.state_dict() if self.scaler else {}}, folder / "state.pt")
+
+    def read_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        self.unwrap(model).load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that train_config.device names. Raises UserError if it is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, here in available.items() if here)
+    if not available[name]:
+        raise UserError(f"train_config.device is {name!r}, but torch {torch.__version__} finds no such device here: "
+                        "use auto")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """no, bf16 or fp16; `auto` takes bf16 where the device computes in it rather than emulating it."""
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+    return "no"
+
+
+def make_deterministic() -> None:
+    """The same bits from the same command: on CUDA, some kernels are only deterministic when asked to be."""
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it only helps debugging, and costs time

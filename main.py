@@ -1,0 +1,402 @@
+"""Fine-tune a Transformer encoder for sentiment classification on one device: CUDA, MPS or CPU.
+
+    python main.py --config demo.yaml                                   the built-in demo: no download, about a minute
+    python main.py --config config.yaml --mode train                    BERT on IMDB: train, validate, test
+    python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
+    python main.py train_config.epochs=3 data_config.max_len=256        any setting of config.yaml, see README.md
+    python main.py --mode test                                          evaluate the best model of that run again
+    python main_accumulation.py data_config.batch_size=64 train_config.gradient_accumulation_steps=4
+                                                                        large batches: gradient accumulation
+    accelerate launch --num_processes 2 main_accumulation.py            several devices
+"""
+
+import cli
+
+if __name__ == "__main__":
+    COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong setting is refused before torch's slow import
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from checkpointing import (
+    Progress,
+    find_state,
+    finished_metrics,
+    load_progress,
+    random_state,
+    read_metrics,
+    refuse_differences,
+    save_state,
+    set_random_state,
+)
+from data import get_dataloader, prepare_data
+from devices import SingleDevice, make_deterministic
+from efficiency import environment, matmul_weights, peak_flops, peak_memory_mb, training_flops
+from evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
+from hub import check_hub, quiet_libraries
+from model import EncoderForClassification, save_pretrained
+from reporting import save_plots, write_model_card
+from stopping import SIGNALS, StopRequested
+from tracking import History, ProgressBar, Wandb, read_history
+from utils import Config, UserError, process_rank, save_config, say, set_seed, write_json
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One optimizer step, and one pass over a split
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[dict[str, torch.Tensor]],
+               reviews: int, devices: Any, max_grad_norm: float | None) -> tuple[torch.Tensor, bool]:
+    """One optimizer step on the mean loss over a window: `reviews` reviews, over all micro-batches and processes.
+
+    Returns the window's [summed loss, correct reviews] of this process, a tensor (2,) on the device, and whether the
+    weights were updated.
+    """
+    sums = torch.zeros(2, device=devices.device)
+    for number, batch in enumerate(window, start=1):
+        _, labels, inputs = to_device(batch, devices.device)
+        with devices.accumulate(model, is_last=number == len(window)):
+            with devices.autocast():
+                loss, logits = model(**inputs, labels=labels, reduction="sum")
+            # Each micro-batch's sum over the window's count: their gradients add up to the mean's. DDP averages over
+            # processes, which the factor undoes.
+            devices.backward(loss * (devices.num_processes / reviews))
+        sums += torch.stack([loss.detach(), (logits.argmax(dim=1) == labels).sum()])
+    if max_grad_norm is not None:
+        devices.clip_gradients(model, optimizer, max_grad_norm)
+    updated = devices.step(optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    return sums, updated
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: DataLoader, devices: Any, name: str) -> Predictions:
+    """The model's logits on every review of a split, each exactly once. Raises StopRequested between batches."""
+    model.eval()
+    parts = []
+    bar = ProgressBar(name, len(loader), unit="batch")
+    for batch in loader:
+        if devices.any(SIGNALS.received is not None):
+            raise StopRequested
+        ids, labels, inputs = to_device(batch, devices.device)
+        with devices.autocast():
+            _, logits = model(**inputs)
+        parts.append((ids, labels, logits.float()))  # left on the device: reading it here would wait for each batch
+        bar.update()
+    bar.close()
+    model.train()
+    ids, labels, logits = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    real = ids >= 0  # the others only kept processes in step
+    return Predictions(*devices.gather(ids[real], labels[real], logits[real]))
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device
+              ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(ids, labels, the model's inputs) of a batch, copied without waiting."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return moved.pop("id"), moved.pop("labels"), moved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training run: what changes from step to step, and what is saved of it
+
+
+class Run:
+    """Model, optimizer, schedule, data and progress of one training run, and its records."""
+
+    def __init__(self, config: Config, devices: Any):
+        set_seed(config.train_config.seed)
+        make_deterministic()
+        self.config, self.devices, self.folder = config, devices, config.run_folder
+        with devices.main_process_first():
+            self.data = prepare_data(config)
+        self.train_loader, self.valid_loader = get_dataloader(config, "train"), get_dataloader(config, "valid")
+        self.sampler = self.train_loader.batch_sampler
+        self.steps_per_epoch = len(self.sampler.windows())
+        self.total_steps = self.steps_per_epoch * config.train_config.epochs
+        if config.train_config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.train_config.max_steps)
+
+        model = EncoderForClassification.from_encoder(config.model_config, self.data.label_names).to(devices.device)
+        self.encoder_config, self.matmul_weights = model.config, matmul_weights(model)
+        if (largest := int(self.train_loader.dataset.tokens.max())) >= model.config.vocab_size:
+            raise UserError(f"model_config.model_name: the tokenizer of {config.model_config.model_name} gives token "
+                            f"{largest}, its encoder knows {model.config.vocab_size}: they do not belong together")
+        if config.train_config.compile:
+            model.encoder.compile(dynamic=True)
+        self.model, self.optimizer = devices.prepare(model, build_optimizer(model, config.train_config))
+        self.scheduler = build_scheduler(self.optimizer, config.train_config, self.total_steps)
+
+        self.progress = Progress()
+        self.sums = torch.zeros(2, device=devices.device)  # loss and correct reviews since the last record
+        self.clock = time.perf_counter()
+
+    def start(self, state: Path | None) -> None:
+        """From the beginning, or from a saved state."""
+        if state is not None:
+            self.progress = load_progress(state)
+            self.devices.read_state(state, self.model, self.optimizer)
+            own = state / f"process_{process_rank()}.pt"
+            if not own.exists():
+                raise UserError(f"{state} was saved by fewer processes than are running now: start as many as before")
+            loop = torch.load(own, map_location="cpu", weights_only=True)
+            self.scheduler.load_state_dict(loop["scheduler"])
+            self.sums.copy_(loop["sums"])
+            set_random_state(loop["random"])
+            self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
+            say(f"going on from {state}: epoch {self.progress.epoch + 1}, optimizer step {self.progress.step}")
+        elif self.devices.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.yaml")
+        if self.devices.is_main:
+            self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
+        self.wandb = Wandb(self.config, self.progress.wandb_id)
+        self.progress.wandb_id = self.wandb.run_id
+        self.model.train()
+
+    def save(self) -> None:
+        def write(folder: Path) -> None:
+            self.devices.write_state(folder, self.model, self.optimizer)
+            torch.save({"scheduler": self.scheduler.state_dict(), "sums": self.sums, "random": random_state()},
+                       folder / f"process_{process_rank()}.pt")
+
+        save_state(self.folder / "last", self.progress, write, self.devices.barrier)
+
+    def record(self, values: dict[str, float], speed: dict[str, float] | None = None) -> None:
+        """To history.jsonl and wandb; the speed, which no two runs share, to wandb alone."""
+        if self.devices.is_main:
+            epoch = self.progress.epoch + self.progress.windows / self.steps_per_epoch
+            record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
+            self.history.log(record)
+            self.wandb.log(record | (speed or {}))
+            self.progress.history_lines = self.history.lines
+
+    def is_over(self) -> bool:
+        patience = self.config.train_config.early_stopping_patience
+        return (self.progress.epoch >= self.config.train_config.epochs or self.progress.step >= self.total_steps
+                or patience is not None and self.progress.epochs_without_improvement >= patience)
+
+
+def build_optimizer(model: nn.Module, train_config: Any) -> torch.optim.Optimizer:
+    """Weight decay, if any, goes to matrices only: not to biases and norms, as in BERT's own training."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train_config.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    return kinds[train_config.optimizer](groups, lr=train_config.learning_rate, fused=True)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, train_config: Any, total_steps: int) -> Any:
+    name = train_config.scheduler
+    if name == "constant" and train_config.warmup_ratio > 0:
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimizer, num_warmup_steps=round(train_config.warmup_ratio * total_steps),
+                         num_training_steps=total_steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train, validate, test
+
+
+def train(config: Config, devices: Any) -> None:
+    """Train, validate each epoch, keep the best model, test it; go on where the same run stopped before."""
+    if metrics := finished_metrics(config):
+        say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "
+            "to replace it, train_config.resume=never train_config.overwrite=true")
+        print_results(config, metrics)
+        return
+    state = find_state(config)
+    run = Run(config, devices)
+    run.start(state)
+    say(f"{config.run_name}: {len(run.train_loader.dataset):,} reviews to train on, {len(run.valid_loader.dataset):,} "
+        f"to validate; {run.total_steps:,} optimizer steps of {run.sampler.window_size} reviews on {devices}")
+    try:
+        with SIGNALS.deferred():
+            while not run.is_over():
+                train_epoch(run)
+                validate_epoch(run)
+    except StopRequested:
+        run.save()
+        say(f"{SIGNALS.received}: saved at optimizer step {run.progress.step}; the same command goes on from there")
+        raise SystemExit(SIGNALS.exit_code) from None
+    finish(run)
+
+
+def train_epoch(run: Run) -> None:
+    """The windows that are left of the epoch, with smaller micro-batches where the device's memory asks for them."""
+    progress, train_config = run.progress, run.config.train_config
+    bar = ProgressBar(f"epoch {progress.epoch + 1}/{train_config.epochs}", run.steps_per_epoch, progress.windows)
+    while True:
+        try:
+            train_windows(run, bar)
+            break
+        except torch.OutOfMemoryError:
+            if not train_config.auto_micro_batch or run.sampler.micro_batch == 1:
+                raise
+        # Outside of `except`, whose traceback would keep the window's tensors alive
+        run.model.zero_grad(set_to_none=True)
+        measure_time(run)
+        run.sampler.micro_batch = progress.micro_batch = -(-run.sampler.micro_batch // 2)
+        if run.devices.device.type == "cuda":
+            torch.cuda.empty_cache()
+        say(f"out of memory at optimizer step {progress.step + 1}: going on with micro-batches of "
+            f"{run.sampler.micro_batch} reviews, at the same {run.sampler.window_size} reviews an optimizer step")
+    bar.close()
+
+
+def train_windows(run: Run, bar: ProgressBar) -> None:
+    """One optimizer step on each window that is left of the epoch."""
+    progress, devices, train_config = run.progress, run.devices, run.config.train_config
+    run.sampler.epoch, run.sampler.first_window = progress.epoch, progress.windows
+    lengths = run.train_loader.dataset.lengths
+    batches = iter(run.train_loader)
+    run.clock = time.perf_counter()
+    for rows in run.sampler.windows()[progress.windows:]:
+        if progress.step == run.total_steps:
+            break
+        window = [next(batches) for _ in range(run.sampler.micro_batches(rows))]
+        sums, updated = train_step(run.model, run.optimizer, window, len(rows), devices, train_config.max_grad_norm)
+        if updated:
+            run.scheduler.step()
+        run.sums += sums
+        progress.step, progress.windows = progress.step + 1, progress.windows + 1
+        progress.reviews += len(rows)
+        progress.tokens += int(lengths[rows].sum())
+        progress.flops += training_flops(run.matmul_weights, run.encoder_config, lengths[rows])
+        bar.update()
+        if progress.step % run.config.log_config.log_every_steps == 0:
+            log_training(run, bar)
+        if devices.any(SIGNALS.received is not None):
+            measure_time(run)
+            raise StopRequested
+        if progress.step % train_config.save_every_steps == 0:
+            measure_time(run)
+            run.save()
+            run.clock = time.perf_counter()
+    measure_time(run)
+
+
+def log_training(run: Run, bar: ProgressBar) -> None:
+    """Record the mean over the reviews since the last record: the only place where a step waits for the device."""
+    progress = run.progress
+    loss, correct = run.devices.total(run.sums).tolist()
+    count = progress.reviews - progress.recorded_reviews
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss} in the {count} reviews before optimizer step "
+                                 f"{progress.step}: lower train_config.learning_rate or set train_config.max_grad_norm")
+    measure_time(run)
+    speed = progress.reviews / progress.seconds
+    run.record({"train/loss": loss / count, "train/accuracy": correct / count,
+                "train/learning_rate": run.scheduler.get_last_lr()[0]}, {"train/samples_per_second": speed})
+    bar.show(loss=loss / count, accuracy=correct / count, reviews_per_second=speed)
+    progress.recorded_reviews = progress.reviews
+    run.sums.zero_()
+
+
+def measure_time(run: Run) -> None:
+    """Add the time since the last call to the training time."""
+    run.devices.synchronize()
+    now = time.perf_counter()
+    run.progress.seconds += now - run.clock
+    run.clock = now
+
+
+def validate_epoch(run: Run) -> None:
+    """Measure on the validation reviews, keep the model if it is the best so far, save the state."""
+    progress, metric = run.progress, run.config.train_config.best_metric
+    metrics = compute_metrics(evaluate(run.model, run.valid_loader, run.devices, "validation"))
+    run.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
+    progress.epoch, progress.windows = progress.epoch + 1, 0
+    sign = 1 if metric == "accuracy" else -1
+    is_better = progress.best_epoch is None or sign * metrics[metric] > sign * progress.best_metrics[metric]
+    say(f"epoch {progress.epoch}: validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}"
+        + (", the best so far" if is_better else ""))
+    if is_better:
+        progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
+        weights = run.devices.weights(run.model)
+        if run.devices.is_main:
+            run.data.tokenizer.save_pretrained(run.folder / "best")
+            save_pretrained(run.folder / "best", run.encoder_config, weights)
+    else:
+        progress.epochs_without_improvement += 1
+    run.save()
+
+
+def finish(run: Run) -> None:
+    """Test the best model and write what the run was worth."""
+    progress, device = run.progress, run.devices.device
+    peak = peak_flops(device)
+    figures = {
+        "train": {
+            "samples_per_second": progress.reviews / progress.seconds,
+            "tokens_per_second": progress.tokens / progress.seconds,
+            "seconds": progress.seconds,
+            "peak_memory_mb": peak_memory_mb(device),
+            "model_flops_utilization":
+                progress.flops / progress.seconds / (peak * run.devices.num_processes) if peak else None,
+            "optimizer_steps": progress.step,
+        },
+        "valid": progress.best_metrics | {"epoch": progress.best_epoch},
+    }
+    model = EncoderForClassification.from_pretrained(run.folder / "best")
+    test(run.config, run.devices, model, get_dataloader(run.config, "test"), figures, run.wandb)
+
+
+def test_again(config: Config, devices: Any) -> None:
+    """--mode test: the best model of a finished or interrupted run on the test split."""
+    folder = config.run_folder
+    model = EncoderForClassification.from_pretrained(folder / "best")
+    # With another split, the model would be tested on reviews that it was trained on.
+    refuse_differences(config, ignored=("train_config", "log_config", "data_config.batch_size"))
+    loader = get_dataloader(config, "test", tokenizer_name=str(folder / "best"))
+    if (names := prepare_data(config, str(folder / "best")).label_names) != list(model.config.id2label.values()):
+        raise UserError(f"{config.data_config.dataset} has the classes {names}, {folder / 'best'} was trained on "
+                        f"{list(model.config.id2label.values())}: test it on the data of its training")
+    test(config, devices, model, loader, read_metrics(folder), Wandb(config, job_type="test"))
+
+
+def test(config: Config, devices: Any, model: EncoderForClassification, loader: DataLoader, figures: dict, wandb: Wandb
+         ) -> None:
+    """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
+    predictions = evaluate(model.to(devices.device), loader, devices, "test")
+    if not devices.is_main:
+        return
+    folder, names = config.run_folder, list(model.config.id2label.values())
+    metrics = figures | {"test": compute_metrics(predictions), "environment": environment(devices)}
+    rows = mistakes(predictions, loader.dataset.text, names)
+    write_predictions(folder / "test_predictions.csv", predictions, names)
+    write_mistakes(folder / "misclassified.csv", rows)
+    plots = save_plots(folder / "plots", config, read_history(folder / "history.jsonl"), predictions, names)
+    write_model_card(folder / "best", config, metrics, names)
+    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
+    wandb.report({f"{split}/{name}": value for split in ("valid", "test")
+                  for name, value in metrics.get(split, {}).items()}, rows, predictions, names, plots)
+    print_results(config, metrics)
+    wandb.finish()
+
+
+def print_results(config: Config, metrics: dict[str, Any]) -> None:
+    test = metrics["test"]
+    low, high = test["accuracy_ci95"]
+    demo = "DEMO (generated reviews, not IMDB): " if config.is_demo else ""
+    say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {test['loss']:.4f}, "
+        f"F1 {test['f1']:.4f}, {test['n']:,} reviews")
+    if train := metrics.get("train"):
+        say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
+            f"{train['samples_per_second']:.1f} reviews a second")
+    say(f"{demo}everything about this run: {config.run_folder}")
+
+
+def main(command: cli.Command, devices_class: type = SingleDevice) -> None:
+    check_hub(command.config)
+    quiet_libraries()
+    {"train": train, "test": test_again}[command.mode](command.config, devices_class(command.config))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(COMMAND))

@@ -1,0 +1,120 @@
+"""Fine-tune a Transformer encoder under Accelerate: large effective batches, mixed precision, several devices.
+
+    python main_accumulation.py train_config.gradient_accumulation_steps=4   4 micro-batches of 64: batches of 256
+    python main_accumulation.py train_config.effective_batch_size=1024       16 of them, asked for by their sum
+    python main_accumulation.py --mode test                                  evaluate the best model of that run again
+    accelerate launch --num_processes 2 main_accumulation.py [...]           several devices, or machines
+
+The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: Accelerate wraps model and optimizer,
+backpropagates, holds the exchange of gradients back until a window's last micro-batch, and gathers over the processes.
+"""
+
+import cli
+
+if __name__ == "__main__":
+    COMMAND = cli.read_command(__doc__, accumulates=True)  # a wrong setting is refused before torch's slow import
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import nn
+
+from devices import SingleDevice, pick_device, pick_precision
+from main import main
+from utils import Config
+
+
+class AcceleratedDevices(SingleDevice):
+    """The devices that `accelerate launch` gives to this run, one process each."""
+
+    def __init__(self, config: Config):
+        device = pick_device(config.train_config.device)
+        precision = config.train_config.mixed_precision
+        if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+            precision = os.environ["ACCELERATE_MIXED_PRECISION"]  # the launcher's choice, or `accelerate config`'s
+        self.precision = pick_precision(precision, device)
+        # Accelerate's own gradient_accumulation_steps stays 1: its `backward` would divide by it, and train_step has
+        # divided by the window's reviews already.
+        self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
+        self.device, self.scaler = self.accelerator.device, self.accelerator.scaler
+        self.num_processes = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+
+    def __str__(self) -> str:
+        return f"{self.num_processes} x {super().__str__()}, {self.accelerator.distributed_type.value}"
+
+    @contextmanager
+    def main_process_first(self):
+        with self.accelerator.main_process_first():
+            yield
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return self.accelerator.prepare(model, optimizer)
+
+    def autocast(self):
+        return self.accelerator.autocast()
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, is_last: bool):
+        self.accelerator.sync_gradients = is_last  # DeepSpeed's engine and the wrapped optimizer read it
+        if is_last:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        optimizer.step()
+        return not self.accelerator.optimizer_step_was_skipped
+
+    def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(np.concatenate(column) for column in zip(*gather_object([arrays]), strict=True))
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def any(self, flag: bool) -> bool:
+        if self.num_processes == 1:
+            return flag
+        return bool(self.total(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return self.accelerator.get_state_dict(model)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights only: then Accelerate saves and loads them."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self.is_sharded:
+            self.accelerator.save_state(str(folder / "accelerate"))
+        else:
+            super().write_state(folder, model, optimizer)
+
+    def read_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self.is_sharded:
+            self.accelerator.load_state(str(folder / "accelerate"))
+        else:
+            super().read_state(folder, model, optimizer)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(COMMAND, AcceleratedDevices))

@@ -1,0 +1,149 @@
+"""What people look at: the three plots of a run and its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from evaluation import Predictions, calibration
+from utils import Config, atomic_write
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # told apart with any colour vision (Okabe and Ito)
+
+
+def title(config: Config, text: str) -> str:
+    """The plot's title: what it shows, and of which run; the demo is named as such."""
+    demo = "DEMO, generated reviews: " if config.is_demo else ""
+    return f"{demo}{text}\n{config.run_name}"
+
+
+def save_plots(folder: Path, config: Config, history: list[dict[str, Any]], predictions: Predictions,
+               label_names: list[str]) -> list[Path]:
+    """Write learning_curves.png, confusion_matrix.png and reliability.png; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"learning_curves": plot_learning_curves(config, history),
+               "confusion_matrix": plot_confusion_matrix(config, predictions, label_names),
+               "reliability": plot_reliability(config, predictions)}
+    paths = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png", dpi=150)
+        paths.append(path)
+    return paths
+
+
+def plot_learning_curves(config: Config, history: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title(config, "learning curves"), fontsize=10)
+    for axis, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("nats", None), strict=True):
+        for split, colour, style in (("train", BLUE, {"linewidth": 1}), ("valid", ORANGE, {"marker": "o"})):
+            key = f"{split}/{metric}"
+            points = [(record["epoch"], record[key]) for record in history if key in record]
+            if points:
+                label = {"train": f"train, mean of {config.log_config.log_every_steps} steps", "valid": "validation"}
+                axis.plot(*zip(*points, strict=True), color=colour, label=label[split], **style)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(f"cross-entropy ({unit})" if unit else "accuracy (% of reviews)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=config.train_config.epochs > 1))
+        axis.grid(alpha=0.3)
+        if metric == "accuracy":
+            axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        if axis.has_data():
+            axis.legend()
+    return figure
+
+
+def plot_confusion_matrix(config: Config, predictions: Predictions, label_names: list[str]) -> Figure:
+    size = 4.5 + 0.4 * len(label_names)
+    figure = Figure(figsize=(size, size * 0.9), layout="constrained")
+    axis = figure.subplots()
+    matrix = np.zeros((len(label_names), len(label_names)), dtype=int)
+    np.add.at(matrix, (predictions.labels, predictions.predicted), 1)
+    ConfusionMatrixDisplay(matrix, display_labels=label_names).plot(
+        ax=axis, cmap="Blues", values_format=",d", im_kw={"vmin": 0},
+        xticks_rotation=45 if len(label_names) > 4 else "horizontal")
+    axis.images[0].colorbar.set_label("reviews")
+    axis.set_xlabel("predicted class (reviews)")
+    axis.set_ylabel("true class (reviews)")
+    axis.set_title(title(config, f"{len(predictions.labels):,} test reviews"), fontsize=10)
+    return figure
+
+
+def plot_reliability(config: Config, predictions: Predictions) -> Figure:
+    """Accuracy against confidence: on the diagonal, of the reviews with confidence 0.8 the model gets 80 % right."""
+    edges, accuracies, confidences, counts = calibration(predictions)
+    filled = counts > 0
+    error = (counts * np.abs(accuracies - confidences)).sum() / counts.sum()
+    figure = Figure(figsize=(5.5, 6), layout="constrained")
+    axis, histogram = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    low = 100 * edges[np.flatnonzero(filled)[0]]
+    axis.plot([low, 100], [low, 100], color=GREY, linestyle="--", label="perfectly calibrated")
+    axis.plot(100 * confidences[filled], 100 * accuracies[filled], color=BLUE, marker="o",
+              label=f"model (expected calibration error {100 * error:.1f} points)")
+    axis.set_ylabel("accuracy (% of reviews)")
+    axis.set_title(title(config, f"reliability on {counts.sum():,} test reviews"), fontsize=10)
+    axis.legend(loc="upper left")
+    axis.grid(alpha=0.3)
+    histogram.bar(100 * edges[:-1], counts, width=100 * np.diff(edges), align="edge", color=BLUE, edgecolor="white")
+    histogram.set_xlabel("confidence: probability of the predicted class (%)")
+    histogram.set_ylabel("reviews")
+    histogram.set_xlim(low, 100)
+    return figure
+
+
+def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], label_names: list[str]) -> None:
+    """README.md of a model folder, with the metadata that the Hub reads."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    data, train, test = config.data_config, config.train_config, metrics["test"]
+    low, high = test["accuracy_ci95"]
+    on_hub = not Path(data.dataset).exists()
+    card_data = ModelCardData(
+        language="en" if config.is_demo or on_hub and data.dataset.endswith("imdb") else None,
+        library_name="pytorch", tags=["text-classification", "sentiment-analysis"] + ["demo"] * config.is_demo,
+        base_model=config.model_config.model_name if not Path(config.model_config.model_name).exists() else None,
+        datasets=[data.dataset] if on_hub else None, model_name=config.run_name,
+        eval_results=[EvalResult(task_type="text-classification", dataset_type=data.dataset, dataset_name=data.dataset,
+                                 metric_type=name, metric_value=test[name]) for name in ("accuracy", "f1")])
+    warning = ("> **DEMO.** Trained on generated reviews with an encoder from scratch: its figures say nothing about "
+               "IMDB.\n\n" if config.is_demo else "")
+    split = data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split)
+    card = f"""---
+{card_data.to_yaml()}
+---
+
+# {config.run_name}
+
+{warning}{config.model_config.model_name} fine-tuned to tell {" from ".join(label_names)}.
+
+| test metric | value |
+| --- | --- |
+| accuracy | {test["accuracy"]:.4f} (95 % interval {low:.4f} to {high:.4f}, {test["n"]:,} reviews) |
+| F1 | {test["f1"]:.4f} |
+| ROC AUC | {"-" if test["roc_auc"] is None else format(test["roc_auc"], ".4f")} |
+| expected calibration error | {test["ece"]:.4f} |
+| cross-entropy (nats) | {test["loss"]:.4f} |
+
+Data: {data.dataset}, split {split} (split_seed {data.split_seed}); the test reviews were read once, with the weights
+that were best on validation. Input: at most {data.max_len} tokens ({data.truncation}).
+Training: {train.optimizer}, learning rate {train.learning_rate:g}, {train.scheduler} schedule, effective batch
+{train.effective_batch_size}, seed {train.seed}, {metrics["train"]["optimizer_steps"]} optimizer steps.
+
+```python
+from transformers import AutoTokenizer
+from model import EncoderForClassification  # model.py of this suite
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = EncoderForClassification.from_pretrained("{folder}").eval()
+_, logits = model(**tokenizer(["A film to remember."], truncation=True, max_length={data.max_len}, return_tensors="pt"))
+print(logits.softmax(-1), model.config.id2label)
+```
+"""
+    with atomic_write(folder / "README.md") as file:
+        file.write(str(ModelCard(card)))

@@ -1,0 +1,212 @@
+"""Labelled reviews from a Hub dataset, a dataset folder, or a .csv, .jsonl or .parquet file, as one pooled table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset
+
+from hub import explained, is_hub_name
+from utils import UserError, say
+
+FILE_TYPES = (".csv", ".jsonl", ".parquet")
+
+
+@dataclass
+class Reviews:
+    """All labelled reviews of a dataset. A review's id is its row here."""
+
+    table: Dataset  # columns text (str) and label, memory-mapped
+    labels: np.ndarray  # (rows,) int64, the index into label_names
+    label_names: list[str]
+    split_names: np.ndarray  # (rows,) str: the dataset's own split of each row
+
+
+def load_reviews(data_config: Any, num_labels: int) -> Reviews:
+    """Read and pool the labelled splits.
+
+    Raises UserError, with the row and the fix, for a missing column, a missing or empty text, a missing label, or
+    classes that do not match `num_labels`.
+    """
+    name = data_config.dataset
+    columns = (data_config.text_column, data_config.label_column)
+    splits = {}
+    for split, table in _load_splits(name, columns).items():
+        splits[split] = table = _select(table, columns, f"{name}, split {split}" if len(splits) else name)
+        if _is_unlabelled(split, table):
+            del splits[split]
+            say(f"{name}: the split {split} has no labels and is left out ({len(table):,} rows)")
+    if not any(len(table) for table in splits.values()):
+        raise UserError(f"data_config.dataset: {name} holds no labelled rows")
+    split_names = np.repeat(list(splits), [len(table) for table in splits.values()])
+    table = concatenate_datasets(list(splits.values()))
+    _check_texts(table, name)
+    labels, label_names = _encode_labels(table, name, data_config.label_column, num_labels)
+    return Reviews(table, labels, label_names, split_names)
+
+
+def read_rows(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | None]]:
+    """The wanted columns of a .csv, .jsonl or .parquet file, row by row, every value as text.
+
+    Raises UserError with the row for anything that cannot be read. Rows are counted from 1, without a header.
+    """
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    for number, row in enumerate(readers[Path(path).suffix](path), start=1):
+        if missing := [column for column in columns if column not in row]:
+            raise UserError(f"{path}: row {number} has no column {missing[0]!r}; found {', '.join(map(str, row))}: "
+                            "set data_config.text_column and data_config.label_column")
+        yield {column: _as_text(row[column]) for column in columns}
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, float):
+        return None if value != value else str(int(value)) if value.is_integer() else str(value)
+    return value if value is None or isinstance(value, str) else str(value)
+
+
+def _read_csv(path: str) -> Iterator[dict]:
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header, number = None, 0
+        try:
+            for row in reader:
+                if header is None:
+                    header = row
+                elif row:  # a blank line is no row
+                    number += 1
+                    if len(row) != len(header):
+                        raise UserError(f"{path}: row {number} (line {reader.line_num}) has {len(row)} fields, the "
+                                        f"header has {len(header)}: put quotes around a text with commas")
+                    yield dict(zip(header, row, strict=True))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 after line {reader.line_num}: save it as UTF-8") from None
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num}: {error}") from None
+
+
+def _read_jsonl(path: str) -> Iterator[dict]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                raise UserError(f"{path}: line {number} is not UTF-8: save it as UTF-8") from None
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: line {number} is no JSON object such as {{\"text\": ..., \"label\": ...}}")
+            yield row
+
+
+def _read_parquet(path: str) -> Iterator[dict]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
+
+
+def _load_splits(name: str, columns: tuple[str, str]) -> dict[str, Dataset]:
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}")
+        status = path.stat()
+        features = Features(dict.fromkeys(columns, Value("string")))
+        with explained("data_config.dataset", name):
+            # The file's size and time are part of the cache's key: a changed file is read anew.
+            stamp = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+            return {"train": Dataset.from_generator(_read_stamped, features=features, gen_kwargs={
+                "path": name, "columns": columns, "stamp": stamp})}
+    if not path.is_dir() and not is_hub_name(name):
+        raise UserError(f"data_config.dataset: no such file or folder: {name}")
+    with explained("data_config.dataset", name):
+        return dict(load_dataset(name))
+
+
+def _read_stamped(path: str, columns: tuple[str, ...], stamp: str) -> Iterator[dict[str, str | None]]:
+    empty = True
+    for row in read_rows(path, columns):
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{path}: holds no labelled rows")
+
+
+def _select(table: Dataset, columns: tuple[str, str], name: str) -> Dataset:
+    """Only text and label, under these names."""
+    for key, column in zip(("text_column", "label_column"), columns, strict=True):
+        if column not in table.column_names:
+            raise UserError(f"{name}: no column {column!r}; found {', '.join(table.column_names)}: "
+                            f"set data_config.{key}")
+    text, label = columns
+    return table.select_columns([text, label]).rename_columns({text: "text", label: "label"})
+
+
+def _is_unlabelled(split: str, table: Dataset) -> bool:
+    if split == "unsupervised":
+        return True
+    labels = table.data.column("label")
+    if pa.types.is_integer(labels.type):
+        return len(labels) > 0 and (pc.max(labels).as_py() or 0) < 0
+    return len(labels) > 0 and labels.null_count == len(labels)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _check_texts(table: Dataset, name: str) -> None:
+    texts = table.data.column("text")
+    if not _is_text(texts.type):
+        raise UserError(f"{name}: the text column holds {texts.type}, not text: set data_config.text_column")
+    empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+    if (row := pc.index(empty, True).as_py()) >= 0:
+        raise UserError(f"{name}: row {row + 1} has no text: fill it or remove the row")
+
+
+def _encode_labels(table: Dataset, name: str, column: str, num_labels: int) -> tuple[np.ndarray, list[str]]:
+    """Labels as indices (int64), and the classes' names: those of the dataset, or the sorted names found."""
+    values, feature = table.data.column("label"), table.features["label"]
+    if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) or _is_text(values.type)):
+        raise UserError(f"{name}: the column {column!r} holds {values.type}; labels are integers from 0, or names")
+    values = pc.utf8_trim_whitespace(pc.cast(values, pa.string()))
+    missing = pc.fill_null(pc.equal(values, ""), True)
+    if (row := pc.index(missing, True).as_py()) >= 0:
+        raise UserError(f"{name}: row {row + 1} has no label: fill it or remove the row")
+    distinct = sorted(pc.unique(values).to_pylist())
+    if all(re.fullmatch(r"-?\d+", value) for value in distinct):
+        labels = pc.cast(values, pa.int64()).to_numpy()
+        names = list(feature.names) if isinstance(feature, ClassLabel) else [str(i) for i in range(num_labels)]
+        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        if len(outside):
+            row = outside[0]
+            raise UserError(f"{name}: row {row + 1} has the label {labels[row]}, but model_config.num_labels="
+                            f"{num_labels} allows 0 to {len(names) - 1}: correct the row or the setting")
+    else:
+        names = distinct
+        labels = pc.index_in(values, pa.array(names)).to_numpy().astype(np.int64)
+    if len(names) != num_labels:
+        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({shown}), but "
+                        f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}")
+    counts = np.bincount(labels, minlength=len(names))
+    rare = counts.argmin()
+    if counts[rare] < 3:
+        raise UserError(f"{name}: the class {names[rare]!r} has {counts[rare]} rows, and each of the three splits "
+                        "needs one: add rows of this class or remove it")
+    return labels, names

@@ -1,0 +1,47 @@
+"""SIGINT, SIGTERM and SIGUSR1: finish the optimizer step, save, leave; the same command goes on later."""
+
+import signal
+from contextlib import contextmanager
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}  # schedulers announce preemption by SIGUSR1
+
+
+class StopRequested(Exception):
+    """A signal arrived; everything up to the last optimizer step is consistent and can be saved."""
+
+
+class StopSignals:
+    """Outside of `deferred` a signal ends the process at once; inside, it waits for the next `received` check."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._deferring = False
+
+    def install(self) -> None:
+        for name in EXIT_CODES:
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self._handle)
+
+    def _handle(self, number, frame) -> None:
+        name = signal.Signals(number).name
+        again = name == "SIGINT" and self.received == "SIGINT"
+        if again or not self._deferring:
+            raise SystemExit(EXIT_CODES[name])
+        self.received = name
+
+    @contextmanager
+    def deferred(self):
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.received:
+            raise SystemExit(self.exit_code)
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.received]
+
+
+SIGNALS = StopSignals()

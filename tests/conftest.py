@@ -1,0 +1,101 @@
+"""What the tests share: tiny encoders, tiny data, an isolated cache, and the real scripts as child processes."""
+
+import csv
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Before any Hugging Face library is imported: nothing outside, and nobody's cache
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_home_")
+os.environ["WANDB_MODE"] = "disabled"
+for variable in ("WORLD_SIZE", "RANK", "WANDB_API_KEY"):
+    os.environ.pop(variable, None)
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    RobertaConfig,
+)
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHARED = PROJECT.parent / "shared"
+SMALL = {"vocab_size": 2500, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 64, "max_position_embeddings": 66, "pad_token_id": 0}
+ENCODERS = {
+    "bert": BertConfig(**SMALL),
+    "modernbert": ModernBertConfig(**SMALL, global_attn_every_n_layers=2, local_attention=8, bos_token_id=2,
+                                   eos_token_id=3, cls_token_id=2, sep_token_id=3),
+    "roberta": RobertaConfig(**SMALL | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "distilbert": DistilBertConfig(vocab_size=2500, dim=32, n_layers=2, n_heads=2, hidden_dim=64,
+                                   max_position_embeddings=66),
+    "electra": ElectraConfig(**SMALL, embedding_size=16),
+    "deberta-v3": DebertaV2Config(**SMALL, type_vocab_size=0, relative_attention=True, position_biased_input=False,
+                                  pos_att_type=["p2c", "c2p"], position_buckets=16, norm_rel_ebd="layer_norm",
+                                  share_att_key=True),
+}
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """encoder_folder(name): a folder with a tiny random encoder of that architecture and a tokenizer."""
+    folders = {}
+
+    def folder(name: str) -> str:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            torch.manual_seed(0)
+            AutoModel.from_config(ENCODERS[name]).save_pretrained(folders[name])
+            tokenizer = "demo/modernbert" if name == "modernbert" else "demo/bert"
+            AutoTokenizer.from_pretrained(PROJECT / tokenizer).save_pretrained(folders[name])
+        return str(folders[name])
+
+    return folder
+
+
+def write_reviews(path: Path, rows: int = 200, names: tuple = ("bad", "good"), seed: int = 0) -> Path:
+    """A file of reviews whose words give their class away, 3 to 40 words long."""
+    generator = random.Random(seed)
+    words = {names[0]: "dull dreary pointless".split(), names[1]: "gripping moving delightful".split()}
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["review", "verdict"])
+        for row in range(rows):
+            name = names[row % len(names)]
+            filler = generator.choices("the film was a story of this and that with some people".split(),
+                                       k=generator.randint(2, 38))
+            text = " ".join([*filler, generator.choice(words.get(name, ["odd"])), f"number {row}"])
+            writer.writerow([text, name])
+    return path
+
+
+@pytest.fixture
+def reviews_file(tmp_path) -> Path:
+    return write_reviews(tmp_path / "reviews.csv")
+
+
+@pytest.fixture
+def overrides(tmp_path, reviews_file, encoder_folder) -> list[str]:
+    """Settings of a run of seconds: tiny encoder, 160 training reviews, fp32, 10 optimizer steps an epoch."""
+    return [f"output_dir={tmp_path / 'runs'}", "run_name=run", f"model_config.model_name={encoder_folder('bert')}",
+            f"data_config.dataset={reviews_file}", "data_config.text_column=review", "data_config.label_column=verdict",
+            "data_config.max_len=32", "data_config.batch_size=16", "train_config.epochs=2",
+            "train_config.learning_rate=0.003", "train_config.mixed_precision=no", "train_config.device=cpu",
+            "log_config.wandb_mode=disabled", "log_config.log_every_steps=3"]
+
+
+def run_script(*arguments: str, environment: dict | None = None, timeout: float = 120, **options
+               ) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` in the project's folder, as a user would call it."""
+    return subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}, check=False, **options)

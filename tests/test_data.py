@@ -1,0 +1,311 @@
+"""Sources, splits, tokens and batches: no text on both sides, no review lost or doubled, no padding that counts."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import PROJECT, SHARED, write_reviews
+from transformers import AutoTokenizer
+
+import data
+from sources import load_reviews
+from utils import DataConfig, UserError, load_config
+
+
+@pytest.fixture
+def config(overrides):
+    return load_config(PROJECT / "config.yaml", overrides)
+
+
+def splits_of(config) -> dict[str, list[int]]:
+    return {name: dataset.ids.tolist() for name, dataset in data.prepare_data(config).splits.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_split_is_8_1_1_stratified_and_complete(config):
+    splits = splits_of(config)
+    assert {name: len(ids) for name, ids in splits.items()} == {"train": 160, "valid": 20, "test": 20}
+    assert sorted(sum(splits.values(), [])) == list(range(200))
+    for dataset in data.prepare_data(config).splits.values():
+        assert dataset.labels.mean() == 0.5
+
+
+@pytest.mark.parametrize("change", [
+    "train_config.seed=7", "data_config.batch_size=3", "data_config.max_len=9", "model_config.pooling=mean"])
+def test_split_does_not_change_with(overrides, config, change):
+    other = load_config(PROJECT / "config.yaml", [*overrides, change])
+    assert splits_of(config) == splits_of(other)
+
+
+def test_split_changes_with_its_seed_and_is_the_same_in_another_encoder(overrides, config, encoder_folder):
+    reseeded, other = "data_config.split_seed=1", f"model_config.model_name={encoder_folder('modernbert')}"
+    assert splits_of(config) != splits_of(load_config(PROJECT / "config.yaml", [*overrides, reseeded]))
+    assert splits_of(config) == splits_of(load_config(PROJECT / "config.yaml", [*overrides, other]))
+
+
+def test_no_text_stands_in_two_splits_and_duplicates_are_counted(overrides, reviews_file, capsys):
+    lines = reviews_file.read_text().splitlines()
+    reviews_file.write_text("\n".join(lines + lines[1:101:2]) + "\n")  # 50 of them twice
+    for drop in ("true", "false"):
+        config = load_config(PROJECT / "config.yaml", [*overrides, f"data_config.drop_duplicates={drop}"])
+        prepared = data.prepare_data(config)
+        texts = {name: {dataset.text(i) for i in dataset.ids} for name, dataset in prepared.splits.items()}
+        assert not texts["train"] & (texts["valid"] | texts["test"])
+        assert not texts["valid"] & texts["test"]
+        rows = sum(len(dataset) for dataset in prepared.splits.values())
+        assert rows == (200 if drop == "true" else 250)
+        assert "50 exact duplicates" in capsys.readouterr().out
+
+
+def test_duplicates_with_different_labels_are_refused(config, reviews_file):
+    with open(reviews_file, "a") as file:
+        file.write(reviews_file.read_text().splitlines()[1].replace("bad", "good") + "\n")
+    with pytest.raises(UserError, match="rows 1 and 201 are the same text with different labels"):
+        data.prepare_data(config)
+
+
+def test_limit_keeps_the_shares(overrides):
+    config = load_config(PROJECT / "config.yaml", [*overrides, "data_config.limit=50"])
+    assert [len(ids) for ids in splits_of(config).values()] == [40, 5, 5]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def rows(path, **settings):
+    config = DataConfig(dataset=str(path), text_column="review", label_column="verdict", **settings)
+    return load_reviews(config, num_labels=2)
+
+
+def test_csv_jsonl_and_parquet_are_the_same_reviews(tmp_path, reviews_file):
+    table = rows(reviews_file)
+    records = [{"other": 1.5, "review": text, "verdict": table.label_names[label]}
+               for text, label in zip(table.table["text"], table.labels, strict=True)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "r.parquet")
+    for name in ("r.jsonl", "r.parquet"):
+        other = rows(tmp_path / name)
+        assert other.table["text"][:] == table.table["text"][:]
+        assert other.labels.tolist() == table.labels.tolist()
+        assert other.label_names == ["bad", "good"]
+
+
+def test_a_changed_file_is_read_anew(reviews_file):
+    assert len(rows(reviews_file).table) == 200
+    write_reviews(reviews_file, rows=100)
+    assert len(rows(reviews_file).table) == 100
+
+
+def test_texts_that_look_like_missing_values_are_texts(tmp_path):
+    path = tmp_path / "r.csv"
+    texts = ["nan", "NA", "null", "None", "07", "1e5"]
+    path.write_text("review,verdict\n" + "".join(f"{text},{row % 2}\n" for row, text in enumerate(texts)))
+    assert rows(path).table["text"][:] == texts
+
+
+def test_many_named_classes(tmp_path):
+    write_reviews(tmp_path / "r.csv", names=("joy", "anger", "fear", "calm"))
+    config = DataConfig(dataset=str(tmp_path / "r.csv"), text_column="review", label_column="verdict")
+    assert load_reviews(config, num_labels=4).label_names == ["anger", "calm", "fear", "joy"]
+    with pytest.raises(UserError, match="set model_config.num_labels=4"):
+        load_reviews(config, num_labels=2)
+
+
+@pytest.fixture
+def dataset_folder(tmp_path):
+    """A folder in the Hub's layout: train, test, and an unlabelled split with label -1 throughout."""
+    folder = tmp_path / "imdb"
+    folder.mkdir()
+    for split, count, offset in (("train", 60, 0), ("test", 40, 1000), ("unsupervised", 30, 2000)):
+        records = [{"text": f"review {offset + i}", "label": i % 2 if offset < 2000 else -1} for i in range(count)]
+        pyarrow.parquet.write_table(pa.Table.from_pylist(records), folder / f"{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: plain_text\n  data_files:\n" + "".join(
+        f"  - split: {split}\n    path: {split}-*\n" for split in ("train", "test", "unsupervised")) + "---\n")
+    return folder
+
+
+def test_the_unlabelled_split_is_never_used(dataset_folder, overrides, capsys):
+    columns = ["data_config.text_column=text", "data_config.label_column=label"]
+    config = load_config(PROJECT / "config.yaml", [*overrides, *columns, f"data_config.dataset={dataset_folder}"])
+    prepared = data.prepare_data(config)
+    assert sum(len(dataset) for dataset in prepared.splits.values()) == 100
+    for dataset in prepared.splits.values():
+        assert all(int(dataset.text(i).split()[1]) < 2000 for i in dataset.ids)
+    assert "the split unsupervised has no labels and is left out (30 rows)" in capsys.readouterr().out
+
+
+def test_the_official_test_split(dataset_folder, overrides):
+    columns = ["data_config.text_column=text", "data_config.label_column=label", "data_config.split=official"]
+    config = load_config(PROJECT / "config.yaml", [*overrides, *columns, f"data_config.dataset={dataset_folder}"])
+    splits = data.prepare_data(config).splits
+    assert {name: len(dataset) for name, dataset in splits.items()} == {"train": 54, "valid": 6, "test": 40}
+    assert {int(splits["test"].text(i).split()[1]) // 1000 for i in splits["test"].ids} == {1}
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_the_official_test_split_stays_whole_and_is_not_trained_on(drop, capsys):
+    # Texts 0 to 29 in train, of which 5 stand there twice; 25 to 44 in test, of which 1 stands there twice.
+    texts = [*range(30), *range(5), *range(25, 45), 44]
+    digests = np.array([f"{text:016d}".encode() for text in texts], dtype="V16")
+    labels, names = np.array(texts) % 2, np.array(["train"] * 35 + ["test"] * 21)
+    splits = data.split_reviews(digests, labels, names, DataConfig(split="official", drop_duplicates=drop))
+    assert splits["test"].tolist() == list(range(35, 56))
+    trained = [texts[row] for row in [*splits["train"], *splits["valid"]]]
+    assert sorted(set(trained)) == list(range(25))
+    assert len(trained) == (25 if drop else 30)
+    assert not {texts[row] for row in splits["train"]} & {texts[row] for row in splits["valid"]}
+    assert "5 rows repeat a text of the official test split" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("review,verdict\nfine,good\n,bad\n", "row 2 has no text"),
+    ("review,verdict\nfine,good\nbleak,\n", "row 2 has no label"),
+    ("review,verdict\nfine,good\nso, so,bad\n", r"row 2 \(line 3\) has 3 fields, the header has 2"),
+    ("text,verdict\nfine,good\n", "no column 'review'; found text, verdict"),
+    ("review,verdict\nfine,0\nbleak,7\n", "row 2 has the label 7"),
+    ("review,verdict\nfine,good\nnice,good\n", "has 1 classes"),
+    ("review,verdict\n", "no labelled rows"),
+    ("", "no labelled rows"),
+    ("review,verdict\n" + "fine,good\n" * 9 + "bleak,bad\n", "the class 'bad' has 1 rows"),
+    (b"review,verdict\nfine,good\nbl\xffeak,bad\n", "not UTF-8"),
+])
+def test_bad_files_are_named_with_their_row(tmp_path, content, words):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words) as caught:
+        rows(path)
+    assert str(path) in str(caught.value)
+
+
+def test_paths_that_are_nothing(tmp_path):
+    for name, words in (("absent.csv", "no such file"), ("./absent", "no such file"), ("notes.txt", "must end in")):
+        path = tmp_path / name
+        if name == "notes.txt":
+            path.write_text("text")
+        with pytest.raises(UserError, match=words):
+            rows(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def test_head_truncation_is_the_tokenizers_own(encoder_folder):
+    for name in ("bert", "modernbert"):
+        tokenizer = AutoTokenizer.from_pretrained(encoder_folder(name))
+        texts = ["A gripping film.", "word " * 100, "x"]
+        expected = tokenizer(texts, truncation=True, max_length=12)["input_ids"]
+        assert data.Encode(tokenizer, 12, "head")({"text": texts})["input_ids"] == expected
+
+
+def test_tail_and_head_tail(encoder_folder):
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder("bert"))
+    text = " ".join("the film was dull but the end is good and not bad at all".split() * 3)
+    whole = tokenizer(text)["input_ids"]
+    tail = data.Encode(tokenizer, 11, "tail")({"text": [text]})["input_ids"][0]
+    assert tail == [whole[0], *whole[-10:-1], whole[-1]]
+    both = data.Encode(tokenizer, 11, "head_tail")({"text": [text]})["input_ids"][0]
+    assert both == [*whole[:5], *whole[-6:]]
+    assert data.Encode(tokenizer, 500, "tail")({"text": [text]})["input_ids"][0] == whole
+
+
+def test_tokens_are_cached(config, monkeypatch):
+    first = data.prepare_data(config)
+    data._prepare_data(DataConfig(dataset="demo/reviews.csv"), 2, "demo/bert")  # forget the remembered result
+    monkeypatch.setattr(data.Encode, "__call__", lambda *_: pytest.fail("tokenized again"))
+    again = data.prepare_data(config)
+    assert again is not first
+    assert np.array_equal(again.splits["train"].tokens, first.splits["train"].tokens)
+
+
+def test_a_tokenizer_without_padding_is_refused(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo/bert")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no padding token"):
+        data.load_tokenizer(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_batches_are_the_reviews_padded_to_their_longest(config):
+    loader = data.get_dataloader(config, "train")
+    tokenizer, dataset = data.prepare_data(config).tokenizer, loader.dataset
+    seen = []
+    for batch in loader:
+        lengths = batch["attention_mask"].sum(dim=1)
+        assert batch["input_ids"].shape == (len(batch["id"]), lengths.max())
+        assert torch.equal(batch["token_type_ids"], torch.zeros_like(batch["input_ids"]))
+        for row, review in enumerate(batch["id"].tolist()):
+            expected = tokenizer(dataset.text(review), truncation=True, max_length=32)["input_ids"]
+            assert batch["input_ids"][row].tolist() == expected + [0] * (batch["input_ids"].shape[1] - len(expected))
+            assert int(lengths[row]) == len(expected)
+            assert ("good" if batch["labels"][row] else "bad") == ("good" if review % 2 else "bad")
+        seen += batch["id"].tolist()
+    assert sorted(seen) == sorted(dataset.ids.tolist())
+
+
+def test_token_type_ids_only_where_the_encoder_takes_them(overrides, encoder_folder):
+    encoder = f"model_config.model_name={encoder_folder('modernbert')}"
+    config = load_config(PROJECT / "config.yaml", [*overrides, encoder])
+    assert "token_type_ids" not in next(iter(data.get_dataloader(config, "valid")))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_moves_no_other_generator(config):
+    loader = data.get_dataloader(config, "train")
+
+    def order(epoch):
+        loader.batch_sampler.epoch = epoch
+        return [batch["id"].tolist() for batch in loader]
+
+    state = torch.get_rng_state()
+    assert order(0) == order(0) != order(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("micro", "processes"), [(64, 1), (32, 1), (8, 1), (13, 1), (64, 2), (5, 3), (64, 3)])
+def test_windows_hold_the_same_reviews_however_they_are_cut(micro, processes):
+    lengths = np.random.default_rng(0).integers(3, 128, size=200)
+    samplers = [data.WindowSampler(lengths, 64, micro, seed=1, rank=rank, processes=processes)
+                for rank in range(processes)]
+    reference = data.WindowSampler(lengths, 64, 64, seed=1).windows()
+    shares = [iter(sampler) for sampler in samplers]
+    for window in reference:
+        rounds = samplers[0].micro_batches(window)
+        pieces = [next(share) for share in shares for _ in range(rounds)]
+        real = np.concatenate([piece[piece >= 0] for piece in pieces])
+        assert sorted(real) == sorted(window)
+        assert max(map(len, pieces)) <= micro
+        assert min(map(len, pieces)) > 0  # nobody waits for a process without work
+    assert all(next(share, None) is None for share in shares)
+    assert [len(window) for window in reference] == [64, 64, 64, 8]
+
+
+def test_a_process_without_a_review_gets_one_that_does_not_count(config):
+    dataset = data.get_dataloader(config, "train").dataset
+    rounds = data.cut_window(np.array([4]), dataset.lengths, 16, 3)
+    batches = [dataset.__getitems__(piece) for piece in rounds[0]]
+    assert [batch["labels"].item() == data.IGNORED for batch in batches] == [False, True, True]
+    assert [batch["id"].item() for batch in batches][1:] == [-1, -1]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real reviews")
+def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
+    settings = [f"data_config.dataset={SHARED / 'data/imdb'}", "data_config.text_column=text",
+                "data_config.label_column=label", "data_config.max_len=8"]
+    config = load_config(PROJECT / "config.yaml", [*overrides, *settings])
+    splits = data.prepare_data(config).splits
+    assert "418 exact duplicates dropped" in capsys.readouterr().out
+    assert {name: len(dataset) for name, dataset in splits.items()} == {"train": 39666, "valid": 4958, "test": 4958}
+    texts = splits["train"].texts["text"][:]
+    by_split = [{texts[i] for i in dataset.ids} for dataset in splits.values()]
+    assert len(set.union(*by_split)) == sum(map(len, by_split)) == 50_000 - 418

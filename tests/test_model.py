@@ -1,0 +1,164 @@
+"""The model: six families of encoders, padding that counts nowhere, files that are safe and exact."""
+
+import json
+import stat
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ENCODERS
+from safetensors.torch import load, save_file
+from transformers import AutoConfig, AutoModel
+
+from hub import explained
+from model import EncoderForClassification, mean_over_tokens
+from utils import ModelConfig, UserError
+
+
+def build(folder: str, **settings) -> EncoderForClassification:
+    torch.manual_seed(1)
+    return EncoderForClassification.from_encoder(ModelConfig(model_name=folder, **settings), ["bad", "good"])
+
+
+def weights_of(path) -> dict[str, torch.Tensor]:
+    return load(path.read_bytes())  # not mapped: the tests write over the file
+
+
+def batch(pad: int = 0):
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(5, 1200, (4, 20), generator=generator)
+    mask = torch.ones_like(input_ids)
+    mask[1, 12:], mask[3, 5:] = 0, 0
+    return {"input_ids": input_ids.masked_fill(mask == 0, pad), "attention_mask": mask}, torch.tensor([0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_family(encoder_folder, name, pooling, tmp_path):
+    model = build(encoder_folder(name), pooling=pooling, dropout_rate=0.0, encoder_dropout=0.0)
+    inputs, labels = batch(ENCODERS[name].pad_token_id or 0)
+    loss, logits = model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"]), labels=labels)
+    assert logits.shape == (4, 2)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+    torch.testing.assert_close(model(**inputs, labels=labels, reduction="sum")[0], 4 * loss)
+    loss.backward()
+    assert [weight for weight, p in model.named_parameters() if p.grad is None] == []  # DDP needs every gradient
+
+    # A review's logits do not know how much padding stands beside it.
+    model.eval()
+    with torch.no_grad():
+        alone = model(inputs["input_ids"][1:2, :12], None)[1]
+        torch.testing.assert_close(model(**inputs)[1][1:2], alone, atol=1e-6, rtol=1e-5)
+
+        model.save_pretrained(tmp_path)
+        assert torch.equal(EncoderForClassification.from_pretrained(tmp_path).eval()(**inputs)[1], model(**inputs)[1])
+
+
+def test_the_mean_leaves_padding_out():
+    hidden = torch.arange(12.0).reshape(2, 3, 2)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert mean_over_tokens(hidden, mask).tolist() == [[1.0, 2.0], [8.0, 9.0]]
+    assert mean_over_tokens(hidden, None).tolist() == [[2.0, 3.0], [8.0, 9.0]]
+
+
+def test_pretrained_weights_are_the_encoders_and_the_head_is_new(encoder_folder):
+    folder = encoder_folder("bert")
+    model, reference = build(folder), AutoModel.from_pretrained(folder)
+    for name, weight in model.encoder.state_dict().items():
+        assert torch.equal(weight, reference.state_dict()[name]), name
+    fresh = build(folder, pretrained=False)
+    assert not torch.equal(fresh.encoder.embeddings.word_embeddings.weight, reference.embeddings.word_embeddings.weight)
+
+
+def test_half_precision_checkpoints_are_trained_in_float32(encoder_folder, tmp_path):
+    AutoModel.from_pretrained(encoder_folder("bert")).half().save_pretrained(tmp_path)
+    assert {p.dtype for p in build(str(tmp_path)).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_dropout_replaces_every_rate(encoder_folder, name):
+    model = build(encoder_folder(name), encoder_dropout=0.3, dropout_rate=0.7)
+    rates = [module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    assert rates
+    assert all(rate == 0.3 for rate in rates)
+    assert model.dropout.p == 0.7
+    assert {value for key, value in model.encoder.config.to_dict().items()
+            if "dropout" in key and isinstance(value, float) and key != "head_dropout"} == {0.3}
+
+
+def test_ignored_labels_weigh_nothing(encoder_folder):
+    model = build(encoder_folder("bert")).eval()
+    inputs, labels = batch()
+    all_ignored = torch.full_like(labels, -100)
+    assert model(**inputs, labels=all_ignored, reduction="sum")[0] == 0
+    some = torch.where(torch.tensor([True, False, True, False]), labels, -100)
+    two = {name: values[::2] for name, values in inputs.items()}
+    torch.testing.assert_close(model(**inputs, labels=some, reduction="sum")[0],
+                               model(**two, labels=labels[::2], reduction="sum")[0])
+
+
+def test_saved_model_is_readable_by_others_and_names_its_classes(encoder_folder, tmp_path):
+    build(encoder_folder("bert")).save_pretrained(tmp_path)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) & 0o044 == 0o044
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+    assert AutoConfig.from_pretrained(tmp_path).label2id == {"bad": 0, "good": 1}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("harm", ["no weights", "cut short", "another shape", "a pickle", "no config"])
+def test_a_broken_model_folder_is_named(encoder_folder, tmp_path, harm):
+    build(encoder_folder("bert")).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if harm == "no weights":
+        weights.unlink()
+    elif harm == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif harm == "another shape":
+        save_file(weights_of(weights) | {"head.weight": torch.zeros(3, 32)}, weights)
+    elif harm == "a pickle":
+        torch.save(weights_of(weights), weights)
+    else:
+        (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=str(tmp_path)):
+        EncoderForClassification.from_pretrained(tmp_path)
+
+
+def test_an_encoder_without_or_with_half_of_its_weights_is_refused(encoder_folder, tmp_path):
+    AutoModel.from_pretrained(encoder_folder("bert")).save_pretrained(tmp_path)
+    weights = weights_of(tmp_path / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="encoder.layer.1.output.dense.weight"):
+        build(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=str(tmp_path)):
+        build(str(tmp_path))
+
+
+def test_pickled_weights_are_not_loaded(encoder_folder, tmp_path):
+    AutoModel.from_pretrained(encoder_folder("bert")).save_pretrained(tmp_path)
+    torch.save(weights_of(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        build(str(tmp_path))
+
+
+def test_code_from_the_hub_is_not_run(encoder_folder, tmp_path):
+    AutoModel.from_pretrained(encoder_folder("bert")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    with pytest.raises(UserError):
+        build(str(tmp_path))
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_an_unreachable_hub_is_said_with_the_ways_on():
+    with pytest.raises(UserError, match="cannot be reached.*local folder.*demo.yaml"):
+        build("google-bert/bert-base-uncased")
+
+
+def test_errors_of_programs_stay_errors_of_programs():
+    with pytest.raises(ZeroDivisionError), explained("model_config.model_name", "x"):
+        _ = 1 / 0

@@ -1,0 +1,258 @@
+"""The real main.py on tiny data: the run folder, the best weights, the same bits, stopping and going on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROJECT, SHARED, run_script
+from safetensors.torch import load_file
+
+RESULTS = {"history.jsonl", "test_predictions.csv", "misclassified.csv", "best/config.json", "best/model.safetensors",
+           "best/tokenizer.json", "best/README.md"}
+FILES = RESULTS | {"config.yaml", "metrics.json", "plots/learning_curves.png", "plots/confusion_matrix.png",
+                   "plots/reliability.png"}
+
+
+def train(*arguments: str, script: str = "main.py", code: int = 0, **options) -> subprocess.CompletedProcess:
+    result = run_script(script, *arguments, **options)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def metrics_of(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def bits_of(folder) -> dict[str, bytes]:
+    """Everything of a run that must not depend on when it was interrupted; metrics.json less its timings."""
+    measured, files = metrics_of(folder), {name: (folder / name).read_bytes() for name in RESULTS}
+    return files | {"metrics": json.dumps([measured["valid"], measured["test"], measured["train"]["optimizer_steps"]])}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, encoder_folder):
+    """(overrides, run folder) of one finished run that the tests of this file share."""
+    from conftest import write_reviews
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_reviews(folder / "reviews.csv")
+    overrides = [f"output_dir={folder / 'runs'}", f"model_config.model_name={encoder_folder('bert')}",
+                 f"data_config.dataset={folder / 'reviews.csv'}", "data_config.text_column=review",
+                 "data_config.label_column=verdict", "data_config.max_len=32", "data_config.batch_size=16",
+                 "train_config.epochs=3", "train_config.learning_rate=0.003", "train_config.mixed_precision=no",
+                 "train_config.device=cpu", "train_config.scheduler=linear", "train_config.save_every_steps=4",
+                 "log_config.log_every_steps=3", "log_config.wandb_mode=disabled"]
+    train(*overrides, "run_name=run")
+    return overrides, folder / "runs" / "run"
+
+
+def test_the_run_folder_is_complete(undisturbed):
+    _, folder = undisturbed
+    assert {name for name in FILES if not (folder / name).is_file()} == set()
+    measured = metrics_of(folder)
+    assert set(measured) == {"train", "valid", "test", "environment"}
+    assert set(measured["train"]) == {"samples_per_second", "tokens_per_second", "seconds", "peak_memory_mb",
+                                      "model_flops_utilization", "optimizer_steps"}
+    assert set(measured["test"]) == {"loss", "accuracy", "accuracy_ci95", "precision", "recall", "f1", "roc_auc", "ece",
+                                     "n"}
+    assert measured["train"]["optimizer_steps"] == 30
+    assert measured["test"]["accuracy"] == 1.0  # a word gives each review's class away
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in history if "train/loss" in record] == list(range(3, 31, 3))
+    assert [record["epoch"] for record in history if "valid/loss" in record] == [1.0, 2.0, 3.0]
+    first, last = (record["train/loss"] for record in (history[0], history[-2]))
+    assert last < first / 2
+    with open(folder / "test_predictions.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == measured["test"]["n"] == 20
+
+
+def test_the_same_command_gives_the_same_bits(undisturbed):
+    overrides, folder = undisturbed
+    train(*overrides, "run_name=again")
+    again = bits_of(folder.parent / "again")
+    again["best/README.md"] = again["best/README.md"].replace(b"again", b"run")
+    assert again == bits_of(folder)
+
+
+def test_mode_test_gives_the_same_figures_to_the_last_digit(undisturbed):
+    overrides, folder = undisturbed
+    before = bits_of(folder)
+    for name in ("test_predictions.csv", "misclassified.csv", "best/README.md"):
+        (folder / name).unlink()
+    train(*overrides, "run_name=run", "--mode", "test")
+    assert bits_of(folder) == before
+
+
+def test_a_finished_run_is_not_repeated_and_not_overwritten(undisturbed):
+    overrides, folder = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "finished: nothing was done again" in train(*overrides, "run_name=run").stdout
+    assert "other settings (train_config.epochs: 3 -> 4)" in train(
+        *overrides, "run_name=run", "train_config.epochs=4", code=2).stderr
+    assert "train_config.overwrite=true" in train(
+        *overrides, "run_name=run", "train_config.resume=never", code=2).stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_testing_on_other_data_than_the_training_split_left_out_is_refused(undisturbed):
+    overrides, _ = undisturbed
+    result = train(*overrides, "run_name=run", "--mode", "test", "data_config.split_seed=1", code=2)
+    assert "data_config.split_seed: 42 -> 1" in result.stderr
+
+
+def test_testing_a_run_that_does_not_exist(undisturbed):
+    overrides, folder = undisturbed
+    result = train(*overrides, "run_name=absent", "--mode", "test", code=2)
+    assert "train this run first" in result.stderr
+    assert not (folder.parent / "absent").exists()
+
+
+def test_the_tested_weights_are_the_best_not_the_last(undisturbed):
+    overrides, folder = undisturbed
+    # The learning rate explodes after the first epoch's good start: a later epoch is never better.
+    arguments = [*overrides, "run_name=worse", "train_config.optimizer=sgd", "train_config.learning_rate=30",
+                 "train_config.scheduler=constant", "train_config.best_metric=loss", "train_config.epochs=4"]
+    train(*arguments)
+    worse = folder.parent / "worse"
+    history = [json.loads(line) for line in (worse / "history.jsonl").read_text().splitlines()]
+    losses = [record["valid/loss"] for record in history if "valid/loss" in record]
+    best = losses.index(min(losses)) + 1
+    assert best < 4
+    assert metrics_of(worse)["valid"]["epoch"] == best
+    assert metrics_of(worse)["valid"]["loss"] == min(losses)
+    last = sorted((worse / "last").glob("step-*"))[-1]
+    last_weights = torch.load(last / "state.pt", weights_only=True)["model"]
+    best_weights = load_file(worse / "best" / "model.safetensors")
+    assert not torch.equal(last_weights["head.weight"], best_weights["head.weight"])
+
+
+def test_early_stopping_and_max_steps(undisturbed):
+    overrides, folder = undisturbed
+    train(*overrides, "run_name=early", "train_config.learning_rate=1e-9", "train_config.early_stopping_patience=2",
+          "train_config.epochs=9")
+    assert metrics_of(folder.parent / "early")["train"]["optimizer_steps"] == 30  # the best, and two more
+    train(*overrides, "run_name=short", "train_config.max_steps=13")
+    assert metrics_of(folder.parent / "short")["train"]["optimizer_steps"] == 13
+
+
+def test_training_happens_with_wandb_off_offline_or_broken(undisturbed, tmp_path):
+    overrides, folder = undisturbed
+    train(*overrides[:-1], "run_name=run_offline", "log_config.wandb_mode=auto", "train_config.max_steps=10",
+          environment={"WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")})
+    assert list((folder.parent / "wandb").glob("offline-run-*"))
+    broken = tmp_path / "wandb"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")
+    result = train(*overrides[:-1], "run_name=run_broken", "log_config.wandb_mode=offline", "train_config.max_steps=10",
+                   environment={"PYTHONPATH": str(tmp_path)})
+    assert "left out of this run (ImportError: broken on purpose)" in result.stdout
+    for name in ("run_offline", "run_broken"):
+        assert metrics_of(folder.parent / name)["train"]["optimizer_steps"] == 10
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143),
+                                            (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("script", ["main.py", "main_accumulation.py"])
+def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, sent, code, script):
+    overrides, folder = undisturbed
+    name = f"run_{sent.name}_{script}"
+    arguments = [sys.executable, script, *overrides, f"run_name={name}"]
+    process = subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wanted = folder.parent / name / "last" / "step-00000012"  # in the middle of the second epoch
+    deadline = time.monotonic() + 60
+    while not wanted.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sent)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    result = train(*overrides, f"run_name={name}", script=script)
+    assert "going on from" in result.stdout
+    stopped = bits_of(folder.parent / name)
+    stopped["best/README.md"] = stopped["best/README.md"].replace(name.encode(), b"run")
+    assert stopped == bits_of(folder)
+
+
+def test_a_damaged_state_is_found_and_the_one_before_it_is_taken(undisturbed):
+    overrides, folder = undisturbed
+    run = folder.parent / "run_damaged"
+    train(*overrides, "run_name=run_damaged")
+    for name in ("metrics.json", "best/README.md"):
+        (run / name).unlink()
+    newest = sorted((run / "last").glob("step-*"))[-1] / "state.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    result = train(*overrides, "run_name=run_damaged")
+    assert f"{newest} is damaged" in result.stdout
+    damaged = bits_of(run)
+    damaged["best/README.md"] = damaged["best/README.md"].replace(b"run_damaged", b"run")
+    assert damaged == bits_of(folder)
+
+
+def test_the_demo_is_marked_everywhere(tmp_path):
+    result = train("--config", "demo.yaml", f"output_dir={tmp_path}", "data_config.limit=300", "train_config.epochs=1")
+    assert all("DEMO" in line for line in result.stdout.splitlines() if "accuracy" in line and "test" in line)
+    run = next(path for path in tmp_path.iterdir() if path.name.startswith("DEMO-"))
+    assert "DEMO" in (run / "best" / "README.md").read_text()
+
+
+def test_plain_lines_where_the_output_is_no_terminal(tmp_path):
+    result = train("--config", "demo.yaml", f"output_dir={tmp_path}", "data_config.limit=900", "train_config.epochs=1",
+                   "log_config.log_every_steps=5")
+    assert "reviews/s" in result.stdout
+    assert "\r" not in result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the stand-in for the Hub")
+def test_the_unchanged_config_through_the_hubs_own_protocol(tmp_path):
+    port = "8917"
+    model, imdb = SHARED / "models/all-MiniLM-L6-v2", SHARED / "data/imdb"
+    server = subprocess.Popen([sys.executable, SHARED / "tools/local_hub.py", "--port", port,
+                               "--model", f"google-bert/bert-base-uncased={model}",
+                               "--alias", "bert-base-uncased=google-bert/bert-base-uncased",
+                               "--dataset", f"stanfordnlp/imdb={imdb}"], stdout=subprocess.PIPE)
+    try:
+        server.stdout.readline()
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"),
+               "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "2"}
+        arguments = ["data_config.limit=200", "train_config.epochs=1", f"output_dir={tmp_path}"]
+        train(*arguments, environment=hub, timeout=300)
+        run = tmp_path / "bert-base-uncased-len128-bs64-seed42"
+        before = bits_of(run)
+        train(*arguments, "--mode", "test", environment=hub)
+        assert bits_of(run) == before
+        result = train(*arguments, "run_name=new", "model_config.model_name=nobody/nothing", environment=hub, code=2)
+        assert "nobody/nothing is neither a folder here nor a name on the Hugging Face Hub" in result.stderr
+    finally:
+        server.kill()
+        server.wait()
+    # The Hub is gone: what is cached goes on, what is not is said.
+    assert "does not answer" in train(*arguments, "--mode", "test", environment=hub).stderr
+    assert bits_of(run) == before
+    result = train(*arguments, "run_name=new", "model_config.model_name=nobody/nothing", environment=hub, code=2)
+    assert "cannot be reached" in result.stderr
+
+
+def test_without_the_hub_one_line_says_the_ways_on_within_15_seconds(tmp_path):
+    started = time.perf_counter()
+    # A port that swallows connections without an answer, the slowest way for a network to be gone
+    import socket
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        result = train(f"output_dir={tmp_path}", code=2, environment={
+            "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "hf")})
+    assert time.perf_counter() - started < 15
+    error = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert all(way in error[0] for way in ("connect to the internet", "local folder", "demo.yaml"))
+    assert not any(tmp_path.glob("*/metrics.json"))

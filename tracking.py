@@ -1,0 +1,170 @@
+"""The record of a run: history.jsonl always, wandb beside it where it can.
+
+Whatever wandb does, a run never waits at a prompt and never dies of it: at its first failure it is left out, and the
+files of the run folder are complete without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from evaluation import Predictions
+from utils import Config, process_rank, say
+
+INIT_TIMEOUT_SECONDS = 20  # wandb's own default for an unreachable server is 90
+TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv has them all
+
+
+class History:
+    """history.jsonl: one JSON object a line, with step, epoch and the values logged."""
+
+    def __init__(self, path: Path, keep_lines: int = 0):
+        """Go on after the first `keep_lines` lines: what an interrupted run wrote after its last saved state goes."""
+        self.path = path
+        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if keep_lines else []
+        path.write_text("".join(kept), encoding="utf-8")
+        self.lines = keep_lines
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.lines += 1
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+class Wandb:
+    """A wandb run that cannot hurt: every call that fails ends it with one line."""
+
+    def __init__(self, config: Config, run_id: str | None = None, job_type: str = "train"):
+        self.run = None
+        mode = config.log_config.wandb_mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE", "auto")
+        if mode == "disabled" or process_rank() > 0:
+            return
+        try:
+            self._start(config, mode, run_id, job_type)
+        except Exception as error:
+            self._leave_out(error)
+
+    def _start(self, config: Config, mode: str, run_id: str | None, job_type: str) -> None:
+        import wandb
+
+        if mode in ("auto", "online") and not self._has_login(wandb):
+            if mode == "online":
+                say("wandb: no login found (run `wandb login` once); recording offline")
+            mode = "offline"
+        arguments = {
+            "project": config.log_config.wandb_project, "name": config.run_name, "id": run_id, "resume": "allow",
+            "dir": config.output_dir, "config": OmegaConf.to_container(OmegaConf.structured(config)),
+            "job_type": job_type, "tags": ["DEMO"] if config.is_demo else None,
+            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, silent=True, console="off",
+                                       finish_timeout=60, finish_timeout_raises=False),
+        }
+        try:
+            self.run = wandb.init(mode="offline" if mode == "offline" else "online", **arguments)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            say(f"wandb: the server cannot be reached ({_first_line(error)}); recording offline")
+            self.run = wandb.init(mode="offline", **arguments)
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("epoch", hidden=True)
+        self.run.define_metric("train/*", step_metric="step")
+        self.run.define_metric("valid/*", step_metric="epoch")
+        self.run.define_metric("test/*", step_metric="epoch")
+
+    @staticmethod
+    def _has_login(wandb) -> bool:
+        try:
+            return bool(wandb.login(prompt=False, verify=False))
+        except Exception:
+            return False
+
+    @property
+    def run_id(self) -> str | None:
+        return self.run.id if self.run is not None else None
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._attempt(lambda: self.run.log(record))
+
+    def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
+               plots: list[Path]) -> None:
+        """The results of the test: summary, misclassified reviews, confusion matrix, plots."""
+
+        def send():
+            import wandb
+
+            self.run.summary.update(summary)
+            table = wandb.Table(columns=["id", "text", "label", "predicted", "confidence"],
+                                data=[list(row.values()) for row in rows[:TABLE_ROWS]])
+            confusion = wandb.plot.confusion_matrix(y_true=predictions.labels.tolist(), class_names=label_names,
+                                                    preds=predictions.predicted.tolist())
+            self.run.log({"test/misclassified": table, "test/confusion_matrix": confusion,
+                          **{f"plots/{path.stem}": wandb.Image(str(path)) for path in plots}})
+
+        self._attempt(send)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run; an offline one prints the command that uploads it later."""
+
+        def close():
+            offline, folder = self.run.settings.mode == "offline", Path(self.run.dir).parent
+            self.run.finish(exit_code=exit_code)
+            if offline:
+                say(f"wandb: recorded offline; upload it with: wandb sync {folder}")
+
+        self._attempt(close)
+        self.run = None
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        if self.run is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._leave_out(error)
+
+    def _leave_out(self, error: Exception) -> None:
+        self.run = None
+        say(f"wandb: left out of this run ({_first_line(error)}); the run folder has everything")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+class ProgressBar:
+    """A bar with the running loss, accuracy and reviews a second; plain lines where the output is no terminal."""
+
+    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
+        self.name, self.total, self.done, self.printed = name, total, done, done
+        is_terminal = process_rank() == 0 and sys.stderr.isatty()
+        self.bar = tqdm(desc=name, total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True,
+                        disable=not is_terminal)
+
+    def update(self) -> None:
+        self.done += 1
+        self.bar.update()
+
+    def show(self, loss: float, accuracy: float, reviews_per_second: float) -> None:
+        text = f"loss {loss:.4f}, accuracy {accuracy:.4f}, {reviews_per_second:.1f} reviews/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (self.done - self.printed) * 10 >= self.total:  # about ten lines an epoch
+            say(f"{self.name}, step {self.done}/{self.total}: {text}")
+            self.printed = self.done
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,458 @@
+"""The configuration, and small helpers that every script shares.
+
+`load_config` reads config.yaml with omegaconf, applies overrides such as `train_config.epochs=3`, and refuses unknown
+keys, wrong types and impossible values in one error that lists them all. Nothing here imports torch, so a typing
+mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PROJECT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """The user's input is wrong. Its message is one line that names the file, key, row or value and the fix."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The configuration: type, default, meaning, unit and bounds of every key
+
+
+def option(default: Any, meaning: str, **bounds: Any) -> Any:
+    """A field of the configuration.
+
+    `bounds`: `choices` (a tuple of allowed values), `at_least`, `at_most`, `above` and `below` (numbers).
+    `shapes_result=False` marks what may change between two parts of one run: no trained weight depends on it.
+    """
+    metadata = {"meaning": meaning, "shapes_result": True, **bounds}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    model_name: str = option("bert-base-uncased", "the pretrained encoder: Hub id or local folder")
+    pretrained: bool = option(True, "false: the same architecture with fresh weights")
+    num_labels: int = option(2, "classes", at_least=2)
+    pooling: str = option("cls", "`cls`: the first token's hidden state; `mean`: over real tokens, never over padding",
+                          choices=("cls", "mean"))
+    dropout_rate: float = option(0.1, "dropout before the classification head", at_least=0, below=1)
+    encoder_dropout: float | None = option(None, "null: the encoder's own; a number replaces all of its dropouts",
+                                           at_least=0, below=1)
+
+
+@dataclass
+class DataConfig:
+    dataset: str = option("stanfordnlp/imdb", "Hub id, local folder, or a .csv, .jsonl or .parquet file")
+    text_column: str = option("text", "column with the review")
+    label_column: str = option("label", "column with the class: integers from 0, or names")
+    split: Any = option([0.8, 0.1, 0.1], "train, valid, test shares of all labelled rows, stratified; "
+                        "or `official`: the dataset's own test split")
+    split_seed: int = option(42, "draws the split; independent of train_config.seed", at_least=0)
+    drop_duplicates: bool = option(True, "keep the first of exactly equal texts; "
+                                   "false: keep all, on the same side of the split")
+    limit: int | None = option(None, "use only this many rows, for a quick look", at_least=1)
+    max_len: int = option(128, "tokens a review, special tokens included", at_least=4)
+    truncation: str = option("head", "the part of a long review that is read", choices=("head", "tail", "head_tail"))
+    batch_size: int = option(64, "reviews a forward pass on one device: the micro-batch", at_least=1)
+    eval_batch_size: int = option(256, "reviews a forward pass in evaluation", at_least=1, shapes_result=False)
+    num_workers: int = option(0, "processes that prepare batches; a batch takes 0.15 ms without any", at_least=0,
+                              shapes_result=False)
+
+
+@dataclass
+class TrainConfig:
+    seed: int = option(42, "weights of the head, dropout and order of the reviews", at_least=0)
+    epochs: int = option(5, "passes over the training reviews", at_least=1)
+    max_steps: int | None = option(None, "optimizer steps; ends earlier than epochs", at_least=1)
+    optimizer: str = option("adam", "adam applies weight decay as L2 inside its moments, adamw apart from them",
+                            choices=("adam", "adamw", "sgd"))
+    learning_rate: float = option(5e-5, "at the end of the warm-up", above=0)
+    weight_decay: float = option(0.0, "on all weights but biases and norms", at_least=0)
+    scheduler: str = option("constant", "of the learning rate, counted in optimizer steps",
+                            choices=("constant", "linear", "cosine"))
+    warmup_ratio: float = option(0.0, "share of the optimizer steps", at_least=0, at_most=1)
+    max_grad_norm: float | None = option(None, "clip the gradient's L2 norm once a window; null: no clipping", above=0)
+    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step (main_accumulation.py)", at_least=1)
+    effective_batch_size: int | None = option(None, "reviews an optimizer step, over all micro-batches and processes; "
+                                              "sets gradient_accumulation_steps", at_least=1)
+    auto_micro_batch: bool = option(False, "halve the micro-batch when a GPU runs out of memory, at the same effective "
+                                    "batch", shapes_result=False)
+    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
+    mixed_precision: str = option("auto", "auto: bf16 where the device computes in it, else no",
+                                  choices=("auto", "no", "bf16", "fp16"))
+    compile: bool = option(False, "torch.compile the encoder")
+    early_stopping_patience: int | None = option(None, "epochs without a better validation metric", at_least=1)
+    best_metric: str = option("accuracy", "chooses the best epoch, on validation", choices=("accuracy", "loss"))
+    resume: str = option("auto", "auto: go on where the same run stopped; never: start afresh; must: fail if there is "
+                         "nothing to go on from", choices=("auto", "never", "must"), shapes_result=False)
+    overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
+    save_every_steps: int = option(500, "optimizer steps between two saved states; one more at each epoch's end",
+                                   at_least=1, shapes_result=False)
+
+
+@dataclass
+class LogConfig:
+    wandb_project: str = option("imdb-sentiment", "project on wandb", shapes_result=False)
+    wandb_mode: str = option("auto", "auto: online where a login exists, else offline",
+                             choices=("auto", "online", "offline", "disabled"), shapes_result=False)
+    log_every_steps: int = option(10, "optimizer steps between two training records", at_least=1)
+
+
+@dataclass
+class Config:
+    run_name: str | None = option(None, "null: <model>-len<max_len>-bs<effective batch>-seed<seed>",
+                                  shapes_result=False)
+    output_dir: str = option("checkpoints", "folder of the run folders", shapes_result=False)
+    model_config: ModelConfig = field(default_factory=ModelConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    train_config: TrainConfig = field(default_factory=TrainConfig)
+    log_config: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir) / self.run_name
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the reviews are the built-in, generated ones: every result of such a run is marked DEMO."""
+        return (PROJECT / "demo") in Path(self.data_config.dataset).resolve().parents
+
+
+def num_processes() -> int:
+    """How many processes the launcher started (torchrun and `accelerate launch` set WORLD_SIZE); 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_rank() -> int:
+    """This process's number among them; 0 writes the files."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(text: str) -> None:
+    """Print a line for the user, once however many processes there are."""
+    if process_rank() == 0:
+        print(text, flush=True)
+
+
+def config_fields(config: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of the configuration as (dotted key, dataclass field)."""
+    for entry in fields(config):
+        section = entry.default_factory if entry.name.endswith("_config") else None
+        if section is not None:
+            yield from config_fields(section, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and checking it
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of `path` with the overrides (`section.key=value`) applied.
+
+    Raises UserError that lists every problem: unknown keys with the nearest valid name, wrong types, impossible values.
+    """
+    known = dict(config_fields())
+    config = OmegaConf.structured(Config)
+    problems: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    for origin, key, value in [*_read_yaml(path), *_read_overrides(overrides)]:
+        if key not in known:
+            problems[key] = f"{origin}: unknown key {key}{_suggest(key, known)}"
+            continue
+        origins[key] = origin
+        if value is False and "no" in known[key].metadata.get("choices", ()):
+            value = "no"  # YAML reads a bare no as false
+        try:
+            OmegaConf.update(config, key, value)
+            problems.pop(key, None)  # an override replaces a wrong value of the file
+        except OmegaConfBaseException:
+            shown = "null" if value is None else repr(value)
+            problems[key] = f"{origin}: {key} must be {_type_name(known[key])}, got {shown}"
+    try:
+        config = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    for key, text in _impossible_values(config, known).items():
+        problems.setdefault(key, f"{origins.get(key, path)}: {text}")
+    if problems:
+        found = list(problems.values())
+        count = f"{len(found)} problems: " if len(found) > 1 else ""
+        raise UserError(count + "; ".join(found))
+    # Both ways to ask for a batch say the same from here on.
+    share = config.data_config.batch_size * num_processes()
+    if config.train_config.effective_batch_size is None:
+        config.train_config.effective_batch_size = share * config.train_config.gradient_accumulation_steps
+    config.train_config.gradient_accumulation_steps = config.train_config.effective_batch_size // share
+    config.run_name = config.run_name or _default_run_name(config)
+    return config
+
+
+def _read_yaml(path: str | Path) -> list[tuple[str, str, Any]]:
+    """The file's leaves as (file name, dotted key, value)."""
+    try:
+        loaded = OmegaConf.load(path)
+        tree = OmegaConf.to_container(loaded, resolve=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the configuration with --config FILE") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
+    return [(str(path), key, value) for key, value in _leaves(tree)]
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        is_section = name in Config.__dataclass_fields__ and name.endswith("_config")
+        if isinstance(value, dict):
+            yield from _leaves(value, name + ".")
+        elif not (is_section and value is None):  # a section with nothing below it means its defaults
+            yield name, value
+
+
+def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
+    leaves = []
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or item.startswith("-"):
+            raise UserError(f"command line: {item!r} is not an override; write section.key=value, "
+                            "for example train_config.epochs=3")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + item[len(key) + 1:]]))["value"]
+        except (yaml.YAMLError, OmegaConfBaseException):
+            raise UserError(f"command line: the value of {item!r} is not valid YAML; quote it") from None
+        if isinstance(value, dict):
+            leaves += [("command line", *leaf) for leaf in _leaves(value, key + ".")]
+        else:
+            leaves.append(("command line", key, value))
+    return leaves
+
+
+def _suggest(key: str, known: dict) -> str:
+    if key in Config.__dataclass_fields__:
+        return f"; it is a section: set one of its keys, such as {next(k for k in known if k.startswith(key + '.'))}"
+    # The last part alone finds the key when the section is missing or misspelt: `epochs` -> train_config.epochs.
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    leaf = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if (not near or leaf in by_leaf) and (leaves := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)):
+        near = [by_leaf[leaves[0]]]
+    return f"; did you mean {near[0]}?" if near else "; see the table in README.md"
+
+
+def _type_name(entry: Any) -> str:
+    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
+    kinds = [kind.strip() for kind in str(entry.type).split("|")]
+    return " or ".join("null" if kind == "None" else names.get(kind, kind) for kind in kinds)
+
+
+def _impossible_values(config: Config, known: dict[str, Any]) -> dict[str, str]:
+    """{key: problem} for every value of the right type that cannot work."""
+    problems = {}
+    for key, entry in known.items():
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, name)
+        if value is not None and (problem := _out_of_bounds(value, entry.metadata)):
+            problems[key] = f"{key} is {value!r}: {problem}"
+    data, model, train = config.data_config, config.model_config, config.train_config
+    if problem := _split_problem(data.split):
+        problems["data_config.split"] = f"data_config.split is {data.split!r}: {problem}"
+    if config.run_name is not None and (not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)
+                                        or config.run_name.strip(".") == ""):
+        problems["run_name"] = f"run_name is {config.run_name!r}: use letters, digits and . _ - = + for a folder's name"
+    if train.mixed_precision == "fp16" and (train.device == "cpu" or train.device == "auto" and not has_accelerator()):
+        problems["train_config.mixed_precision"] = (
+            "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
+    if problem := _batch_problem(data.batch_size, train):
+        problems["train_config.effective_batch_size"] = problem
+    if train.auto_micro_batch and num_processes() > 1:
+        problems["train_config.auto_micro_batch"] = (
+            f"train_config.auto_micro_batch is true, but {num_processes()} processes cannot agree on a new micro-batch "
+            "in the middle of a step: set a smaller data_config.batch_size")
+    longest = max_positions(model.model_name)
+    if longest is not None and data.max_len > longest:
+        problems["data_config.max_len"] = (
+            f"data_config.max_len is {data.max_len}: {model.model_name} takes at most {longest} tokens")
+    return problems
+
+
+def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:
+    if "choices" in bounds and value not in bounds["choices"]:
+        near = difflib.get_close_matches(str(value), bounds["choices"], n=1)
+        return f"choose one of {', '.join(bounds['choices'])}" + (f"; did you mean {near[0]}?" if near else "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it must be a finite number"
+    tests = {"at_least": lambda limit: value >= limit, "at_most": lambda limit: value <= limit,
+             "above": lambda limit: value > limit, "below": lambda limit: value < limit}
+    for name, holds in tests.items():
+        if name in bounds and not holds(bounds[name]):
+            return f"it must be {name.replace('_', ' ')} {bounds[name]}"
+    return None
+
+
+def _split_problem(split: Any) -> str | None:
+    if split == "official":
+        return None
+    numbers = isinstance(split, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in split)
+    if not numbers or len(split) != 3:
+        return "give three shares such as [0.8, 0.1, 0.1], or official"
+    if not all(0 < share < 1 for share in split):
+        return "each share must lie between 0 and 1"
+    if abs(sum(split) - 1) > 1e-6:
+        return f"the shares sum to {sum(split):.6g}; they must sum to 1"
+    return None
+
+
+def _batch_problem(micro_batch: int, train: TrainConfig) -> str | None:
+    effective, share = train.effective_batch_size, micro_batch * num_processes()
+    if effective is None or share < 1:
+        return None
+    asked = f"train_config.effective_batch_size is {effective}"
+    if effective % share:
+        near = [size for size in (effective // share * share, (effective // share + 1) * share) if size > 0]
+        return (f"{asked}: with data_config.batch_size={micro_batch} on {num_processes()} process(es) it must be a "
+                f"multiple of {share}, such as {' or '.join(map(str, near))}")
+    steps = train.gradient_accumulation_steps
+    if steps not in (1, effective // share):
+        return f"{asked}, but train_config.gradient_accumulation_steps={steps} makes it {steps * share}: give only one"
+    return None
+
+
+def _default_run_name(config: Config) -> str:
+    model = re.sub(r"[^\w.-]+", "-", Path(config.model_config.model_name).name) or "encoder"
+    demo = "DEMO-" if config.is_demo else ""
+    return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
+            f"-seed{config.train_config.seed}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be known of the encoder and the machine without importing torch
+
+
+def max_positions(model_name: str) -> int | None:
+    """The longest input of the encoder in tokens, from its config.json in a local folder or in the Hub's cache.
+
+    None where the file is not here yet or the architecture has no limit (DeBERTa-v3's positions are relative).
+    """
+    path = Path(model_name) / "config.json"
+    if not Path(model_name).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.utils import HFValidationError
+        try:
+            path = try_to_load_from_cache(model_name, "config.json")
+        except HFValidationError:
+            return None
+        if not isinstance(path, str):
+            return None
+    try:
+        encoder = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # the loader says what is wrong with the folder
+    positions = encoder.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1 or encoder.get("position_biased_input") is False:
+        return None
+    # RoBERTa and its kin number positions from pad_token_id + 1.
+    if encoder.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl",
+                                     "roberta-prelayernorm", "data2vec-text", "xmod"):
+        positions -= encoder.get("pad_token_id", 1) + 1
+    return positions
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU's driver is here: good enough to refuse fp16 on a laptop before torch is imported."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' GPUs under WSL
+    apple_silicon = sys.platform == "darwin" and os.uname().machine == "arm64"
+    return apple_silicon or sys.platform == "win32" or any(map(os.path.exists, drivers))
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch, on every device."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w"):
+    """Open a temporary neighbour for writing; on success sync it and rename it to `path`.
+
+    Whenever the process dies, `path` is the old file or the whole new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    try:
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> list[str]:
+    """`key: old -> new` for each setting that shapes the result and differs between the saved file and `config`.
+
+    `ignored`: keys or sections that may differ.
+    """
+    try:
+        saved = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from None
+    current = OmegaConf.to_container(OmegaConf.structured(config))
+
+    def value(tree: dict, key: str) -> Any:
+        return functools.reduce(dict.__getitem__, key.split("."), tree)
+
+    compared = [key for key, entry in config_fields()
+                if entry.metadata["shapes_result"] and not key.startswith(ignored)]
+    return [f"{key}: {value(saved, key)} -> {value(current, key)}" for key in compared
+            if value(saved, key) != value(current, key)]
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    with atomic_write(path) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
