@@ -73,9 +73,10 @@ def write_reviews(path: Path, rows: int = 200, names: tuple = ("bad", "good"), s
         for row in range(rows):
             name = names[row % len(names)]
             filler = generator.choices("the film was a story of this and that with some people".split(),
-                                       k=generator.randint(2, 38))
-            text = " ".join([*filler, generator.choice(words.get(name, ["odd"])), f"number {row}"])
-            writer.writerow([text, name])
+                                       k=generator.randint(2, 24))
+            text = [*filler, *generator.choices(words.get(name, ["odd"]), k=len(filler) // 2 + 1), f"number {row}"]
+            generator.shuffle(text)
+            writer.writerow([" ".join(text), name])
     return path
 
 
@@ -89,8 +90,8 @@ def overrides(tmp_path, reviews_file, encoder_folder) -> list[str]:
     """Settings of a run of seconds: tiny encoder, 160 training reviews, fp32, 10 optimizer steps an epoch."""
     return [f"output_dir={tmp_path / 'runs'}", "run_name=run", f"model_config.model_name={encoder_folder('bert')}",
             f"data_config.dataset={reviews_file}", "data_config.text_column=review", "data_config.label_column=verdict",
-            "data_config.max_len=32", "data_config.batch_size=16", "train_config.epochs=2",
-            "train_config.learning_rate=0.003", "train_config.mixed_precision=no", "train_config.device=cpu",
+            "data_config.max_len=32", "data_config.batch_size=16", "model_config.pooling=mean", "train_config.epochs=2",
+            "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu",
             "log_config.wandb_mode=disabled", "log_config.log_every_steps=3"]
 
 

@@ -4,14 +4,17 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import PROJECT, SHARED, run_script
+from conftest import PROJECT, SHARED, run_script, write_reviews
 from safetensors.torch import load_file
+
+from checkpointing import saved_states
 
 RESULTS = {"history.jsonl", "test_predictions.csv", "misclassified.csv", "best/config.json", "best/model.safetensors",
            "best/tokenizer.json", "best/README.md"}
@@ -29,6 +32,10 @@ def metrics_of(folder) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def history_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
 def bits_of(folder) -> dict[str, bytes]:
     """Everything of a run that must not depend on when it was interrupted; metrics.json less its timings."""
     measured, files = metrics_of(folder), {name: (folder / name).read_bytes() for name in RESULTS}
@@ -38,15 +45,13 @@ def bits_of(folder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, encoder_folder):
     """(overrides, run folder) of one finished run that the tests of this file share."""
-    from conftest import write_reviews
-
     folder = tmp_path_factory.mktemp("undisturbed")
     write_reviews(folder / "reviews.csv")
     overrides = [f"output_dir={folder / 'runs'}", f"model_config.model_name={encoder_folder('bert')}",
                  f"data_config.dataset={folder / 'reviews.csv'}", "data_config.text_column=review",
                  "data_config.label_column=verdict", "data_config.max_len=32", "data_config.batch_size=16",
-                 "train_config.epochs=3", "train_config.learning_rate=0.003", "train_config.mixed_precision=no",
-                 "train_config.device=cpu", "train_config.scheduler=linear", "train_config.save_every_steps=4",
+                 "model_config.pooling=mean", "train_config.epochs=3", "train_config.learning_rate=0.01",
+                 "train_config.mixed_precision=no", "train_config.device=cpu", "train_config.scheduler=linear", "train_config.save_every_steps=4",
                  "log_config.log_every_steps=3", "log_config.wandb_mode=disabled"]
     train(*overrides, "run_name=run")
     return overrides, folder / "runs" / "run"
@@ -63,11 +68,10 @@ def test_the_run_folder_is_complete(undisturbed):
                                      "n"}
     assert measured["train"]["optimizer_steps"] == 30
     assert measured["test"]["accuracy"] == 1.0  # a word gives each review's class away
-    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    history = history_of(folder)
     assert [record["step"] for record in history if "train/loss" in record] == list(range(3, 31, 3))
     assert [record["epoch"] for record in history if "valid/loss" in record] == [1.0, 2.0, 3.0]
-    first, last = (record["train/loss"] for record in (history[0], history[-2]))
-    assert last < first / 2
+    assert [record for record in history if "train/loss" in record][-1]["train/loss"] < 0.1
     with open(folder / "test_predictions.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == measured["test"]["n"] == 20
 
@@ -114,28 +118,21 @@ def test_testing_a_run_that_does_not_exist(undisturbed):
 
 
 def test_the_tested_weights_are_the_best_not_the_last(undisturbed):
-    overrides, folder = undisturbed
-    # The learning rate explodes after the first epoch's good start: a later epoch is never better.
-    arguments = [*overrides, "run_name=worse", "train_config.optimizer=sgd", "train_config.learning_rate=30",
-                 "train_config.scheduler=constant", "train_config.best_metric=loss", "train_config.epochs=4"]
-    train(*arguments)
-    worse = folder.parent / "worse"
-    history = [json.loads(line) for line in (worse / "history.jsonl").read_text().splitlines()]
-    losses = [record["valid/loss"] for record in history if "valid/loss" in record]
-    best = losses.index(min(losses)) + 1
-    assert best < 4
-    assert metrics_of(worse)["valid"]["epoch"] == best
-    assert metrics_of(worse)["valid"]["loss"] == min(losses)
-    last = sorted((worse / "last").glob("step-*"))[-1]
-    last_weights = torch.load(last / "state.pt", weights_only=True)["model"]
-    best_weights = load_file(worse / "best" / "model.safetensors")
-    assert not torch.equal(last_weights["head.weight"], best_weights["head.weight"])
+    _, folder = undisturbed
+    # Accuracy is perfect after the first epoch already, while the loss goes on falling: the best is not the last.
+    losses = [record["valid/loss"] for record in history_of(folder) if "valid/loss" in record]
+    measured = metrics_of(folder)
+    assert measured["valid"]["epoch"] == 1
+    assert measured["valid"]["loss"] == losses[0] > 5 * losses[-1]
+    assert measured["test"]["loss"] > 5 * losses[-1]
+    last = torch.load(saved_states(folder / "last")[0] / "state.pt", weights_only=True)["model"]
+    best = load_file(folder / "best" / "model.safetensors")
+    assert not torch.equal(last["head.weight"], best["head.weight"])
 
 
 def test_early_stopping_and_max_steps(undisturbed):
     overrides, folder = undisturbed
-    train(*overrides, "run_name=early", "train_config.learning_rate=1e-9", "train_config.early_stopping_patience=2",
-          "train_config.epochs=9")
+    train(*overrides, "run_name=early", "train_config.early_stopping_patience=2", "train_config.epochs=9")
     assert metrics_of(folder.parent / "early")["train"]["optimizer_steps"] == 30  # the best, and two more
     train(*overrides, "run_name=short", "train_config.max_steps=13")
     assert metrics_of(folder.parent / "short")["train"]["optimizer_steps"] == 13
@@ -156,18 +153,18 @@ def test_training_happens_with_wandb_off_offline_or_broken(undisturbed, tmp_path
         assert metrics_of(folder.parent / name)["train"]["optimizer_steps"] == 10
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143),
-                                            (signal.SIGKILL, -9)])
-@pytest.mark.parametrize("script", ["main.py", "main_accumulation.py"])
-def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, sent, code, script):
+@pytest.mark.parametrize(("script", "sent", "code"), [
+    ("main.py", signal.SIGTERM, 143), ("main.py", signal.SIGINT, 130), ("main.py", signal.SIGKILL, -9),
+    ("main_accumulation.py", signal.SIGUSR1, 143), ("main_accumulation.py", signal.SIGKILL, -9)])
+def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, script, sent, code):
     overrides, folder = undisturbed
     name = f"run_{sent.name}_{script}"
     arguments = [sys.executable, script, *overrides, f"run_name={name}"]
     process = subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wanted = folder.parent / name / "last" / "step-00000012"  # in the middle of the second epoch
+    wanted = folder.parent / name / "last"
     deadline = time.monotonic() + 60
-    while not wanted.exists() and time.monotonic() < deadline:
+    while not any(wanted.glob("*-step-00000012")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(sent)
     output = process.communicate(timeout=60)[0]
@@ -185,7 +182,7 @@ def test_a_damaged_state_is_found_and_the_one_before_it_is_taken(undisturbed):
     train(*overrides, "run_name=run_damaged")
     for name in ("metrics.json", "best/README.md"):
         (run / name).unlink()
-    newest = sorted((run / "last").glob("step-*"))[-1] / "state.pt"
+    newest = saved_states(run / "last")[0] / "state.pt"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
@@ -222,7 +219,7 @@ def test_the_unchanged_config_through_the_hubs_own_protocol(tmp_path):
         server.stdout.readline()
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"),
                "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "2"}
-        arguments = ["data_config.limit=200", "train_config.epochs=1", f"output_dir={tmp_path}"]
+        arguments = ["data_config.limit=100", "train_config.epochs=1", f"output_dir={tmp_path}"]
         train(*arguments, environment=hub, timeout=300)
         run = tmp_path / "bert-base-uncased-len128-bs64-seed42"
         before = bits_of(run)
@@ -242,10 +239,7 @@ def test_the_unchanged_config_through_the_hubs_own_protocol(tmp_path):
 
 def test_without_the_hub_one_line_says_the_ways_on_within_15_seconds(tmp_path):
     started = time.perf_counter()
-    # A port that swallows connections without an answer, the slowest way for a network to be gone
-    import socket
-
-    with socket.socket() as silent:
+    with socket.socket() as silent:  # it takes connections and never answers: the slowest way for a network to be gone
         silent.bind(("127.0.0.1", 0))
         silent.listen(0)
         result = train(f"output_dir={tmp_path}", code=2, environment={
