@@ -70,7 +70,8 @@ def environment(devices: Any) -> dict[str, Any]:
     """What a result depends on besides its settings: versions, device, precision, and this project's git commit."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
     device = devices.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get(
+        "cpu_name", platform.machine())
     try:
         commit = subprocess.run(["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40"],
                                 capture_output=True, text=True, timeout=5, check=True).stdout.strip()

@@ -51,7 +51,7 @@ class Predictions:
 def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] | int | None]:
     """The metrics of metrics.json.
 
-    `loss`: mean cross-entropy in nats. `accuracy_ci95`: Wilson's score interval (Wilson 1927). `precision`, `recall`,
+    `loss`: mean cross-entropy in nats. `accuracy_ci95`: see `wilson_interval`. `precision`, `recall`,
     `f1`: of class 1 with two classes, else the unweighted mean over classes. `roc_auc`: one against the rest, mean over
     classes; None where a class does not occur. `ece`: see `calibration`.
     """
@@ -59,7 +59,6 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     n, num_labels = predictions.logits.shape
     correct = int((predicted == labels).sum())
     log_probabilities = log_softmax(predictions.logits.astype(np.float64), axis=1)
-    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
     scores = predictions.probabilities[:, 1] if num_labels == 2 else predictions.probabilities
@@ -68,7 +67,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     return {
         "loss": float(-log_probabilities[np.arange(n), labels].sum() / n),
         "accuracy": correct / n,
-        "accuracy_ci95": [float(interval.low), float(interval.high)],
+        "accuracy_ci95": list(wilson_interval(correct, n)),
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),
@@ -76,6 +75,12 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "ece": float((counts * np.abs(accuracies - confidences)).sum() / n),
         "n": n,
     }
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927)."""
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def calibration(predictions: Predictions, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -51,12 +51,14 @@ class EncoderForClassification(nn.Module):
 
         `input_ids`, `attention_mask` (1 for real tokens, None if all are) and `token_type_ids`: (batch, tokens) int64;
         `labels`: (batch,) int64, -100 is skipped. `loss`: cross-entropy in float32, the mean over the batch or, with
-        reduction="sum", the sum; None without labels. `logits`: (batch, num_labels) float32.
+        reduction="sum", the sum; None without labels. `logits`: (batch, num_labels) float32, or float64
+        in a model of float64.
         """
         token_types = {"token_type_ids": token_type_ids} if self.takes_token_types else {}
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **token_types).last_hidden_state
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_over_tokens(hidden, attention_mask)
-        logits = self.head(self.dropout(pooled)).float()  # hidden: (batch, tokens, width), pooled: (batch, width)
+        logits = self.head(self.dropout(pooled))  # hidden: (batch, tokens, width), pooled: (batch, width)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's half precision ends here
         loss = None if labels is None else F.cross_entropy(logits, labels, reduction=reduction)
         return loss, logits
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
-from evaluation import Predictions, calibration
+from evaluation import Predictions, calibration, wilson_interval
 from utils import Config, atomic_write
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # told apart with any colour vision (Okabe and Ito)
@@ -60,18 +60,17 @@ def plot_learning_curves(config: Config, history: list[dict[str, Any]]) -> Figur
 
 
 def plot_confusion_matrix(config: Config, predictions: Predictions, label_names: list[str]) -> Figure:
-    size = 4.5 + 0.4 * len(label_names)
-    figure = Figure(figsize=(size, size * 0.9), layout="constrained")
+    size = 4 + 0.5 * len(label_names)
+    figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()
     matrix = np.zeros((len(label_names), len(label_names)), dtype=int)
     np.add.at(matrix, (predictions.labels, predictions.predicted), 1)
     ConfusionMatrixDisplay(matrix, display_labels=label_names).plot(
-        ax=axis, cmap="Blues", values_format=",d", im_kw={"vmin": 0},
+        ax=axis, cmap="Blues", values_format=",d", im_kw={"vmin": 0}, colorbar=False,
         xticks_rotation=45 if len(label_names) > 4 else "horizontal")
-    axis.images[0].colorbar.set_label("reviews")
-    axis.set_xlabel("predicted class (reviews)")
-    axis.set_ylabel("true class (reviews)")
-    axis.set_title(title(config, f"{len(predictions.labels):,} test reviews"), fontsize=10)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    axis.set_title(title(config, f"{len(predictions.labels):,} test reviews, counted by class"), fontsize=10)
     return figure
 
 
@@ -84,14 +83,19 @@ def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     axis, histogram = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     low = 100 * edges[np.flatnonzero(filled)[0]]
     axis.plot([low, 100], [low, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-    axis.plot(100 * confidences[filled], 100 * accuracies[filled], color=BLUE, marker="o",
-              label=f"model (expected calibration error {100 * error:.1f} points)")
+    x, y = 100 * confidences[filled], 100 * accuracies[filled]
+    intervals = 100 * np.array([wilson_interval(round(n * share), n) for n, share in
+                                zip(counts[filled].tolist(), accuracies[filled].tolist(), strict=True)])
+    axis.errorbar(x, y, yerr=[y - intervals[:, 0], intervals[:, 1] - y], color=BLUE, marker="o", elinewidth=1,
+                  capsize=2, label=f"model, with 95 % intervals\n(expected calibration error {100 * error:.1f} points)")
     axis.set_ylabel("accuracy (% of reviews)")
-    axis.set_title(title(config, f"reliability on {counts.sum():,} test reviews"), fontsize=10)
-    axis.legend(loc="upper left")
+    figure.suptitle(title(config, f"reliability on {counts.sum():,} test reviews"), fontsize=10)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.02), frameon=False)
     axis.grid(alpha=0.3)
     histogram.bar(100 * edges[:-1], counts, width=100 * np.diff(edges), align="edge", color=BLUE, edgecolor="white")
     histogram.set_xlabel("confidence: probability of the predicted class (%)")
+    histogram.set_yscale("log")  # most reviews are in the last bin, and the others still count
+    histogram.set_ylim(bottom=0.8)
     histogram.set_ylabel("reviews")
     histogram.set_xlim(low, 100)
     return figure
@@ -132,8 +136,8 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
 
 Data: {data.dataset}, split {split} (split_seed {data.split_seed}); the test reviews were read once, with the weights
 that were best on validation. Input: at most {data.max_len} tokens ({data.truncation}).
-Training: {train.optimizer}, learning rate {train.learning_rate:g}, {train.scheduler} schedule, effective batch
-{train.effective_batch_size}, seed {train.seed}, {metrics["train"]["optimizer_steps"]} optimizer steps.
+Training: {train.optimizer}, learning rate {train.learning_rate:g}, {train.scheduler} schedule,
+effective batch {train.effective_batch_size}, seed {train.seed}, {metrics["train"]["optimizer_steps"]} optimizer steps.
 
 ```python
 from transformers import AutoTokenizer

@@ -47,12 +47,14 @@ def undisturbed(tmp_path_factory, encoder_folder):
     """(overrides, run folder) of one finished run that the tests of this file share."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_reviews(folder / "reviews.csv")
-    overrides = [f"output_dir={folder / 'runs'}", f"model_config.model_name={encoder_folder('bert')}",
-                 f"data_config.dataset={folder / 'reviews.csv'}", "data_config.text_column=review",
-                 "data_config.label_column=verdict", "data_config.max_len=32", "data_config.batch_size=16",
-                 "model_config.pooling=mean", "train_config.epochs=3", "train_config.learning_rate=0.01",
-                 "train_config.mixed_precision=no", "train_config.device=cpu", "train_config.scheduler=linear", "train_config.save_every_steps=4",
-                 "log_config.log_every_steps=3", "log_config.wandb_mode=disabled"]
+    overrides = [
+        f"output_dir={folder / 'runs'}", f"model_config.model_name={encoder_folder('bert')}",
+        "model_config.pooling=mean", f"data_config.dataset={folder / 'reviews.csv'}",
+        "data_config.text_column=review", "data_config.label_column=verdict",
+        "data_config.max_len=32", "data_config.batch_size=16",
+        "train_config.epochs=3", "train_config.learning_rate=0.01", "train_config.scheduler=linear",
+        "train_config.mixed_precision=no", "train_config.device=cpu", "train_config.save_every_steps=4",
+        "log_config.log_every_steps=3", "log_config.wandb_mode=disabled"]
     train(*overrides, "run_name=run")
     return overrides, folder / "runs" / "run"
 
@@ -140,9 +142,14 @@ def test_early_stopping_and_max_steps(undisturbed):
 
 def test_training_happens_with_wandb_off_offline_or_broken(undisturbed, tmp_path):
     overrides, folder = undisturbed
-    train(*overrides[:-1], "run_name=run_offline", "log_config.wandb_mode=auto", "train_config.max_steps=10",
-          environment={"WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")})
-    assert list((folder.parent / "wandb").glob("offline-run-*"))
+    result = train(*overrides[:-1], "run_name=run_offline", "log_config.wandb_mode=auto", "train_config.max_steps=10",
+                   environment={"WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")})
+    [offline] = (folder.parent / "wandb").glob("offline-run-*")
+    assert f"wandb sync {offline}" in result.stdout
+    recorded = next(offline.glob("*.wandb")).read_bytes()
+    for name in (b"train/loss", b"valid/accuracy", b"test/accuracy", b"test/misclassified", b"test/confusion_matrix",
+                 b"plots/reliability", b"learning_rate"):
+        assert name in recorded, name
     broken = tmp_path / "wandb"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise ImportError('broken on purpose')")

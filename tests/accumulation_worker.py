@@ -1,0 +1,87 @@
+"""Training on explicit data, in this process or in one of several that test_accumulation.py starts.
+
+    torchrun --nproc_per_node 2 tests/accumulation_worker.py ENCODER_FOLDER RESULT_FILE WINDOW MICRO_BATCH
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from data import IMDBDataset, WindowSampler
+from devices import SingleDevice
+from main import train_step
+from main_accumulation import AcceleratedDevices
+from model import EncoderForClassification
+from utils import Config, ModelConfig, TrainConfig, process_rank
+
+CONFIG = Config(train_config=TrainConfig(device="cpu", mixed_precision="no"))
+REVIEWS = 200  # windows of 64: three full ones and one of 8
+
+
+def explicit_data() -> IMDBDataset:
+    """Random reviews of 4 to 30 tokens, without a tokenizer or a file."""
+
+    class Tokenizer:
+        pad_token_id, model_input_names = 0, ("input_ids", "attention_mask")
+
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(4, 31, REVIEWS)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    rows = np.arange(REVIEWS)
+    tokens, labels = generator.integers(5, 2500, offsets[-1]), generator.integers(0, 2, REVIEWS)
+    return IMDBDataset(tokens, offsets, rows, labels, rows, texts=None, tokenizer=Tokenizer())
+
+
+def build_model(folder: str, dtype: torch.dtype = torch.float32) -> EncoderForClassification:
+    torch.manual_seed(0)
+    settings = ModelConfig(model_name=folder, pooling="mean", dropout_rate=0.0, encoder_dropout=0.0)
+    return EncoderForClassification.from_encoder(settings).to(dtype).train()
+
+
+def single_device() -> SingleDevice:
+    return SingleDevice(CONFIG)
+
+
+def train_windows(model, optimizer, devices, dataset, window: int, micro_batch: int, windows: int | None = None,
+                  max_grad_norm: float | None = None) -> torch.Tensor:
+    """The first `windows` optimizer steps of an epoch (None: all); returns [summed loss, correct] of this process."""
+    sampler = WindowSampler(dataset.lengths, window, micro_batch, 3, process_rank(), devices.num_processes)
+    batches = iter(sampler)
+    sums = torch.zeros(2)
+    for rows in sampler.windows()[:windows]:
+        cut = [dataset.__getitems__(next(batches)) for _ in range(sampler.micro_batches(rows))]
+        sums += train_step(model, optimizer, cut, len(rows), devices, max_grad_norm)[0]
+    return sums
+
+
+def main():
+    folder, result, window, micro_batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    devices = AcceleratedDevices(CONFIG)
+    model = build_model(folder)
+    model, optimizer = devices.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    exchanges = [0]
+
+    def counting(state, bucket):
+        exchanges[0] += bucket.is_last()
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(None, counting)
+    sums = train_windows(model, optimizer, devices, explicit_data(), window, micro_batch)
+    totals = devices.total(sums).tolist()
+    if devices.is_main:
+        torch.save(devices.weights(model), result)
+        result.with_suffix(".json").write_text(json.dumps({
+            "exchanges": exchanges[0], "totals": totals, "processes": devices.num_processes}))
+    devices.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

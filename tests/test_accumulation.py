@@ -1,0 +1,226 @@
+"""One optimizer step is the mean loss over all reviews of its window, whatever cuts the window and who computes it."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accumulation_worker import build_model, explicit_data, single_device, train_windows
+from conftest import PROJECT, run_script
+from safetensors.torch import load_file
+
+import main
+from data import WindowSampler
+from devices import SingleDevice
+from main_accumulation import AcceleratedDevices
+from model import EncoderForClassification
+from utils import load_config
+
+
+def after(folder: str, micro_batch: int, windows: int | None = None, dtype: torch.dtype = torch.float32,
+          **settings) -> dict[str, torch.Tensor]:
+    model = build_model(folder, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_windows(model, optimizer, single_device(), explicit_data(), 64, micro_batch, windows, **settings)
+    return model.state_dict()
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Relative distance of all parameters, as one vector."""
+    difference = sum(((first[name] - second[name]).double() ** 2).sum() for name in first)
+    return float((difference / sum((value.double() ** 2).sum() for value in first.values())).sqrt())
+
+
+@pytest.mark.parametrize("micro_batch", [32, 8, 13])
+@pytest.mark.parametrize("windows", [1, None])
+@pytest.mark.parametrize("encoder", ["bert", "modernbert"])
+def test_any_micro_batch_gives_the_same_parameters(encoder_folder, encoder, windows, micro_batch):
+    folder = encoder_folder(encoder)
+    start, whole = build_model(folder).state_dict(), after(folder, 64, windows)
+    assert distance(start, whole) > 1e-4  # it trained at all
+    assert distance(whole, after(folder, micro_batch, windows)) < 1e-6
+
+
+@pytest.mark.parametrize("micro_batch", [64, 13])
+def test_against_the_gradient_of_the_whole_batch_in_float64(encoder_folder, micro_batch):
+    folder, dataset = encoder_folder("bert"), explicit_data()
+    model = build_model(folder, torch.float64)
+    parameters = dict(model.named_parameters())
+    for window in WindowSampler(dataset.lengths, 64, 64, seed=3).windows():  # the short last one included
+        batch = dataset.__getitems__(window)
+        logits = model(batch["input_ids"], batch["attention_mask"])[1]
+        loss = -torch.log_softmax(logits, dim=1)[torch.arange(len(window)), batch["labels"]].mean()
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+    assert distance(model.state_dict(), after(folder, micro_batch, dtype=torch.float64)) < 1e-12
+
+
+def test_the_gradient_is_clipped_once_a_window(encoder_folder):
+    folder = encoder_folder("bert")
+    start = build_model(folder).state_dict()
+    for micro_batch in (64, 13):
+        clipped = after(folder, micro_batch, 1, max_grad_norm=1e-3)
+        step = sum(((clipped[name] - start[name]) ** 2).sum() for name in start).sqrt()
+        assert float(step) == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def launcher(processes: int) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    return run_script(*launcher(processes), *arguments, timeout=300)
+
+
+@pytest.mark.parametrize(("processes", "micro_batch"), [(2, 32), (2, 9), (3, 16)])
+def test_several_processes_give_the_same_parameters(encoder_folder, tmp_path, processes, micro_batch):
+    folder, result = encoder_folder("bert"), tmp_path / "weights.pt"
+    finished = launch(processes, "tests/accumulation_worker.py", folder, str(result), "64", str(micro_batch))
+    assert finished.returncode == 0, finished.stderr
+    assert distance(after(folder, 64), torch.load(result, weights_only=True)) < 1e-6
+    record = json.loads(result.with_suffix(".json").read_text())
+    assert record["processes"] == processes
+    assert record["exchanges"] == 4  # one a window: none before its last micro-batch
+    model = build_model(folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = train_windows(model, optimizer, single_device(), explicit_data(), 64, 64)
+    assert record["totals"] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def runs(overrides: list[str], tmp_path: Path, processes: int, batch_size: int) -> Path:
+    arguments = [*overrides, f"run_name=processes{processes}", f"data_config.batch_size={batch_size}",
+                 "train_config.effective_batch_size=159", "train_config.optimizer=sgd", "model_config.dropout_rate=0",
+                 "train_config.learning_rate=0.5",
+                 "model_config.encoder_dropout=0", "train_config.max_grad_norm=0.5"]
+    result = launch(processes, "main_accumulation.py", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return tmp_path / "runs" / f"processes{processes}"
+
+
+def test_the_script_on_three_processes(overrides, tmp_path):
+    # 160 training reviews in windows of 159 and 1: the last is smaller than the number of processes; 20 test reviews.
+    one, three = runs(overrides, tmp_path, 1, 159), runs(overrides, tmp_path, 3, 53)
+    assert distance(load_file(one / "best/model.safetensors"), load_file(three / "best/model.safetensors")) < 1e-6
+    rows = [(folder / "test_predictions.csv").read_text().splitlines() for folder in (one, three)]
+    assert [row.split(",")[:3] for row in rows[0]] == [row.split(",")[:3] for row in rows[1]]
+    assert len({row.split(",")[0] for row in rows[1][1:]}) == 20
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, three)]
+    for split in ("valid", "test"):
+        for name, value in metrics[0][split].items():
+            assert value == pytest.approx(metrics[1][split][name], rel=1e-4), name
+    assert metrics[1]["train"]["optimizer_steps"] == 4
+    assert metrics[1]["environment"]["processes"] == 3
+    history = [[json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+               for folder in (one, three)]
+    assert len(history[0]) == len(history[1])
+    for first, second in zip(*history, strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_two_processes_stopped_and_started_again_end_with_the_same_bits(overrides, tmp_path):
+    arguments = ["main_accumulation.py", *overrides, "train_config.save_every_steps=3", "data_config.batch_size=8"]
+    assert launch(2, *arguments, "run_name=whole").returncode == 0
+    stopped = subprocess.Popen([sys.executable, *launcher(2), *arguments, "run_name=stopped"], cwd=PROJECT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    saved = tmp_path / "runs" / "stopped" / "last"
+    deadline = time.monotonic() + 90
+    while not any(saved.glob("*-step-00000012")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    stopped.terminate()  # torchrun passes it on to both
+    output = stopped.communicate(timeout=90)[0]
+    assert "SIGTERM: saved at optimizer step" in output
+    again = launch(2, *arguments, "run_name=stopped")
+    assert "going on from" in again.stdout, again.stderr
+    for name in ("best/model.safetensors", "history.jsonl", "test_predictions.csv"):
+        assert (saved.parent / name).read_bytes() == (tmp_path / "runs" / "whole" / name).read_bytes(), name
+
+
+def test_both_scripts_give_the_same_bits_on_the_demo(tmp_path):
+    arguments = ["--config", "demo.yaml", f"output_dir={tmp_path}", "data_config.limit=800", "train_config.epochs=2"]
+    for script in ("main", "main_accumulation"):
+        result = run_script(f"{script}.py", *arguments, f"run_name={script}")
+        assert result.returncode == 0, result.stderr
+    for name in ("best/model.safetensors", "history.jsonl", "test_predictions.csv", "misclassified.csv"):
+        assert (tmp_path / "main" / name).read_bytes() == (tmp_path / "main_accumulation" / name).read_bytes(), name
+
+
+def test_accumulation_equals_the_large_batch_in_the_script(overrides, tmp_path):
+    for name, size in (("whole", "64"), ("cut", "16")):
+        result = run_script("main_accumulation.py", *overrides, f"run_name={name}", f"data_config.batch_size={size}",
+                            "train_config.effective_batch_size=64", "train_config.optimizer=sgd",
+                            "model_config.dropout_rate=0", "model_config.encoder_dropout=0")
+        assert result.returncode == 0, result.stderr
+    weights = [load_file(tmp_path / "runs" / name / "best/model.safetensors") for name in ("whole", "cut")]
+    assert distance(*weights) < 1e-6
+
+
+def run_of(overrides, devices_class, *more) -> main.Run:
+    settings = ["train_config.optimizer=sgd", "model_config.dropout_rate=0", "model_config.encoder_dropout=0"]
+    config = load_config(PROJECT / "config.yaml", [*overrides, *settings, *more])
+    run = main.Run(config, devices_class(config))
+    run.start(None)
+    return run
+
+
+@pytest.mark.parametrize("devices_class", [SingleDevice, AcceleratedDevices])
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_result(overrides, devices_class, monkeypatch, capsys):
+    undisturbed = run_of(overrides, devices_class, "data_config.batch_size=64")
+    main.train_epoch(undisturbed)
+    forward, calls = EncoderForClassification.forward, []
+
+    def short_of_memory(self, input_ids, *args, **kwargs):
+        calls.append(len(input_ids))
+        if len(input_ids) > 16 or len(calls) == 9:  # the 9th comes with gradients of its window already in place
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(EncoderForClassification, "forward", short_of_memory)
+    more = ["data_config.batch_size=64", "train_config.auto_micro_batch=true", "run_name=oom"]
+    run = run_of(overrides, devices_class, *more)
+    capsys.readouterr()
+    main.train_epoch(run)
+    assert capsys.readouterr().out.count("out of memory") == 3  # 64 -> 32 -> 16 -> 8, each said once
+    assert (run.sampler.micro_batch, run.progress.micro_batch, run.progress.step) == (8, 8, 3)
+    assert distance(undisturbed.devices.weights(undisturbed.model), run.devices.weights(run.model)) < 1e-6
+
+
+def test_out_of_memory_without_leave_is_an_error(overrides, monkeypatch):
+    run = run_of(overrides, SingleDevice)
+
+    def short_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EncoderForClassification, "forward", short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        main.train_epoch(run)
+
+
+def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrides):
+    run = run_of(overrides, SingleDevice, "train_config.scheduler=linear")
+    run.devices.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-9, growth_interval=999)
+    run.model.head.weight.data *= 30  # large gradients, which overflow until the scale has come down
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    rates = []
+    step = run.devices.step
+    run.devices.step = lambda optimizer: rates.append(step(optimizer)) or rates[-1]
+    main.train_epoch(run)
+    skipped = rates.count(False)
+    assert 0 < skipped < len(rates) == 10
+    assert run.scheduler.last_epoch == 10 - skipped
+    assert not torch.equal(before["head.weight"], run.model.state_dict()["head.weight"])
+    assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
+
+
+def test_the_gradient_norm_benchmark_runs_and_this_suite_is_right():
+    result = run_script("benchmarks/gradient_norm.py")
+    assert result.returncode == 0, result.stderr
+    assert "this suite's norm is right for every cut" in result.stdout
