@@ -188,7 +188,8 @@ def build_optimizer(model: nn.Module, train_config: Any) -> torch.optim.Optimize
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train_config.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    return kinds[train_config.optimizer](groups, lr=train_config.learning_rate, fused=True)
+    fused = train_config.optimizer != "sgd"  # one kernel for all weights; SGD's does not know FSDP2's sharded ones
+    return kinds[train_config.optimizer](groups, lr=train_config.learning_rate, fused=fused)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, train_config: Any, total_steps: int) -> Any:
