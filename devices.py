@@ -88,6 +88,9 @@ class SingleDevice:
         """All weights, as the unwrapped model names them."""
         return model.state_dict()
 
+    def close(self) -> None:
+        """Part from the other processes."""
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model as it was before `prepare`."""
         return model

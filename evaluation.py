@@ -55,6 +55,9 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     `f1`: of class 1 with two classes, else the unweighted mean over classes. `roc_auc`: one against the rest, mean over
     classes; None where a class does not occur. `ece`: see `calibration`.
     """
+    if not np.isfinite(predictions.logits).all():
+        raise FloatingPointError("the model's logits are not finite: lower train_config.learning_rate or set "
+                                 "train_config.max_grad_norm")
     labels, predicted = predictions.labels, predictions.predicted
     n, num_labels = predictions.logits.shape
     correct = int((predicted == labels).sum())

@@ -95,6 +95,9 @@ class AcceleratedDevices(SingleDevice):
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return self.accelerator.get_state_dict(model)
 
+    def close(self) -> None:
+        self.accelerator.end_training()
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         return self.accelerator.unwrap_model(model)
 

@@ -40,8 +40,12 @@ class StopSignals:
             raise SystemExit(self.exit_code)
 
     @property
+    def name(self) -> str:
+        return self.received or "SIGTERM"  # another process was told, and this one stops with it
+
+    @property
     def exit_code(self) -> int:
-        return EXIT_CODES[self.received]
+        return EXIT_CODES[self.name]
 
 
 SIGNALS = StopSignals()

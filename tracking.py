@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from evaluation import Predictions
-from utils import Config, process_rank, say
+from utils import Config, atomic_write, process_rank, say
 
 INIT_TIMEOUT_SECONDS = 20  # wandb's own default for an unreachable server is 90
 TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv has them all
@@ -30,7 +30,8 @@ class History:
         """Go on after the first `keep_lines` lines: what an interrupted run wrote after its last saved state goes."""
         self.path = path
         kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if keep_lines else []
-        path.write_text("".join(kept), encoding="utf-8")
+        with atomic_write(path) as file:
+            file.writelines(kept)
         self.lines = keep_lines
         self.file = path.open("a", encoding="utf-8")
 
@@ -38,6 +39,9 @@ class History:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         self.lines += 1
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-import math
 import os
 import random
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -24,6 +22,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from checks import impossible_values
 
 PROJECT = Path(__file__).resolve().parent
 
@@ -120,7 +120,7 @@ class LogConfig:
 
 @dataclass
 class Config:
-    run_name: str | None = option(None, "null: <model>-len<max_len>-bs<effective batch>-seed<seed>",
+    run_name: str | None = option(None, "null: `<model>-len<max_len>-bs<effective batch>-seed<seed>`",
                                   shapes_result=False)
     output_dir: str = option("checkpoints", "folder of the run folders", shapes_result=False)
     model_config: ModelConfig = field(default_factory=ModelConfig)
@@ -194,7 +194,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    for key, text in _impossible_values(config, known).items():
+    for key, text in impossible_values(config, known, num_processes()).items():
         problems.setdefault(key, f"{origins.get(key, path)}: {text}")
     if problems:
         found = list(problems.values())
@@ -272,125 +272,11 @@ def _type_name(entry: Any) -> str:
     return " or ".join("null" if kind == "None" else names.get(kind, kind) for kind in kinds)
 
 
-def _impossible_values(config: Config, known: dict[str, Any]) -> dict[str, str]:
-    """{key: problem} for every value of the right type that cannot work."""
-    problems = {}
-    for key, entry in known.items():
-        section, _, name = key.rpartition(".")
-        value = getattr(getattr(config, section) if section else config, name)
-        if value is not None and (problem := _out_of_bounds(value, entry.metadata)):
-            problems[key] = f"{key} is {value!r}: {problem}"
-    data, model, train = config.data_config, config.model_config, config.train_config
-    if problem := _split_problem(data.split):
-        problems["data_config.split"] = f"data_config.split is {data.split!r}: {problem}"
-    if config.run_name is not None and (not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)
-                                        or config.run_name.strip(".") == ""):
-        problems["run_name"] = f"run_name is {config.run_name!r}: use letters, digits and . _ - = + for a folder's name"
-    if train.mixed_precision == "fp16" and (train.device == "cpu" or train.device == "auto" and not has_accelerator()):
-        problems["train_config.mixed_precision"] = (
-            "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
-    if problem := _batch_problem(data.batch_size, train):
-        problems["train_config.effective_batch_size"] = problem
-    if train.auto_micro_batch and num_processes() > 1:
-        problems["train_config.auto_micro_batch"] = (
-            f"train_config.auto_micro_batch is true, but {num_processes()} processes cannot agree on a new micro-batch "
-            "in the middle of a step: set a smaller data_config.batch_size")
-    longest = max_positions(model.model_name)
-    if longest is not None and data.max_len > longest:
-        problems["data_config.max_len"] = (
-            f"data_config.max_len is {data.max_len}: {model.model_name} takes at most {longest} tokens")
-    return problems
-
-
-def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:
-    if "choices" in bounds and value not in bounds["choices"]:
-        near = difflib.get_close_matches(str(value), bounds["choices"], n=1)
-        return f"choose one of {', '.join(bounds['choices'])}" + (f"; did you mean {near[0]}?" if near else "")
-    if isinstance(value, float) and not math.isfinite(value):
-        return "it must be a finite number"
-    tests = {"at_least": lambda limit: value >= limit, "at_most": lambda limit: value <= limit,
-             "above": lambda limit: value > limit, "below": lambda limit: value < limit}
-    for name, holds in tests.items():
-        if name in bounds and not holds(bounds[name]):
-            return f"it must be {name.replace('_', ' ')} {bounds[name]}"
-    return None
-
-
-def _split_problem(split: Any) -> str | None:
-    if split == "official":
-        return None
-    numbers = isinstance(split, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in split)
-    if not numbers or len(split) != 3:
-        return "give three shares such as [0.8, 0.1, 0.1], or official"
-    if not all(0 < share < 1 for share in split):
-        return "each share must lie between 0 and 1"
-    if abs(sum(split) - 1) > 1e-6:
-        return f"the shares sum to {sum(split):.6g}; they must sum to 1"
-    return None
-
-
-def _batch_problem(micro_batch: int, train: TrainConfig) -> str | None:
-    effective, share = train.effective_batch_size, micro_batch * num_processes()
-    if effective is None or share < 1:
-        return None
-    asked = f"train_config.effective_batch_size is {effective}"
-    if effective % share:
-        near = [size for size in (effective // share * share, (effective // share + 1) * share) if size > 0]
-        return (f"{asked}: with data_config.batch_size={micro_batch} on {num_processes()} process(es) it must be a "
-                f"multiple of {share}, such as {' or '.join(map(str, near))}")
-    steps = train.gradient_accumulation_steps
-    if steps not in (1, effective // share):
-        return f"{asked}, but train_config.gradient_accumulation_steps={steps} makes it {steps * share}: give only one"
-    return None
-
-
 def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", Path(config.model_config.model_name).name) or "encoder"
     demo = "DEMO-" if config.is_demo else ""
     return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
             f"-seed{config.train_config.seed}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can be known of the encoder and the machine without importing torch
-
-
-def max_positions(model_name: str) -> int | None:
-    """The longest input of the encoder in tokens, from its config.json in a local folder or in the Hub's cache.
-
-    None where the file is not here yet or the architecture has no limit (DeBERTa-v3's positions are relative).
-    """
-    path = Path(model_name) / "config.json"
-    if not Path(model_name).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.utils import HFValidationError
-        try:
-            path = try_to_load_from_cache(model_name, "config.json")
-        except HFValidationError:
-            return None
-        if not isinstance(path, str):
-            return None
-    try:
-        encoder = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # the loader says what is wrong with the folder
-    positions = encoder.get("max_position_embeddings")
-    if not isinstance(positions, int) or positions < 1 or encoder.get("position_biased_input") is False:
-        return None
-    # RoBERTa and its kin number positions from pad_token_id + 1.
-    if encoder.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl",
-                                     "roberta-prelayernorm", "data2vec-text", "xmod"):
-        positions -= encoder.get("pad_token_id", 1) + 1
-    return positions
-
-
-def has_accelerator() -> bool:
-    """Whether a GPU's driver is here: good enough to refuse fp16 on a laptop before torch is imported."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' GPUs under WSL
-    apple_silicon = sys.platform == "darwin" and os.uname().machine == "arm64"
-    return apple_silicon or sys.platform == "win32" or any(map(os.path.exists, drivers))
 
 
 def set_seed(seed: int) -> None:

@@ -46,6 +46,17 @@ ENCODERS = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+
+
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """encoder_folder(name): a folder with a tiny random encoder of that architecture and a tokenizer."""

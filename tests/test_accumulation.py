@@ -144,6 +144,24 @@ def test_two_processes_stopped_and_started_again_end_with_the_same_bits(override
         assert (saved.parent / name).read_bytes() == (tmp_path / "runs" / "whole" / name).read_bytes(), name
 
 
+def test_fsdp2_on_two_processes_gives_the_weights_of_ddp(overrides, tmp_path):
+    arguments = [*overrides, "data_config.batch_size=8", "model_config.dropout_rate=0",
+                 "model_config.encoder_dropout=0"]
+    for name, script in (("ddp", "main_accumulation.py"), ("fsdp", "tests/fsdp_worker.py")):
+        result = launch(2, script, *arguments, f"run_name={name}")
+        assert result.returncode == 0, result.stderr
+    assert "FSDP" in result.stdout
+    folders = [tmp_path / "runs" / name for name in ("ddp", "fsdp")]
+    assert distance(*(load_file(folder / "best/model.safetensors") for folder in folders)) < 1e-6
+    # Going on from the sharded state: only the test is left to do, and it comes out the same.
+    predictions = (folders[1] / "test_predictions.csv").read_bytes()
+    for name in ("metrics.json", "test_predictions.csv"):
+        (folders[1] / name).unlink()
+    again = launch(2, "tests/fsdp_worker.py", *arguments, "run_name=fsdp")
+    assert "going on from" in again.stdout, again.stderr
+    assert (folders[1] / "test_predictions.csv").read_bytes() == predictions
+
+
 def test_both_scripts_give_the_same_bits_on_the_demo(tmp_path):
     arguments = ["--config", "demo.yaml", f"output_dir={tmp_path}", "data_config.limit=800", "train_config.epochs=2"]
     for script in ("main", "main_accumulation"):

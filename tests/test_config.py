@@ -8,6 +8,7 @@ import time
 import pytest
 from conftest import PROJECT, SHARED, run_script
 
+import checks
 import utils
 from utils import UserError, config_fields, load_config
 
@@ -102,7 +103,7 @@ def test_fp16_on_a_cpu_is_refused():
 
 @pytest.mark.parametrize(("name", "limit"), [("bert", 66), ("roberta", 64), ("deberta-v3", None)])
 def test_max_len_above_what_the_encoder_takes(encoder_folder, name, limit):
-    assert utils.max_positions(encoder_folder(name)) == limit
+    assert checks.max_positions(encoder_folder(name)) == limit
     if limit:
         message = error_of(f"model_config.model_name={encoder_folder(name)}", f"data_config.max_len={limit + 1}")
         assert f"takes at most {limit} tokens" in message
@@ -166,4 +167,4 @@ def test_the_two_ways_to_ask_for_a_batch_agree():
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the MiniLM encoder")
 def test_max_len_of_a_real_encoder():
-    assert utils.max_positions(str(SHARED / "models/all-MiniLM-L6-v2")) == 512
+    assert checks.max_positions(str(SHARED / "models/all-MiniLM-L6-v2")) == 512

@@ -1,0 +1,79 @@
+"""Peak memory of an optimizer step against its batch: larger micro-batches cost memory, accumulation does not.
+
+    python benchmarks/memory.py                             MiniLM's shape: some minutes on two CPU cores
+    python benchmarks/memory.py --shape bert-base           BERT-base's shape, for a GPU
+
+Each row is a process of its own that takes three optimizer steps on random reviews of 128 tokens, in the precision that
+`mixed_precision: auto` picks, with Adam. On a GPU the figure is the most that torch held there, on a CPU the most
+memory of the whole process.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import transformers
+from transformers import BertConfig, ModernBertConfig
+
+from data import IMDBDataset, cut_window
+from devices import SingleDevice
+from efficiency import peak_memory_mb
+from main import train_step
+from model import EncoderForClassification
+from run import build_optimizer
+from utils import Config
+
+TOKENS, STEPS = 128, 3
+ROWS = [(64, 64), (64, 256), (64, 1024), (128, 128), (256, 256), (512, 512)]  # (micro-batch, effective batch)
+SHAPES = {"minilm": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536), "bert-base": BertConfig(),
+          "modernbert-base": ModernBertConfig()}
+
+
+def random_reviews(reviews: int, vocabulary: int) -> IMDBDataset:
+    random = np.random.default_rng(0)
+    rows, offsets = np.arange(reviews), TOKENS * np.arange(reviews + 1)
+    tokenizer = SimpleNamespace(pad_token_id=0, model_input_names=["input_ids", "attention_mask"])
+    return IMDBDataset(random.integers(1000, vocabulary - 1000, offsets[-1]), offsets, rows,
+                       random.integers(2, size=reviews), rows, texts=None, tokenizer=tokenizer)
+
+
+def measure(shape: str, micro_batch: int, window: int) -> float:
+    """Peak memory in MB."""
+    config, encoder_config = Config(), SHAPES[shape]
+    encoder_config.pooling, encoder_config.head_dropout = "cls", 0.1
+    devices = SingleDevice(config)
+    model = EncoderForClassification(encoder_config).to(devices.device)
+    optimizer = build_optimizer(model, config.train_config)
+    dataset = random_reviews(window, encoder_config.vocab_size)
+    pieces = cut_window(np.arange(window), dataset.lengths, micro_batch, processes=1)
+    for _ in range(STEPS):
+        train_step(model, optimizer, [dataset.__getitems__(piece) for piece, in pieces], window, devices, None)
+    return peak_memory_mb(devices.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="minilm")
+    parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)  # micro-batch and window of one process
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(measure(arguments.shape, *arguments.row))
+        return
+    print(f"{arguments.shape}, {TOKENS} tokens, {SingleDevice(Config())}, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}\n\nmicro-batch  effective batch  peak memory (MB)", flush=True)
+    for micro_batch, window in ROWS:
+        child = subprocess.run([sys.executable, __file__, "--shape", arguments.shape, "--row", str(micro_batch),
+                                str(window)], capture_output=True, text=True, check=False)
+        last = (child.stdout or child.stderr or f"killed with {child.returncode}").strip().splitlines()[-1]
+        print(f"{micro_batch:11}  {window:15}  {float(last):16,.0f}" if child.returncode == 0 else
+              f"{micro_batch:11}  {window:15}  {last}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Values of the configuration that have the right type and still cannot work, found without importing torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> dict[str, str]:
+    """{key: problem} for every value of the right type that cannot work.
+
+    `fields`: the dataclass field of every dotted key; `processes`: how many were launched.
+    """
+    problems = {}
+    for key, entry in fields.items():
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, name)
+        if value is not None and (problem := _out_of_bounds(value, entry.metadata)):
+            problems[key] = f"{key} is {value!r}: {problem}"
+    data, model, train = config.data_config, config.model_config, config.train_config
+    if problem := _split_problem(data.split):
+        problems["data_config.split"] = f"data_config.split is {data.split!r}: {problem}"
+    if config.run_name is not None and (not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)
+                                        or config.run_name.strip(".") == ""):
+        problems["run_name"] = f"run_name is {config.run_name!r}: use letters, digits and . _ - = + for a folder's name"
+    if train.mixed_precision == "fp16" and (train.device == "cpu" or train.device == "auto" and not has_accelerator()):
+        problems["train_config.mixed_precision"] = (
+            "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
+    if problem := _batch_problem(data.batch_size, train, processes):
+        problems["train_config.effective_batch_size"] = problem
+    if train.auto_micro_batch and processes > 1:
+        problems["train_config.auto_micro_batch"] = (
+            f"train_config.auto_micro_batch is true, but {processes} processes cannot agree on a new micro-batch "
+            "in the middle of a step: set a smaller data_config.batch_size")
+    longest = max_positions(model.model_name)
+    if longest is not None and data.max_len > longest:
+        problems["data_config.max_len"] = (
+            f"data_config.max_len is {data.max_len}: {model.model_name} takes at most {longest} tokens")
+    return problems
+
+
+def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:
+    if "choices" in bounds and value not in bounds["choices"]:
+        near = difflib.get_close_matches(str(value), bounds["choices"], n=1)
+        return f"choose one of {', '.join(bounds['choices'])}" + (f"; did you mean {near[0]}?" if near else "")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it must be a finite number"
+    tests = {"at_least": lambda limit: value >= limit, "at_most": lambda limit: value <= limit,
+             "above": lambda limit: value > limit, "below": lambda limit: value < limit}
+    for name, holds in tests.items():
+        if name in bounds and not holds(bounds[name]):
+            return f"it must be {name.replace('_', ' ')} {bounds[name]}"
+    return None
+
+
+def _split_problem(split: Any) -> str | None:
+    if split == "official":
+        return None
+    numbers = isinstance(split, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in split)
+    if not numbers or len(split) != 3:
+        return "give three shares such as [0.8, 0.1, 0.1], or official"
+    if not all(0 < share < 1 for share in split):
+        return "each share must lie between 0 and 1"
+    if abs(sum(split) - 1) > 1e-6:
+        return f"the shares sum to {sum(split):.6g}; they must sum to 1"
+    return None
+
+
+def _batch_problem(micro_batch: int, train: Any, processes: int) -> str | None:
+    effective, share = train.effective_batch_size, micro_batch * processes
+    if effective is None or share < 1:
+        return None
+    asked = f"train_config.effective_batch_size is {effective}"
+    if effective % share:
+        near = [size for size in (effective // share * share, (effective // share + 1) * share) if size > 0]
+        return (f"{asked}: with data_config.batch_size={micro_batch} on {processes} process(es) it must be a "
+                f"multiple of {share}, such as {' or '.join(map(str, near))}")
+    steps = train.gradient_accumulation_steps
+    if steps not in (1, effective // share):
+        return f"{asked}, but train_config.gradient_accumulation_steps={steps} makes it {steps * share}: give only one"
+    return None
+
+
+def max_positions(model_name: str) -> int | None:
+    """`position_limit` of the encoder in a local folder or in the Hub's cache; None where it is not here yet."""
+    path = Path(model_name) / "config.json"
+    if not Path(model_name).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.utils import HFValidationError
+        try:
+            path = try_to_load_from_cache(model_name, "config.json")
+        except HFValidationError:
+            return None
+        if not isinstance(path, str):
+            return None
+    try:
+        return position_limit(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return None  # the loader says what is wrong with the folder
+
+
+def position_limit(encoder: dict[str, Any]) -> int | None:
+    """The longest input in tokens that an encoder with this config.json takes.
+
+    None where its architecture sets no limit, as DeBERTa-v3, whose positions are relative.
+    """
+    positions = encoder.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1 or encoder.get("position_biased_input") is False:
+        return None
+    # RoBERTa and its kin number positions from pad_token_id + 1.
+    if encoder.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl",
+                                     "roberta-prelayernorm", "data2vec-text", "xmod"):
+        positions -= encoder.get("pad_token_id", 1) + 1
+    return positions
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU's driver is here: good enough to refuse fp16 on a laptop before torch is imported."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' GPUs under WSL
+    apple_silicon = sys.platform == "darwin" and os.uname().machine == "arm64"
+    return apple_silicon or sys.platform == "win32" or any(map(os.path.exists, drivers))

@@ -1,0 +1,127 @@
+"""A training run: what changes from step to step, what is saved of it, and how it goes on from there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from checkpointing import Progress, load_progress, random_state, save_state, set_random_state
+from checks import position_limit
+from data import get_dataloader, prepare_data
+from efficiency import matmul_weights
+from model import EncoderForClassification
+from tracking import History, Wandb
+from utils import Config, UserError, process_rank, save_config, say, set_seed
+
+
+class Run:
+    """Model, optimizer, schedule, data and progress of one training run, and its records."""
+
+    def __init__(self, config: Config, devices: Any):
+        set_seed(config.train_config.seed)
+        self.config, self.devices, self.folder = config, devices, config.run_folder
+        with devices.main_process_first():
+            self.data = prepare_data(config)
+        self.train_loader, self.valid_loader = get_dataloader(config, "train"), get_dataloader(config, "valid")
+        self.sampler = self.train_loader.batch_sampler
+        self.steps_per_epoch = len(self.sampler.windows())
+        self.total_steps = self.steps_per_epoch * config.train_config.epochs
+        if config.train_config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.train_config.max_steps)
+
+        model = EncoderForClassification.from_encoder(config.model_config, self.data.label_names).to(devices.device)
+        self.encoder_config, self.matmul_weights = model.config, matmul_weights(model)
+        refuse_misfit(config, model.config, self.train_loader.dataset.tokens)
+        if config.train_config.compile:
+            model.encoder.compile(dynamic=True)
+        self.model, self.optimizer = devices.prepare(model, build_optimizer(model, config.train_config))
+        self.scheduler = build_scheduler(self.optimizer, config.train_config, self.total_steps)
+        if process_rank() > 0:
+            torch.manual_seed(config.train_config.seed + process_rank())  # no two processes draw the same dropout
+
+        self.progress = Progress()
+        self.sums = torch.zeros(2, device=devices.device)  # loss and correct reviews since the last record
+        self.clock = time.perf_counter()
+
+    def start(self, state: Path | None) -> None:
+        """From the beginning, or from a saved state."""
+        if state is not None:
+            self.progress = load_progress(state)
+            self.devices.read_state(state, self.model, self.optimizer)
+            own = state / f"process_{process_rank()}.pt"
+            if not own.exists():
+                raise UserError(f"{state} was saved by fewer processes than are running now: start as many as before")
+            loop = torch.load(own, map_location="cpu", weights_only=True)
+            self.scheduler.load_state_dict(loop["scheduler"])
+            self.sums.copy_(loop["sums"])
+            set_random_state(loop["random"])
+            self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
+            say(f"going on from {state}: epoch {self.progress.epoch + 1}, optimizer step {self.progress.step}")
+        elif self.devices.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_config(self.config, self.folder / "config.yaml")
+            except OSError as error:
+                raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
+        if self.devices.is_main:
+            self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
+        self.wandb = Wandb(self.config, self.progress.wandb_id)
+        self.progress.wandb_id = self.wandb.run_id
+        self.model.train()
+
+    def save(self) -> None:
+        def write(folder: Path) -> None:
+            self.devices.write_state(folder, self.model, self.optimizer)
+            torch.save({"scheduler": self.scheduler.state_dict(), "sums": self.sums, "random": random_state()},
+                       folder / f"process_{process_rank()}.pt")
+
+        if self.devices.is_main:
+            self.history.sync()
+        save_state(self.folder / "last", self.progress, write, self.devices.barrier)
+
+    def record(self, values: dict[str, float], speed: dict[str, float] | None = None) -> None:
+        """To history.jsonl and wandb; the speed, which no two runs share, to wandb alone."""
+        if self.devices.is_main:
+            epoch = self.progress.epoch + self.progress.windows / self.steps_per_epoch
+            record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
+            self.history.log(record)
+            self.wandb.log(record | (speed or {}))
+            self.progress.history_lines = self.history.lines
+
+    def is_over(self) -> bool:
+        patience = self.config.train_config.early_stopping_patience
+        return (self.progress.epoch >= self.config.train_config.epochs or self.progress.step >= self.total_steps
+                or patience is not None and self.progress.epochs_without_improvement >= patience)
+
+
+def refuse_misfit(config: Config, encoder_config: Any, tokens: np.ndarray) -> None:
+    """Raises UserError for reviews that the encoder cannot read, before a kernel fails on them."""
+    name, max_len = config.model_config.model_name, config.data_config.max_len
+    if (longest := position_limit(encoder_config.to_dict())) is not None and max_len > longest:
+        raise UserError(f"data_config.max_len is {max_len}: {name} takes at most {longest} tokens")
+    if (largest := int(tokens.max())) >= encoder_config.vocab_size:
+        raise UserError(f"model_config.model_name: the tokenizer of {name} gives token {largest}, but its encoder only "
+                        f"knows {encoder_config.vocab_size}: they do not belong together")
+
+
+def build_optimizer(model: nn.Module, train_config: Any) -> torch.optim.Optimizer:
+    """Weight decay, if any, goes to matrices only: not to biases and norms, as in BERT's own training."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train_config.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    fused = train_config.optimizer != "sgd"  # one kernel for all weights; SGD's does not know FSDP2's sharded ones
+    return kinds[train_config.optimizer](groups, lr=train_config.learning_rate, fused=fused)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, train_config: Any, total_steps: int) -> Any:
+    name = train_config.scheduler
+    if name == "constant" and train_config.warmup_ratio > 0:
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimizer, num_warmup_steps=round(train_config.warmup_ratio * total_steps),
+                         num_training_steps=total_steps)
