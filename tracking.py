@@ -64,6 +64,7 @@ class Wandb:
             self._leave_out(error)
 
     def _start(self, config: Config, mode: str, run_id: str | None, job_type: str) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # this project says what there is to say
         import wandb
 
         if mode in ("auto", "online") and not self._has_login(wandb):
@@ -71,10 +72,10 @@ class Wandb:
                 say("wandb: no login found (run `wandb login` once); recording offline")
             mode = "offline"
         arguments = {
-            "project": config.log_config.wandb_project, "name": config.run_name, "id": run_id, "resume": "allow",
+            "project": config.log_config.wandb_project, "name": config.run_name, "id": run_id, "resume": "allow" if run_id else None,
             "dir": config.output_dir, "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "job_type": job_type, "tags": ["DEMO"] if config.is_demo else None,
-            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, silent=True, console="off",
+            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
                                        finish_timeout=60, finish_timeout_raises=False),
         }
         try:
