@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from evaluation import Predictions, calibration, wilson_interval
+from hub import is_hub_name
 from utils import Config, atomic_write
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # told apart with any colour vision (Okabe and Ito)
@@ -107,24 +108,28 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
 
     data, train, test = config.data_config, config.train_config, metrics["test"]
     low, high = test["accuracy_ci95"]
-    on_hub = not Path(data.dataset).exists()
+    dataset, encoder = data.dataset, config.model_config.model_name
+    on_hub, encoder_on_hub = is_hub_name(dataset), is_hub_name(encoder)
+    if not on_hub:
+        dataset = Path(dataset).name  # nobody else has this machine's folders
     card_data = ModelCardData(
-        language="en" if config.is_demo or on_hub and data.dataset.endswith("imdb") else None,
+        language="en" if config.is_demo or on_hub and dataset.endswith("imdb") else None,
         library_name="pytorch", tags=["text-classification", "sentiment-analysis"] + ["demo"] * config.is_demo,
-        base_model=config.model_config.model_name if not Path(config.model_config.model_name).exists() else None,
-        datasets=[data.dataset] if on_hub else None, model_name=config.run_name,
-        eval_results=[EvalResult(task_type="text-classification", dataset_type=data.dataset, dataset_name=data.dataset,
+        base_model=encoder if encoder_on_hub else None, datasets=[dataset] if on_hub else None,
+        model_name=config.run_name,
+        eval_results=[EvalResult(task_type="text-classification", dataset_type=dataset, dataset_name=dataset,
                                  metric_type=name, metric_value=test[name]) for name in ("accuracy", "f1")])
     warning = ("> **DEMO.** Trained on generated reviews with an encoder from scratch: its figures say nothing about "
                "IMDB.\n\n" if config.is_demo else "")
     split = data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split)
+    steps = f"{metrics['train']['optimizer_steps']:,} optimizer steps" if "train" in metrics else "interrupted"
     card = f"""---
 {card_data.to_yaml()}
 ---
 
 # {config.run_name}
 
-{warning}{config.model_config.model_name} fine-tuned to tell {" from ".join(label_names)}.
+{warning}{encoder if encoder_on_hub else Path(encoder).name} fine-tuned to tell {" from ".join(label_names)}.
 
 | test metric | value |
 | --- | --- |
@@ -134,17 +139,18 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
 | expected calibration error | {test["ece"]:.4f} |
 | cross-entropy (nats) | {test["loss"]:.4f} |
 
-Data: {data.dataset}, split {split} (split_seed {data.split_seed}); the test reviews were read once, with the weights
-that were best on validation. Input: at most {data.max_len} tokens ({data.truncation}).
+Data: {dataset}, split {split} (split_seed {data.split_seed}); tested with the weights that were best on validation.
+Input: at most {data.max_len} tokens ({data.truncation}).
 Training: {train.optimizer}, learning rate {train.learning_rate:g}, {train.scheduler} schedule,
-effective batch {train.effective_batch_size}, seed {train.seed}, {metrics["train"]["optimizer_steps"]} optimizer steps.
+effective batch {train.effective_batch_size}, seed {train.seed}, {steps}.
 
 ```python
 from transformers import AutoTokenizer
 from model import EncoderForClassification  # model.py of this suite
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = EncoderForClassification.from_pretrained("{folder}").eval()
+folder = "."  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = EncoderForClassification.from_pretrained(folder).eval()
 _, logits = model(**tokenizer(["A film to remember."], truncation=True, max_length={data.max_len}, return_tensors="pt"))
 print(logits.softmax(-1), model.config.id2label)
 ```

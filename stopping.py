@@ -1,5 +1,9 @@
-"""SIGINT, SIGTERM and SIGUSR1: finish the optimizer step, save, leave; the same command goes on later."""
+"""SIGINT, SIGTERM and SIGUSR1: finish the optimizer step, save, leave; the same command goes on later.
 
+A second SIGINT leaves at once.
+"""
+
+import os
 import signal
 from contextlib import contextmanager
 
@@ -24,7 +28,8 @@ class StopSignals:
 
     def _handle(self, number, frame) -> None:
         name = signal.Signals(number).name
-        again = name == "SIGINT" and self.received == "SIGINT"
+        # A launcher passes on the Ctrl-C that the terminal has sent to this process already: no second one there.
+        again = name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ
         if again or not self._deferring:
             raise SystemExit(EXIT_CODES[name])
         self.received = name

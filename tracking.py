@@ -72,8 +72,9 @@ class Wandb:
                 say("wandb: no login found (run `wandb login` once); recording offline")
             mode = "offline"
         arguments = {
-            "project": config.log_config.wandb_project, "name": config.run_name, "id": run_id, "resume": "allow" if run_id else None,
-            "dir": config.output_dir, "config": OmegaConf.to_container(OmegaConf.structured(config)),
+            "project": config.log_config.wandb_project, "name": config.run_name, "dir": config.output_dir,
+            "id": run_id, "resume": "allow" if run_id else None,
+            "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "job_type": job_type, "tags": ["DEMO"] if config.is_demo else None,
             "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
                                        finish_timeout=60, finish_timeout_raises=False),

@@ -3,7 +3,7 @@
     python benchmarks/memory.py                             MiniLM's shape: some minutes on two CPU cores
     python benchmarks/memory.py --shape bert-base           BERT-base's shape, for a GPU
 
-Each row is a process of its own that takes three optimizer steps on random reviews of 128 tokens, in the precision that
+Each row is a process of its own that takes two optimizer steps on random reviews of 128 tokens, in the precision that
 `mixed_precision: auto` picks, with Adam. On a GPU the figure is the most that torch held there, on a CPU the most
 memory of the whole process.
 """
@@ -29,7 +29,7 @@ from model import EncoderForClassification
 from run import build_optimizer
 from utils import Config
 
-TOKENS, STEPS = 128, 3
+TOKENS, STEPS = 128, 2
 ROWS = [(64, 64), (64, 256), (64, 1024), (128, 128), (256, 256), (512, 512)]  # (micro-batch, effective batch)
 SHAPES = {"minilm": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536), "bert-base": BertConfig(),
           "modernbert-base": ModernBertConfig()}

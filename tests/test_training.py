@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,6 +94,15 @@ def test_mode_test_gives_the_same_figures_to_the_last_digit(undisturbed):
         (folder / name).unlink()
     train(*overrides, "run_name=run", "--mode", "test")
     assert bits_of(folder) == before
+
+
+def test_an_interrupted_run_can_be_tested(undisturbed):
+    overrides, folder = undisturbed
+    shutil.copytree(folder, folder.parent / "partial")
+    (folder.parent / "partial" / "metrics.json").unlink()
+    train(*overrides, "run_name=partial", "--mode", "test")
+    assert metrics_of(folder.parent / "partial")["test"] == metrics_of(folder)["test"]
+    assert "interrupted" in (folder.parent / "partial" / "best" / "README.md").read_text()
 
 
 def test_a_finished_run_is_not_repeated_and_not_overwritten(undisturbed):
