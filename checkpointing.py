@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ KEPT_STATES = 2
 class Progress:
     """Where a run is, apart from weights, optimizer and random generators."""
 
+    data_fingerprint: str  # of the reviews and their split
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done
     windows: int = 0  # optimizer steps done in the current epoch
@@ -72,13 +74,8 @@ def find_state(config: Config) -> Path | None:
     """
     folder = config.run_folder
     if config.train_config.resume == "never":
-        if process_rank() == 0:
-            for leftover in ("last", "best"):
-                shutil.rmtree(folder / leftover, ignore_errors=True)
-            (folder / "metrics.json").unlink(missing_ok=True)
         return None
-    if (folder / "config.yaml").exists():
-        refuse_differences(config)
+    refuse_differences(config)
     state = newest_good_state(folder / "last")
     if state is None and config.train_config.resume == "must":
         raise UserError(f"{folder}: no saved state to go on from; train_config.resume=auto starts one")
@@ -88,18 +85,39 @@ def find_state(config: Config) -> Path | None:
 def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
     """Raises UserError if the run folder holds a run whose settings differ from `config` other than in `ignored`."""
     path = config.run_folder / "config.yaml"
-    if path.exists() and (found := differences(path, config, ignored)):
+    if not path.exists():
+        if any((path.parent / name).exists() for name in ("last", "best", "metrics.json")):
+            raise UserError(f"{path} is missing, so nobody knows what this run was: choose another run_name, or start "
+                            "it afresh with train_config.resume=never")
+    elif found := differences(path, config, ignored):
         raise UserError(f"{config.run_folder} holds a run with other settings ({'; '.join(found)}): "
                         "choose another run_name, or give the settings of that run")
+
+
+def refuse_other_data(config: Config, then: str, now: str) -> None:
+    """Raises UserError if the reviews or their split are not what the run was trained on: the test could know them."""
+    if then != now:
+        raise UserError(f"{config.data_config.dataset} has changed since the run in {config.run_folder} began, and with "
+                        "it the split: choose another run_name")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run left, first of all what calls it finished."""
+    (folder / "metrics.json").unlink(missing_ok=True)
+    for name in ("last", "best"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """metrics.json, {} if there is none."""
     path = folder / "metrics.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if metrics and not {"accuracy", "accuracy_ci95", "loss", "f1", "n"} <= set(metrics["test"]):
+            raise ValueError("values are missing")
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it") from None
+    return metrics
 
 
 def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], barrier: Callable[[], None]) -> None:
@@ -108,7 +126,7 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
     `write` puts this process's files into the folder that it is given; `barrier` waits for the other processes.
     """
     states = saved_states(folder)
-    number = int(states[0].name[:4]) + 1 if states else 1
+    number = _number(states[0]) + 1 if states else 1
     target = folder / f"{number:04d}-step-{progress.step:08d}"
     partial = target.with_name(target.name + PARTIAL)
     barrier()  # every process has counted the states
@@ -132,7 +150,12 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
 
 def saved_states(folder: Path) -> list[Path]:
     """The states in `last/`, newest first; complete by their names, not yet verified."""
-    return sorted((path for path in folder.glob("*-step-*") if path.suffix != PARTIAL), reverse=True)
+    states = [path for path in folder.glob("*-step-*") if re.fullmatch(r"\d{4,}-step-\d+", path.name) and path.is_dir()]
+    return sorted(states, key=_number, reverse=True)
+
+
+def _number(state: Path) -> int:
+    return int(state.name.partition("-")[0])
 
 
 def newest_good_state(folder: Path) -> Path | None:

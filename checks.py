@@ -21,14 +21,20 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
     for key, entry in fields.items():
         section, _, name = key.rpartition(".")
         value = getattr(getattr(config, section) if section else config, name)
-        if value is not None and (problem := _out_of_bounds(value, entry.metadata)):
+        if value == "":
+            problems[key] = f"{key} is empty: give a value, or leave the key out"
+        elif value is not None and (problem := _out_of_bounds(value, entry.metadata)):
             problems[key] = f"{key} is {value!r}: {problem}"
     data, model, train = config.data_config, config.model_config, config.train_config
     if problem := _split_problem(data.split):
         problems["data_config.split"] = f"data_config.split is {data.split!r}: {problem}"
-    if config.run_name is not None and (not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)
-                                        or config.run_name.strip(".") == ""):
-        problems["run_name"] = f"run_name is {config.run_name!r}: use letters, digits and . _ - = + for a folder's name"
+    if data.text_column == data.label_column:
+        problems["data_config.label_column"] = (
+            f"data_config.text_column and data_config.label_column are both {data.text_column!r}: name two columns")
+    if config.run_name and (len(config.run_name.encode()) > 200 or config.run_name.strip(".") == ""
+                            or not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)):
+        problems["run_name"] = (f"run_name is {config.run_name!r}: use up to 200 letters, digits and . _ - = + for a "
+                                "folder's name")
     if train.mixed_precision == "fp16" and (train.device == "cpu" or train.device == "auto" and not has_accelerator()):
         problems["train_config.mixed_precision"] = (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
@@ -90,6 +96,8 @@ def _batch_problem(micro_batch: int, train: Any, processes: int) -> str | None:
 def max_positions(model_name: str) -> int | None:
     """`position_limit` of the encoder in a local folder or in the Hub's cache; None where it is not here yet."""
     path = Path(model_name) / "config.json"
+    if len(model_name) > 1000:
+        return None
     if not Path(model_name).is_dir():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.utils import HFValidationError

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stopping import SIGNALS
-from utils import Config, UserError, load_config
+from utils import Config, UserError, load_config, num_processes
 
 MODES = ("train", "test")
 
@@ -30,11 +30,15 @@ def read_command(description: str, accumulates: bool) -> Command:
     parser.add_argument("--mode", default="train", metavar="{" + ",".join(MODES) + "}", help="default: train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="replaces a value of the configuration; README.md has the table")
-    arguments, unknown = parser.parse_known_args()
+    parser.error = lambda message: leave(UserError(f"command line: {message}; see --help"))
+    arguments, unknown = parser.parse_known_intermixed_args()
     try:
         if arguments.mode not in MODES:
             raise UserError(f"--mode {arguments.mode}: choose one of {', '.join(MODES)}")
         config = load_config(arguments.config, [*unknown, *arguments.overrides])
+        if num_processes() > 1 and not accumulates:
+            raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py "
+                            "with the same arguments, or unset WORLD_SIZE")
         steps = config.train_config.gradient_accumulation_steps
         if steps > 1 and not accumulates:
             raise UserError(f"train_config.gradient_accumulation_steps is {steps}: main.py takes one micro-batch an "
@@ -52,6 +56,9 @@ def run(work: Callable[[], None]) -> None:
         work()
     except UserError as error:
         leave(error)
+    except FloatingPointError as error:  # the training went astray, not the program: its message says all
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 def leave(error: UserError) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hub import explained
 from sources import load_reviews
+from stopping import EXIT_CODES
 from utils import UserError, num_processes, process_rank, say
 
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
@@ -124,6 +126,8 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
         train, rest = _draw(pool, labels, len(pool) - held_out, data_config)
         valid, test = _draw(rest, labels, round(held_out * valid_share / (valid_share + test_share)), data_config)
     splits = {"train": train, "valid": valid, "test": test}
+    if empty := [split for split, rows in splits.items() if len(rows) == 0]:
+        raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
 
     kept_on_one_side = not data_config.drop_duplicates
     if kept_on_one_side:
@@ -277,6 +281,7 @@ class PreparedData:
     splits: dict[str, IMDBDataset]
     tokenizer: PreTrainedTokenizerBase
     label_names: list[str]
+    fingerprint: str  # of the reviews, their labels and the split
 
 
 def prepare_data(config: Any, tokenizer_name: str | None = None) -> PreparedData:
@@ -314,7 +319,16 @@ def _prepare_data(data_config: Any, num_labels: int, tokenizer_name: str) -> Pre
     tokens, offsets = tokenize(reviews.table.select(used), encode, digests[used])
     datasets = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids, reviews.table,
                                   tokenizer) for name, ids in splits.items()}
-    return PreparedData(datasets, tokenizer, reviews.label_names)
+    parts = (digests, reviews.labels, *splits.values())
+    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+    return PreparedData(datasets, tokenizer, reviews.label_names, fingerprint)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole job is for the process that trains: it stops its loaders when the state is saved."""
+    for name in EXIT_CODES:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -338,5 +352,5 @@ def get_dataloader(config: Any, split: str, tokenizer_name: str | None = None) -
     else:
         sampler = LengthSampler(dataset.lengths, data_config.eval_batch_size, rank, processes)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=data_config.num_workers,
-                      pin_memory=torch.cuda.is_available(),
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=_ignore_signals,
                       generator=torch.Generator())  # its own: the loader must not advance the generator of dropout

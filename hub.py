@@ -76,7 +76,7 @@ def _hub_answers() -> bool:
 
 @contextmanager
 def explained(key: str, name: str):
-    """Turn the many exceptions of a failed load of `name`, given as `key`, into one UserError."""
+    """Turn whatever exception a failed load of `name`, given as `key`, raises into one UserError."""
     try:
         yield
     except UserError:
@@ -86,8 +86,6 @@ def explained(key: str, name: str):
         if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
             raise user_error from None
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-        if not kinds & {"OSError", "ValueError", "KeyError", "RuntimeError", "DatasetsError", "TransportError"}:
-            raise
         if is_hub_name(name):
             if "RepositoryNotFoundError" in kinds or "DatasetNotFoundError" in kinds and not _offline():
                 raise UserError(f"{key}: {name} is neither a folder here nor a name on the Hugging Face Hub; "
@@ -96,8 +94,8 @@ def explained(key: str, name: str):
                                       "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
                 raise UserError(f"{key}: the Hugging Face Hub cannot be reached and {name} is not completely in the "
                                 f"local cache; {WAYS_ON}") from error
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{key}: {name} cannot be loaded: {reason or type(error).__name__}") from error
+        reason = " ".join(str(causes[-1]).split())[:300]  # the innermost says what went wrong
+        raise UserError(f"{key}: {name} cannot be loaded: {reason or type(causes[-1]).__name__}") from error
 
 
 def _offline() -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpointing import find_state, finished_metrics, read_metrics, refuse_differences
+from checkpointing import find_state, finished_metrics, read_metrics, refuse_differences, refuse_other_data
 from data import get_dataloader, prepare_data
 from devices import SingleDevice, make_deterministic
 from efficiency import environment, peak_flops, peak_memory_mb, training_flops
@@ -247,6 +247,7 @@ def test_again(config: Config, devices: Any) -> None:
     # With another split, the model would be tested on reviews that it was trained on.
     refuse_differences(config, ignored=("train_config", "log_config", "data_config.batch_size"))
     loader = get_dataloader(config, "test", tokenizer_name=str(folder / "best"))
+    refuse_other_data(config, model.config.data_fingerprint, prepare_data(config, str(folder / "best")).fingerprint)
     if (names := prepare_data(config, str(folder / "best")).label_names) != list(model.config.id2label.values()):
         raise UserError(f"{config.data_config.dataset} has the classes {names}, {folder / 'best'} was trained on "
                         f"{list(model.config.id2label.values())}: test it on the data of its training")

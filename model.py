@@ -106,8 +106,9 @@ class EncoderForClassification(nn.Module):
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             encoder_config = AutoConfig.for_model(**settings)
             model = cls(encoder_config)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / 'config.json'}: not a model of this suite: {error}") from error
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder / 'config.json'}: not a model of this suite: {reason}") from error
         try:
             model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
         except (RuntimeError, safetensors.SafetensorError) as error:

@@ -66,7 +66,8 @@ def plot_confusion_matrix(config: Config, predictions: Predictions, label_names:
     axis = figure.subplots()
     matrix = np.zeros((len(label_names), len(label_names)), dtype=int)
     np.add.at(matrix, (predictions.labels, predictions.predicted), 1)
-    ConfusionMatrixDisplay(matrix, display_labels=label_names).plot(
+    plain_names = [name.replace("$", r"\$") for name in label_names]  # matplotlib takes $...$ for a formula
+    ConfusionMatrixDisplay(matrix, display_labels=plain_names).plot(
         ax=axis, cmap="Blues", values_format=",d", im_kw={"vmin": 0}, colorbar=False,
         xticks_rotation=45 if len(label_names) > 4 else "horizontal")
     axis.set_xlabel("predicted class")

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from checkpointing import Progress, load_progress, random_state, save_state, set_random_state
+from checkpointing import (
+    Progress,
+    load_progress,
+    random_state,
+    refuse_other_data,
+    remove_run,
+    save_state,
+    set_random_state,
+)
 from checks import position_limit
 from data import get_dataloader, prepare_data
 from efficiency import matmul_weights
@@ -45,7 +53,8 @@ class Run:
         if process_rank() > 0:
             torch.manual_seed(config.train_config.seed + process_rank())  # no two processes draw the same dropout
 
-        self.progress = Progress()
+        self.progress = Progress(data_fingerprint=self.data.fingerprint)
+        self.encoder_config.data_fingerprint = self.data.fingerprint
         self.sums = torch.zeros(2, device=devices.device)  # loss and correct reviews since the last record
         self.clock = time.perf_counter()
 
@@ -53,6 +62,10 @@ class Run:
         """From the beginning, or from a saved state."""
         if state is not None:
             self.progress = load_progress(state)
+            refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
+            if self.progress.best_epoch and not (self.folder / "best" / "model.safetensors").exists():
+                raise UserError(f"{self.folder / 'best'}: the best model of this interrupted run is gone: start it "
+                                "afresh with train_config.resume=never")
             self.devices.read_state(state, self.model, self.optimizer)
             own = state / f"process_{process_rank()}.pt"
             if not own.exists():
@@ -66,6 +79,7 @@ class Run:
         elif self.devices.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                remove_run(self.folder)  # nothing goes before data and model are ready to take its place
                 save_config(self.config, self.folder / "config.yaml")
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
@@ -95,6 +109,8 @@ class Run:
             self.progress.history_lines = self.history.lines
 
     def is_over(self) -> bool:
+        if self.progress.windows > 0:
+            return False  # stopped within an epoch, or before its validation: that is still to do
         patience = self.config.train_config.early_stopping_patience
         return (self.progress.epoch >= self.config.train_config.epochs or self.progress.step >= self.total_steps
                 or patience is not None and self.progress.epochs_without_improvement >= patience)

@@ -65,6 +65,10 @@ def read_rows(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | N
         if missing := [column for column in columns if column not in row]:
             raise UserError(f"{path}: row {number} has no column {missing[0]!r}; found {', '.join(map(str, row))}: "
                             "set data_config.text_column and data_config.label_column")
+        for column in columns:
+            if isinstance(row[column], bytes | list | dict):
+                raise UserError(f"{path}: row {number} holds {type(row[column]).__name__} in the column {column!r}, not "
+                                "text: convert it, or set data_config.text_column and data_config.label_column")
         yield {column: _as_text(row[column]) for column in columns}
 
 
@@ -83,6 +87,8 @@ def _read_csv(path: str) -> Iterator[dict]:
             for row in reader:
                 if header is None:
                     header = row
+                    if len(set(header)) < len(header):
+                        raise UserError(f"{path}: two columns have the same name in {', '.join(header)}: rename one")
                 elif row:  # a blank line is no row
                     number += 1
                     if len(row) != len(header):
@@ -90,9 +96,19 @@ def _read_csv(path: str) -> Iterator[dict]:
                                         f"header has {len(header)}: put quotes around a text with commas")
                     yield dict(zip(header, row, strict=True))
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 after line {reader.line_num}: save it as UTF-8") from None
+            raise UserError(f"{path}: line {_first_line_not_utf8(path)} is not UTF-8: save it as UTF-8") from None
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: {error}") from None
+            raise UserError(f"{path}: line {reader.line_num}: {error}: mend the quotes there") from None
+
+
+def _first_line_not_utf8(path: str) -> int:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _read_jsonl(path: str) -> Iterator[dict]:
@@ -161,9 +177,9 @@ def _is_unlabelled(split: str, table: Dataset) -> bool:
     if split == "unsupervised":
         return True
     labels = table.data.column("label")
-    if pa.types.is_integer(labels.type):
-        return len(labels) > 0 and (pc.max(labels).as_py() or 0) < 0
-    return len(labels) > 0 and labels.null_count == len(labels)
+    if labels.null_count == len(labels):
+        return True
+    return pa.types.is_integer(labels.type) and pc.max(labels).as_py() < 0
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -189,7 +205,7 @@ def _encode_labels(table: Dataset, name: str, column: str, num_labels: int) -> t
     if (row := pc.index(missing, True).as_py()) >= 0:
         raise UserError(f"{name}: row {row + 1} has no label: fill it or remove the row")
     distinct = sorted(pc.unique(values).to_pylist())
-    if all(re.fullmatch(r"-?\d+", value) for value in distinct):
+    if all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in distinct):
         labels = pc.cast(values, pa.int64()).to_numpy()
         names = list(feature.names) if isinstance(feature, ClassLabel) else [str(i) for i in range(num_labels)]
         outside = np.flatnonzero((labels < 0) | (labels >= len(names)))

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from evaluation import Predictions
-from utils import Config, atomic_write, process_rank, say
+from utils import Config, UserError, atomic_write, process_rank, say
 
 INIT_TIMEOUT_SECONDS = 20  # wandb's own default for an unreachable server is 90
 TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv has them all
@@ -29,7 +29,10 @@ class History:
     def __init__(self, path: Path, keep_lines: int = 0):
         """Go on after the first `keep_lines` lines: what an interrupted run wrote after its last saved state goes."""
         self.path = path
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if keep_lines else []
+        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if path.exists() else []
+        if len(kept) < keep_lines or any(not line.endswith("\n") for line in kept):
+            raise UserError(f"{path} has lost lines that the saved state counts on: start the run afresh with "
+                            "train_config.resume=never")
         with atomic_write(path) as file:
             file.writelines(kept)
         self.lines = keep_lines
@@ -45,7 +48,11 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The records of a run. Raises UserError if a line is damaged."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove its last line") from None
 
 
 class Wandb:
@@ -55,7 +62,9 @@ class Wandb:
         self.run = None
         mode = config.log_config.wandb_mode
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE", "auto")
+            # wandb's own variable; anything but online needs no server, "dryrun" is an old name of offline
+            mode = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}.get(
+                os.environ.get("WANDB_MODE", ""), "auto")
         if mode == "disabled" or process_rank() > 0:
             return
         try:

@@ -67,7 +67,7 @@ class DataConfig:
     label_column: str = option("label", "column with the class: integers from 0, or names")
     split: Any = option([0.8, 0.1, 0.1], "train, valid, test shares of all labelled rows, stratified; "
                         "or `official`: the dataset's own test split")
-    split_seed: int = option(42, "draws the split; independent of train_config.seed", at_least=0)
+    split_seed: int = option(42, "draws the split; independent of train_config.seed", at_least=0, at_most=2**32 - 1)
     drop_duplicates: bool = option(True, "keep the first of exactly equal texts; "
                                    "false: keep all, on the same side of the split")
     limit: int | None = option(None, "use only this many rows, for a quick look", at_least=1)
@@ -81,7 +81,7 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    seed: int = option(42, "weights of the head, dropout and order of the reviews", at_least=0)
+    seed: int = option(42, "weights of the head, dropout and order of the reviews", at_least=0, at_most=2**32 - 1)
     epochs: int = option(5, "passes over the training reviews", at_least=1)
     max_steps: int | None = option(None, "optimizer steps; ends earlier than epochs", at_least=1)
     optimizer: str = option("adam", "adam applies weight decay as L2 inside its moments, adamw apart from them",
@@ -219,7 +219,7 @@ def _read_yaml(path: str | Path) -> list[tuple[str, str, Any]]:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
@@ -285,7 +285,7 @@ def set_seed(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    numpy.random.seed(seed % 2**32)
+    numpy.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -326,7 +326,7 @@ def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> li
     """
     try:
         saved = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from None
     current = OmegaConf.to_container(OmegaConf.structured(config))
 

@@ -10,7 +10,6 @@ from conftest import ENCODERS
 from safetensors.torch import load, save_file
 from transformers import AutoConfig, AutoModel
 
-from hub import explained
 from model import EncoderForClassification, mean_over_tokens
 from utils import ModelConfig, UserError
 
@@ -157,8 +156,3 @@ def test_code_from_the_hub_is_not_run(encoder_folder, tmp_path):
 def test_an_unreachable_hub_is_said_with_the_ways_on():
     with pytest.raises(UserError, match="cannot be reached.*local folder.*demo.yaml"):
         build("google-bert/bert-base-uncased")
-
-
-def test_errors_of_programs_stay_errors_of_programs():
-    with pytest.raises(ZeroDivisionError), explained("model_config.model_name", "x"):
-        _ = 1 / 0
