@@ -97,8 +97,8 @@ def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
 def refuse_other_data(config: Config, then: str, now: str) -> None:
     """Raises UserError if the reviews or their split are not what the run was trained on: the test could know them."""
     if then != now:
-        raise UserError(f"{config.data_config.dataset} has changed since the run in {config.run_folder} began, and with "
-                        "it the split: choose another run_name")
+        raise UserError(f"{config.data_config.dataset} has changed since the run in {config.run_folder} began, and so "
+                        "has its split: choose another run_name")
 
 
 def remove_run(folder: Path) -> None:

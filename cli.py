@@ -41,8 +41,9 @@ def read_command(description: str, accumulates: bool) -> Command:
                             "with the same arguments, or unset WORLD_SIZE")
         steps = config.train_config.gradient_accumulation_steps
         if steps > 1 and not accumulates:
-            raise UserError(f"train_config.gradient_accumulation_steps is {steps}: main.py takes one micro-batch an "
-                            "optimizer step; run main_accumulation.py with the same arguments")
+            effective = config.train_config.effective_batch_size
+            raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): "
+                            "main.py takes one micro-batch a step; run main_accumulation.py with the same arguments")
     except UserError as error:
         leave(error)
     return Command(arguments.mode, config)

@@ -29,7 +29,7 @@ class SingleDevice:
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
     def __str__(self) -> str:
-        return f"{self.device} ({self.precision if self.precision != 'no' else 'fp32'})"
+        return f"{self.device.type} ({self.precision if self.precision != 'no' else 'fp32'})"
 
     def main_process_first(self):
         """The main process does the work inside and fills the caches, the others follow."""

@@ -18,7 +18,8 @@ WAYS_ON = ("connect to the internet once, or give a local folder or file as mode
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` is a Hub id such as `owner/name`, rather than a path of this machine."""
-    return not Path(name).exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+    is_file = name.endswith((".csv", ".jsonl", ".parquet", ".json", ".txt"))
+    return not is_file and not Path(name).exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def check_hub(config: Config) -> None:

@@ -162,7 +162,8 @@ def train_windows(run: Run, bar: ProgressBar) -> None:
         progress.tokens += int(lengths[rows].sum())
         progress.flops += training_flops(run.matmul_weights, run.encoder_config, lengths[rows])
         bar.update()
-        if progress.step % run.config.log_config.log_every_steps == 0:
+        at_end = progress.windows == run.steps_per_epoch or progress.step == run.total_steps
+        if at_end or progress.step % run.config.log_config.log_every_steps == 0:
             log_training(run, bar)
         if devices.any(SIGNALS.received is not None):
             measure_time(run)
@@ -205,8 +206,7 @@ def validate_epoch(run: Run) -> None:
     metrics = compute_metrics(evaluate(run.model, run.valid_loader, run.devices, "validation"))
     run.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
     progress.epoch, progress.windows = progress.epoch + 1, 0
-    sign = 1 if metric == "accuracy" else -1
-    is_better = progress.best_epoch is None or sign * metrics[metric] > sign * progress.best_metrics[metric]
+    is_better = progress.best_epoch is None or rank(metrics, metric) > rank(progress.best_metrics, metric)
     say(f"epoch {progress.epoch}: validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}"
         + (", the best so far" if is_better else ""))
     if is_better:
@@ -218,6 +218,11 @@ def validate_epoch(run: Run) -> None:
     else:
         progress.epochs_without_improvement += 1
     run.save()
+
+
+def rank(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
+    """The larger, the better. Equal accuracies, which small validation sets often have, are told apart by the loss."""
+    return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
 
 
 def finish(run: Run) -> None:

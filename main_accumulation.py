@@ -46,7 +46,8 @@ class AcceleratedDevices(SingleDevice):
         self.is_main = self.accelerator.is_main_process
 
     def __str__(self) -> str:
-        return f"{self.num_processes} x {super().__str__()}, {self.accelerator.distributed_type.value}"
+        sharding = f", {self.accelerator.distributed_type.value}" if self.is_sharded else ""
+        return f"{self.num_processes} x {super().__str__()}{sharding}"
 
     @contextmanager
     def main_process_first(self):

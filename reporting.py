@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from evaluation import Predictions, calibration, wilson_interval
@@ -51,7 +51,8 @@ def plot_learning_curves(config: Config, history: list[dict[str, Any]]) -> Figur
                 axis.plot(*zip(*points, strict=True), color=colour, label=label[split], **style)
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"cross-entropy ({unit})" if unit else "accuracy (% of reviews)")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=config.train_config.epochs > 1))
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if metric == "accuracy":
             axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
@@ -61,7 +62,7 @@ def plot_learning_curves(config: Config, history: list[dict[str, Any]]) -> Figur
 
 
 def plot_confusion_matrix(config: Config, predictions: Predictions, label_names: list[str]) -> Figure:
-    size = 4 + 0.5 * len(label_names)
+    size = 4.5 + 0.5 * len(label_names)
     figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()
     matrix = np.zeros((len(label_names), len(label_names)), dtype=int)
@@ -72,7 +73,7 @@ def plot_confusion_matrix(config: Config, predictions: Predictions, label_names:
         xticks_rotation=45 if len(label_names) > 4 else "horizontal")
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
-    axis.set_title(title(config, f"{len(predictions.labels):,} test reviews, counted by class"), fontsize=10)
+    figure.suptitle(title(config, f"{len(predictions.labels):,} test reviews"), fontsize=10)
     return figure
 
 
@@ -83,7 +84,7 @@ def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     error = (counts * np.abs(accuracies - confidences)).sum() / counts.sum()
     figure = Figure(figsize=(5.5, 6), layout="constrained")
     axis, histogram = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    low = 100 * edges[np.flatnonzero(filled)[0]]
+    low = 100 / predictions.logits.shape[1]  # no prediction is less confident than an even guess
     axis.plot([low, 100], [low, 100], color=GREY, linestyle="--", label="perfectly calibrated")
     x, y = 100 * confidences[filled], 100 * accuracies[filled]
     intervals = 100 * np.array([wilson_interval(round(n * share), n) for n, share in
@@ -98,6 +99,8 @@ def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     histogram.set_xlabel("confidence: probability of the predicted class (%)")
     histogram.set_yscale("log")  # most reviews are in the last bin, and the others still count
     histogram.set_ylim(bottom=0.8)
+    histogram.yaxis.set_major_formatter(ScalarFormatter())
+    histogram.yaxis.set_minor_formatter(NullFormatter())
     histogram.set_ylabel("reviews")
     histogram.set_xlim(low, 100)
     return figure
@@ -122,6 +125,7 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
                                  metric_type=name, metric_value=test[name]) for name in ("accuracy", "f1")])
     warning = ("> **DEMO.** Trained on generated reviews with an encoder from scratch: its figures say nothing about "
                "IMDB.\n\n" if config.is_demo else "")
+    origin = "fine-tuned" if config.model_config.pretrained else "trained from scratch"
     split = data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split)
     steps = f"{metrics['train']['optimizer_steps']:,} optimizer steps" if "train" in metrics else "interrupted"
     card = f"""---
@@ -130,7 +134,7 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
 
 # {config.run_name}
 
-{warning}{encoder if encoder_on_hub else Path(encoder).name} fine-tuned to tell {" from ".join(label_names)}.
+{warning}{encoder if encoder_on_hub else Path(encoder).name}, {origin} for the classes {", ".join(label_names)}.
 
 | test metric | value |
 | --- | --- |
@@ -145,14 +149,19 @@ Input: at most {data.max_len} tokens ({data.truncation}).
 Training: {train.optimizer}, learning rate {train.learning_rate:g}, {train.scheduler} schedule,
 effective batch {train.effective_batch_size}, seed {train.seed}, {steps}.
 
-```python
-from transformers import AutoTokenizer
-from model import EncoderForClassification  # model.py of this suite
+In the folder of the suite that trained it:
 
-folder = "."  # where this file lies
+```python
+import torch
+from transformers import AutoTokenizer
+from model import EncoderForClassification
+
+folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = EncoderForClassification.from_pretrained(folder).eval()
-_, logits = model(**tokenizer(["A film to remember."], truncation=True, max_length={data.max_len}, return_tensors="pt"))
+inputs = tokenizer(["A film to remember."], truncation=True, max_length={data.max_len}, return_tensors="pt")
+with torch.inference_mode():
+    _, logits = model(**inputs)
 print(logits.softmax(-1), model.config.id2label)
 ```
 """

@@ -67,8 +67,8 @@ def read_rows(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | N
                             "set data_config.text_column and data_config.label_column")
         for column in columns:
             if isinstance(row[column], bytes | list | dict):
-                raise UserError(f"{path}: row {number} holds {type(row[column]).__name__} in the column {column!r}, not "
-                                "text: convert it, or set data_config.text_column and data_config.label_column")
+                raise UserError(f"{path}: row {number} holds {type(row[column]).__name__} in the column {column!r}: "
+                                "convert it to text, or set data_config.text_column and data_config.label_column")
         yield {column: _as_text(row[column]) for column in columns}
 
 
@@ -208,6 +208,9 @@ def _encode_labels(table: Dataset, name: str, column: str, num_labels: int) -> t
     if all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in distinct):
         labels = pc.cast(values, pa.int64()).to_numpy()
         names = list(feature.names) if isinstance(feature, ClassLabel) else [str(i) for i in range(num_labels)]
+        first = labels.min()
+        if not isinstance(feature, ClassLabel) and first > 0 and set(labels) == set(range(first, first + num_labels)):
+            labels, names = labels - first, [str(i) for i in range(first, first + num_labels)]  # stars from 1 to 5
         outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
         if len(outside):
             row = outside[0]

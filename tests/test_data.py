@@ -118,6 +118,14 @@ def test_many_named_classes(tmp_path):
         load_reviews(config, num_labels=2)
 
 
+def test_classes_counted_from_one(tmp_path):
+    write_reviews(tmp_path / "r.csv", names=("1", "2", "3"))
+    config = DataConfig(dataset=str(tmp_path / "r.csv"), text_column="review", label_column="verdict")
+    reviews = load_reviews(config, num_labels=3)
+    assert reviews.label_names == ["1", "2", "3"]
+    assert reviews.labels[:4].tolist() == [0, 1, 2, 0]
+
+
 @pytest.fixture
 def dataset_folder(tmp_path):
     """A folder in the Hub's layout: train, test, and an unlabelled split with label -1 throughout."""

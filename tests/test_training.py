@@ -15,7 +15,11 @@ import torch
 from conftest import PROJECT, SHARED, run_script, write_reviews
 from safetensors.torch import load_file
 
+import main
 from checkpointing import saved_states
+from devices import SingleDevice
+from run import Run
+from utils import load_config
 
 RESULTS = {"history.jsonl", "test_predictions.csv", "misclassified.csv", "best/config.json", "best/model.safetensors",
            "best/tokenizer.json", "best/README.md"}
@@ -72,7 +76,8 @@ def test_the_run_folder_is_complete(undisturbed):
     assert measured["train"]["optimizer_steps"] == 30
     assert measured["test"]["accuracy"] == 1.0  # a word gives each review's class away
     history = history_of(folder)
-    assert [record["step"] for record in history if "train/loss" in record] == list(range(3, 31, 3))
+    assert [record["step"] for record in history if "train/loss" in record] == [
+        3, 6, 9, 10, 12, 15, 18, 20, 21, 24, 27, 30]  # every third, and each epoch's last
     assert [record["epoch"] for record in history if "valid/loss" in record] == [1.0, 2.0, 3.0]
     assert [record for record in history if "train/loss" in record][-1]["train/loss"] < 0.1
     with open(folder / "test_predictions.csv", newline="") as file:
@@ -130,21 +135,71 @@ def test_testing_a_run_that_does_not_exist(undisturbed):
 
 
 def test_the_tested_weights_are_the_best_not_the_last(undisturbed):
-    _, folder = undisturbed
-    # Accuracy is perfect after the first epoch already, while the loss goes on falling: the best is not the last.
-    losses = [record["valid/loss"] for record in history_of(folder) if "valid/loss" in record]
-    measured = metrics_of(folder)
+    overrides, folder = undisturbed
+    config = load_config(PROJECT / "config.yaml", [*overrides, "run_name=worse"])
+    run = Run(config, SingleDevice(config))
+    run.start(None)
+    main.train_epoch(run)
+    main.validate_epoch(run)
+    best = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    with torch.no_grad():
+        run.model.head.weight.neg_()  # every answer is now the opposite one
+    main.validate_epoch(run)
+    main.finish(run)
+    measured = metrics_of(folder.parent / "worse")
     assert measured["valid"]["epoch"] == 1
-    assert measured["valid"]["loss"] == losses[0] > 5 * losses[-1]
-    assert measured["test"]["loss"] > 5 * losses[-1]
-    last = torch.load(saved_states(folder / "last")[0] / "state.pt", weights_only=True)["model"]
-    best = load_file(folder / "best" / "model.safetensors")
-    assert not torch.equal(last["head.weight"], best["head.weight"])
+    assert measured["test"]["accuracy"] == 1.0
+    saved = load_file(folder.parent / "worse" / "best" / "model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in best.items())
+
+
+def test_equal_accuracies_are_told_apart_by_the_loss():
+    assert main.rank({"accuracy": 0.9, "loss": 0.3}, "accuracy") > main.rank({"accuracy": 0.9, "loss": 0.4}, "accuracy")
+    assert main.rank({"accuracy": 0.8, "loss": 0.3}, "loss") > main.rank({"accuracy": 0.9, "loss": 0.4}, "loss")
+
+
+def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed):
+    overrides, folder = undisturbed
+    for name, steps in (("owed", 30), ("owed_early", 13)):
+        arguments = [*overrides, f"run_name={name}", f"train_config.max_steps={steps}"]
+        config = load_config(PROJECT / "config.yaml", arguments)
+        run = Run(config, SingleDevice(config))
+        run.start(None)
+        while run.progress.step < steps:
+            main.train_epoch(run)
+            if run.progress.step < steps:
+                main.validate_epoch(run)
+        run.save()  # as a signal in the last optimizer step would
+        train(*arguments)
+        measured, history = metrics_of(folder.parent / name), history_of(folder.parent / name)
+        assert measured["train"]["optimizer_steps"] == steps
+        assert [record["step"] for record in history if "valid/loss" in record] == sorted({10, min(20, steps), steps})
+        assert measured["valid"]["epoch"] == len([record for record in history if "valid/loss" in record])
+
+
+def test_data_that_changed_after_training_is_refused(undisturbed, tmp_path):
+    overrides, folder = undisturbed
+    reviews = write_reviews(tmp_path / "changing.csv")
+    arguments = [*overrides, f"data_config.dataset={reviews}", "run_name=changing", "train_config.max_steps=5"]
+    train(*arguments)
+    with open(reviews, "a") as file:
+        file.write("one more gripping film,good\nand one more dull film,bad\n")
+    assert "has changed since the run" in train(*arguments, "--mode", "test", code=2).stderr
+
+
+def test_a_typing_mistake_destroys_no_finished_run(undisturbed):
+    overrides, folder = undisturbed
+    before = bits_of(folder)
+    arguments = ["run_name=run", "train_config.resume=never", "train_config.overwrite=true"]
+    train(*overrides, *arguments, "data_config.dataset=typo.csv", code=2)
+    assert bits_of(folder) == before
+    assert "for one process" in train(*overrides, "run_name=run", environment={"WORLD_SIZE": "2"}, code=2).stderr
 
 
 def test_early_stopping_and_max_steps(undisturbed):
     overrides, folder = undisturbed
-    train(*overrides, "run_name=early", "train_config.early_stopping_patience=2", "train_config.epochs=9")
+    train(*overrides, "run_name=early", "train_config.optimizer=sgd", "train_config.learning_rate=1e-30",
+          "train_config.early_stopping_patience=2", "train_config.epochs=9")
     assert metrics_of(folder.parent / "early")["train"]["optimizer_steps"] == 30  # the best, and two more
     train(*overrides, "run_name=short", "train_config.max_steps=13")
     assert metrics_of(folder.parent / "short")["train"]["optimizer_steps"] == 13
