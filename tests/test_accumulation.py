@@ -1,7 +1,6 @@
 """One optimizer step is the mean loss over all reviews of its window, whatever cuts the window and who computes it."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -131,8 +130,7 @@ def test_two_processes_stopped_and_started_again_end_with_the_same_bits(override
     arguments = ["main_accumulation.py", *overrides, "train_config.save_every_steps=3", "data_config.batch_size=8"]
     assert launch(2, *arguments, "run_name=whole").returncode == 0
     stopped = subprocess.Popen([sys.executable, *launcher(2), *arguments, "run_name=stopped"], cwd=PROJECT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # as `launch`: bits depend on it
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     saved = tmp_path / "runs" / "stopped" / "last"
     deadline = time.monotonic() + 90
     while not any(saved.glob("*-step-00000012")) and time.monotonic() < deadline:

@@ -45,7 +45,7 @@ def test_counting_words_is_not_enough(reviews):
 @pytest.mark.parametrize("encoder", ["bert", pytest.param("modernbert", marks=pytest.mark.long)])
 def test_the_demo_learns_in_about_a_minute(tmp_path, encoder):
     result = run_script("main.py", "--config", "demo.yaml", f"model_config.model_name=demo/{encoder}",
-                        f"output_dir={tmp_path}", environment={"OMP_NUM_THREADS": "2"}, timeout=600)
+                        f"output_dir={tmp_path}", timeout=600)
     assert result.returncode == 0, result.stderr
     run = tmp_path / f"DEMO-{encoder}-len64-bs32-seed42"
     metrics = json.loads((run / "metrics.json").read_text())
