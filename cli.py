@@ -1,6 +1,7 @@
 """The command line that main.py and main_accumulation.py share, and their exit codes."""
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable
@@ -53,13 +54,29 @@ def run(work: Callable[[], None]) -> None:
     """Call `work` and leave with the exit code that its outcome means."""
     # The reviews are tokenized by several threads of one process already; forked loaders must not start their own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    code = 1  # that of a traceback
+
+    def leave_without_finalization() -> None:
+        # gloo's threads outlive their process group. One that still frees the last exchange's tensors aborts an
+        # interpreter in shutdown: SIGABRT after all the work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    if num_processes() > 1:
+        atexit.register(leave_without_finalization)  # registered first, so called last
     try:
         work()
+        code = 0
     except UserError as error:
+        code = 2
         leave(error)
     except FloatingPointError as error:  # the training went astray, not the program: its message says all
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except SystemExit as stop:
+        code = stop.code
+        raise
 
 
 def leave(error: UserError) -> None:
