@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ class IMDBDataset(torch.utils.data.Dataset):
         return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """A batch: `input_ids`, `attention_mask` and, where the encoder takes them, `token_type_ids`: (batch, longest);
-        `labels` and `id`: (batch,); all int64.
+        """A batch: `input_ids`, `attention_mask` where anything is padded, and `token_type_ids` where the encoder takes
+        them: (batch, longest); `labels` and `id`: (batch,); all int64.
 
         A negative index ~i stands for review i with the label IGNORED and the id -1.
         """
@@ -64,9 +65,11 @@ class IMDBDataset(torch.utils.data.Dataset):
         input_ids = np.full(mask.shape, self.pad_token_id, dtype=np.int64)
         input_ids[mask] = np.concatenate([self.tokens[start:start + length] for start, length
                                           in zip(self.starts[indices], lengths, strict=True)])
-        batch = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64),
+        batch = {"input_ids": input_ids,
                  "labels": np.where(ignored, IGNORED, self.labels[indices]),
                  "id": np.where(ignored, -1, self.ids[indices])}
+        if not mask.all():  # attention without a mask is faster
+            batch["attention_mask"] = mask.astype(np.int64)
         if self.has_token_types:
             batch["token_type_ids"] = np.zeros_like(input_ids)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
@@ -216,16 +219,37 @@ def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.nd
 # Batches
 
 
-def cut_window(rows: np.ndarray, lengths: np.ndarray, micro_batch: int, processes: int) -> list[list[np.ndarray]]:
-    """The reviews `rows` as micro-batches, [round][process], of even sizes up to `micro_batch`, sorted by length.
+def cut_window(rows: np.ndarray, lengths: np.ndarray, micro_batch: int, processes: int, pass_tokens: float = math.inf
+               ) -> list[list[np.ndarray]]:
+    """The reviews `rows` as micro-batches, [round][process], of up to `micro_batch` reviews of similar lengths.
 
-    Every process gets the same number of micro-batches, for their forward passes wait for each other. Where there are
-    fewer reviews than micro-batches, a process gets ~row: a review that is computed and not counted.
+    The cut is the one of least work, where a further round costs as much as `pass_tokens` tokens; where that is more
+    than any padding, there are as few rounds as possible, of even sizes. Every process gets the same number of
+    micro-batches, for their forward passes wait for each other. Where a round has fewer reviews than processes, a
+    process gets ~row: a review that is computed and not counted.
     """
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
-    rounds = -(-len(rows) // (micro_batch * processes))
-    pieces = [piece if len(piece) else ~rows[-1:] for piece in np.array_split(rows, rounds * processes)]
-    return [pieces[i:i + processes] for i in range(0, len(pieces), processes)]
+    longest = lengths[rows]  # descending
+    if math.isinf(pass_tokens) or longest[0] == longest[-1]:
+        pieces = np.array_split(rows, -(-len(rows) // (micro_batch * processes)))
+    else:
+        pieces = np.split(rows, _cheapest_cuts(longest, micro_batch, processes, pass_tokens))
+    shared = ([piece[rank::processes] for rank in range(processes)] for piece in pieces)
+    return [[part if len(part) else ~rows[-1:] for part in parts] for parts in shared]
+
+
+def _cheapest_cuts(longest: np.ndarray, micro_batch: int, processes: int, pass_tokens: float) -> list[int]:
+    """Where to cut reviews of these descending lengths, so that padded tokens + pass_tokens x rounds is least."""
+    cost, start_of_last = np.zeros(len(longest) + 1), np.zeros(len(longest) + 1, dtype=np.int64)
+    for stop in range(1, len(longest) + 1):  # the cheapest way for the first `stop` reviews, by their last round
+        starts = np.arange(max(0, stop - micro_batch * processes), stop)
+        costs = cost[starts] - (starts - stop) // processes * longest[starts] + pass_tokens
+        best = costs.argmin()
+        cost[stop], start_of_last[stop] = costs[best], starts[best]
+    cuts = [int(start_of_last[-1])]
+    while cuts[-1] > 0:
+        cuts.append(int(start_of_last[cuts[-1]]))
+    return cuts[-2::-1]
 
 
 @dataclass
@@ -244,19 +268,20 @@ class WindowSampler:
     processes: int = 1
     epoch: int = 0
     first_window: int = 0  # windows to skip, when an epoch is resumed in its middle
+    pass_tokens: float = math.inf  # what a forward and backward pass costs apart from its tokens, in tokens
 
     def windows(self) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
         return [order[i:i + self.window_size] for i in range(0, len(order), self.window_size)]
 
-    def micro_batches(self, window: np.ndarray) -> int:
-        """How many micro-batches of a window each process gets."""
-        return -(-len(window) // (self.micro_batch * self.processes))
+    def cut(self, window: np.ndarray) -> list[np.ndarray]:
+        """This process's micro-batches of a window."""
+        rounds = cut_window(window, self.lengths, self.micro_batch, self.processes, self.pass_tokens)
+        return [micro_batches[self.rank] for micro_batches in rounds]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for window in self.windows()[self.first_window:]:
-            for micro_batches in cut_window(window, self.lengths, self.micro_batch, self.processes):
-                yield micro_batches[self.rank]
+            yield from self.cut(window)
 
 
 @dataclass

@@ -152,7 +152,7 @@ def train_windows(run: Run, bar: ProgressBar) -> None:
     for rows in run.sampler.windows()[progress.windows:]:
         if progress.step == run.total_steps:
             break
-        window = [next(batches) for _ in range(run.sampler.micro_batches(rows))]
+        window = [next(batches) for _ in run.sampler.cut(rows)]
         sums, updated = train_step(run.model, run.optimizer, window, len(rows), devices, train_config.max_grad_norm)
         if updated:
             run.scheduler.step()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from encoders import attention_masks, is_known, read_only_first_token
 from hub import explained
 from utils import UserError, atomic_write, write_json
 
@@ -42,6 +43,9 @@ class EncoderForClassification(nn.Module):
         # As BERT's own classification head: normal(0, initializer_range), zero bias.
         nn.init.normal_(self.head.weight, std=getattr(encoder_config, "initializer_range", 0.02))
         nn.init.zeros_(self.head.bias)
+        self.is_known = is_known(self.encoder)
+        if self.is_known and self.pooling == "cls":
+            read_only_first_token(self.encoder)
         self.takes_token_types = "token_type_ids" in inspect.signature(self.encoder.forward).parameters
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
@@ -54,10 +58,14 @@ class EncoderForClassification(nn.Module):
         reduction="sum", the sum; None without labels. `logits`: (batch, num_labels) float32, or float64
         in a model of float64.
         """
+        if attention_mask is not None and self.is_known:
+            masks = attention_masks(self.encoder, attention_mask)
+        else:
+            masks = attention_mask
         token_types = {"token_type_ids": token_type_ids} if self.takes_token_types else {}
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **token_types).last_hidden_state
+        hidden = self.encoder(input_ids=input_ids, attention_mask=masks, **token_types).last_hidden_state
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_over_tokens(hidden, attention_mask)
-        logits = self.head(self.dropout(pooled))  # hidden: (batch, tokens, width), pooled: (batch, width)
+        logits = self.head(self.dropout(pooled))  # hidden: (batch, tokens or 1, width), pooled: (batch, width)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's half precision ends here
         loss = None if labels is None else F.cross_entropy(logits, labels, reduction=reduction)
         return loss, logits

@@ -55,7 +55,7 @@ def train_windows(model, optimizer, devices, dataset, window: int, micro_batch: 
     batches = iter(sampler)
     sums = torch.zeros(2)
     for rows in sampler.windows()[:windows]:
-        cut = [dataset.__getitems__(next(batches)) for _ in range(sampler.micro_batches(rows))]
+        cut = [dataset.__getitems__(next(batches)) for _ in sampler.cut(rows)]
         sums += train_step(model, optimizer, cut, len(rows), devices, max_grad_norm)[0]
     return sums
 

@@ -1,0 +1,62 @@
+"""Dropout that draws its masks several times as fast on a CPU.
+
+torch draws a mask number by number; here four share one 64-bit number of the same generator, 16 bits each. The rate is
+rounded to 1/65,536, and kept values are scaled by exactly what was kept, so the expectation is the input. On a GPU and
+under torch.compile nothing is replaced: there the mask is drawn inside of a fused kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+STEPS = 1 << 16
+
+
+def drop(tensor: torch.Tensor, rate: float) -> torch.Tensor:
+    """`tensor` with its values zeroed at `rate`, 0 <= rate < 1, and the others scaled up; same shape and dtype."""
+    dropped = min(round(rate * STEPS), STEPS - 1)  # of the STEPS values that 16 bits take
+    count = tensor.numel()
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-1 << 63, None).view(torch.int16)[:count]
+    kept = (bits >= dropped - STEPS // 2).view(tensor.shape)
+    return tensor * kept.to(tensor.dtype).mul_(STEPS / (STEPS - dropped))
+
+
+class CPUDropout(nn.Dropout):
+    """nn.Dropout by `drop`."""
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        return drop(tensor, self.p) if self.training and 0 < self.p < 1 else super().forward(tensor)
+
+
+def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                  attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **settings
+                  ) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size).
+
+    torch's fused CPU kernel knows no dropout: with it, the products are written out here, as torch then does itself.
+    """
+    if not 0 < dropout < 1 or settings.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **settings)
+    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    context = drop(scores.softmax(dim=-1), dropout).to(value.dtype) @ value
+    return context.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("sdpa_cpu", cpu_attention)
+AttentionMaskInterface.register("sdpa_cpu", sdpa_mask)  # of booleans: True where a token may be read
+
+
+def replace_dropout(model: nn.Module) -> None:
+    """Let every dropout of `model` (an EncoderForClassification), those inside of attention included, use `drop`."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, CPUDropout(child.p))
+    if model.encoder.config._attn_implementation == "sdpa":
+        model.encoder.config._attn_implementation = "sdpa_cpu"
