@@ -9,6 +9,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage import chain
 from utils import Config, UserError
 
 PROBE_SECONDS = 8  # the libraries' own retries can take minutes before they give up
@@ -83,7 +84,7 @@ def explained(key: str, name: str):
     except UserError:
         raise
     except Exception as error:
-        causes = list(_chain(error))
+        causes = list(chain(error))
         if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
             raise user_error from None
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
@@ -103,9 +104,3 @@ def _offline() -> bool:
     from huggingface_hub import is_offline_mode
 
     return is_offline_mode()
-
-
-def _chain(error: BaseException | None):
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

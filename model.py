@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hub import explained
+from storage import MANIFEST, refuse_damage
 from utils import UserError, atomic_write, write_json
 
 WEIGHTS = "model.safetensors"
@@ -97,11 +98,16 @@ class EncoderForClassification(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EncoderForClassification:
-        """The model that `save_pretrained` wrote. Raises UserError naming the file that is missing or does not fit."""
+        """The model that `save_pretrained` wrote. Raises UserError naming the file that is missing or does not fit.
+
+        A sealed folder, such as a run's, is verified to the last bit before anything is read from it.
+        """
         folder = Path(folder)
         for name in ("config.json", WEIGHTS):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name}; train this run first, or name one that has a model by run_name=")
+        if (folder / MANIFEST).exists():
+            refuse_damage(folder)
         try:
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             encoder_config = AutoConfig.for_model(**settings)
