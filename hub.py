@@ -15,6 +15,8 @@ from utils import Config, UserError
 PROBE_SECONDS = 8  # the libraries' own retries can take minutes before they give up
 WAYS_ON = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
            "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
+LIBRARIES = {"datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "pyarrow", "safetensors", "tokenizers",
+             "transformers"}
 
 
 def is_hub_name(name: str) -> bool:
@@ -78,7 +80,10 @@ def _hub_answers() -> bool:
 
 @contextmanager
 def explained(key: str, name: str):
-    """Turn whatever exception a failed load of `name`, given as `key`, raises into one UserError."""
+    """Turn what a failed load of `name`, given as `key`, raises about it into one UserError.
+
+    A TypeError and its like come from a program, not from what it reads: they keep their traceback.
+    """
     try:
         yield
     except UserError:
@@ -87,6 +92,10 @@ def explained(key: str, name: str):
         causes = list(chain(error))
         if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
             raise user_error from None
+        # datasets wraps whatever its generator raises
+        culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
+        if not _is_about_input(culprit):
+            raise
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
         if is_hub_name(name):
             if "RepositoryNotFoundError" in kinds or "DatasetNotFoundError" in kinds and not _offline():
@@ -97,7 +106,14 @@ def explained(key: str, name: str):
                 raise UserError(f"{key}: the Hugging Face Hub cannot be reached and {name} is not completely in the "
                                 f"local cache; {WAYS_ON}") from error
         reason = " ".join(str(causes[-1]).split())[:300]  # the innermost says what went wrong
-        raise UserError(f"{key}: {name} cannot be loaded: {reason or type(causes[-1]).__name__}") from error
+        raise UserError(f"{key}: {name} cannot be loaded ({reason or type(causes[-1]).__name__}): mend it or name "
+                        "another one") from error
+
+
+def _is_about_input(error: BaseException) -> bool:
+    return (isinstance(error, OSError | ValueError | ImportError)  # ImportError: "... requires the ... library"
+            or type(error) is Exception  # all that tokenizers knows
+            or type(error).__module__.partition(".")[0] in LIBRARIES)
 
 
 def _offline() -> bool:

@@ -22,10 +22,10 @@ from checkpointing import (
     save_state,
     set_random_state,
 )
-from checks import position_limit
+from checks import position_limit, too_long
 from data import get_dataloader, prepare_data
 from efficiency import matmul_weights
-from model import EncoderForClassification, save_pretrained
+from model import EncoderForClassification, load_encoder_config, save_pretrained
 from storage import replace_folder, room_for
 from tracking import History, Wandb
 from utils import Config, UserError, process_rank, save_config, say, set_seed
@@ -37,6 +37,7 @@ class Run:
     def __init__(self, config: Config, devices: Any):
         set_seed(config.train_config.seed)
         self.config, self.devices, self.folder = config, devices, config.run_folder
+        load_encoder_config(config.model_config)  # what is no encoder is refused before the reviews are read
         with devices.main_process_first():
             self.data = prepare_data(config)
         self.train_loader, self.valid_loader = get_dataloader(config, "train"), get_dataloader(config, "valid")
@@ -145,9 +146,9 @@ class Run:
 
 def refuse_misfit(config: Config, encoder_config: Any, tokens: np.ndarray) -> None:
     """Raises UserError for reviews that the encoder cannot read, before a kernel fails on them."""
-    name, max_len = config.model_config.model_name, config.data_config.max_len
-    if (longest := position_limit(encoder_config.to_dict())) is not None and max_len > longest:
-        raise UserError(f"data_config.max_len is {max_len}: {name} takes at most {longest} tokens")
+    name = config.model_config.model_name
+    if problem := too_long(config.data_config.max_len, name, position_limit(encoder_config.to_dict())):
+        raise UserError(problem)
     if (largest := int(tokens.max())) >= encoder_config.vocab_size:
         raise UserError(f"model_config.model_name: the tokenizer of {name} gives token {largest}, but its encoder only "
                         f"knows {encoder_config.vocab_size}: they do not belong together")

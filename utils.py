@@ -193,7 +193,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        key = error.full_key or "an interpolation"  # a ${...} whose value is missing or of the wrong type
+        raise UserError(f"{origins.get(key, path)}: {key}: {str(error).splitlines()[0]}: give a value that fits"
+                        ) from None
     for key, text in impossible_values(config, known, num_processes()).items():
         problems.setdefault(key, f"{origins.get(key, path)}: {text}")
     if problems:
