@@ -141,11 +141,16 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     barrier()
-    write(partial)
-    barrier()
+    try:
+        write(partial)
+        barrier()
+        if process_rank() == 0:
+            write_json(partial / "progress.json", asdict(progress))
+            seal(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, it would only fill it
+        raise
     if process_rank() == 0:
-        write_json(partial / "progress.json", asdict(progress))
-        seal(partial)
         os.replace(partial, target)
         sync_folder(folder)
         for old in saved_states(folder)[KEPT_STATES:]:

@@ -36,7 +36,8 @@ _locks = []  # open for as long as the process lives
 
 def seal(folder: Path) -> None:
     """Bring the folder's files safely to the disk, then say what they are."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and str(path.relative_to(folder)) not in NOT_SEALED)
     sums = {str(path.relative_to(folder)): _sum(path, sync=True) for path in files}
     for path in folder.rglob("*"):
         if path.is_dir():
