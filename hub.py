@@ -1,8 +1,11 @@
 """The Hugging Face Hub: what lies on it, whether it answers, and one clear line when it does not."""
 
+import atexit
 import os
 import re
+import shutil
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -32,7 +35,8 @@ def check_hub(config: Config) -> None:
     at once. Call it before anything is loaded.
     """
     names = [name for name in (config.model_config.model_name, config.data_config.dataset) if is_hub_name(name)]
-    if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or _hub_answers():
+    if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or answers(
+            os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return
     print(f"The Hugging Face Hub does not answer: looking for {' and '.join(names)} in the local cache.",
           file=sys.stderr)
@@ -41,6 +45,25 @@ def check_hub(config: Config) -> None:
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def usable_cache() -> None:
+    """Where the libraries' cache cannot be written, as in a read-only home: keep this run's part of it in a temporary
+    folder, and read models and files from the cache that there is. Call it before these libraries are imported.
+    """
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return
+    except OSError as error:
+        reason = error.strerror
+    temporary = tempfile.mkdtemp(prefix="datasets-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = temporary
+    print(f"{cache} cannot be written ({reason}): the reviews are tokenized into a temporary folder, for this run "
+          "only; set HF_HOME to keep them", file=sys.stderr)
 
 
 def quiet_libraries() -> None:
@@ -56,13 +79,13 @@ def quiet_libraries() -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
-def _hub_answers() -> bool:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+def answers(url: str) -> bool:
+    """Whether a server says anything at all within PROBE_SECONDS."""
     answered = threading.Event()
 
     def ask():
         try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
             answered.set()
         except urllib.error.HTTPError:
             answered.set()  # it answers, if only with a refusal

@@ -38,7 +38,7 @@ from efficiency import environment, peak_flops, peak_memory_mb, training_flops
 from evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from hub import check_hub, quiet_libraries
 from model import EncoderForClassification
-from reporting import save_plots, write_model_card
+from reporting import try_plots, write_model_card
 from run import Run
 from stopping import SIGNALS, StopRequested
 from storage import room_for
@@ -279,7 +279,7 @@ def test(config: Config, devices: Any, model: EncoderForClassification, loader: 
     rows = mistakes(predictions, loader.dataset.text, names)
     write_predictions(folder / "test_predictions.csv", predictions, names)
     write_mistakes(folder / "misclassified.csv", rows)
-    plots = save_plots(folder / "plots", config, read_history(folder / "history.jsonl"), predictions, names)
+    plots = try_plots(folder / "plots", config, read_history(folder / "history.jsonl"), predictions, names)
     write_model_card(folder / "best", config, metrics, names)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
     wandb.report({f"{split}/{name}": value for split in ("valid", "test")
