@@ -2,13 +2,13 @@
 
     last/0003-step-00000120/    files of the state, and manifest.json with their sizes and SHA-256 sums, written last
     last/0002-step-00000100/    the state before it, which goes only when a third one is safe
+    best/                       the best model, sealed by such a manifest, too
 
 A folder is a state if its manifest is there and true. Whatever else lies in `last/` is what a killed process left.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import Config, UserError, differences, process_rank, say, write_json
+from storage import OLD, PARTIAL, damage, lock, refuse_damage, restore, seal
+from utils import Config, UserError, differences, process_rank, say, sync_folder, write_json
 
-MANIFEST = "manifest.json"
-PARTIAL = ".partial"
 KEPT_STATES = 2
 
 
@@ -48,6 +47,13 @@ class Progress:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0  # of training, without evaluation and saving
+
+
+def open_run(folder: Path) -> None:
+    """Keep the run folder for this process alone, and mend what a kill left of replacing the best model."""
+    lock(folder)
+    if process_rank() == 0:
+        restore(folder / "best")
 
 
 def finished_metrics(config: Config) -> dict[str, Any] | None:
@@ -104,7 +110,7 @@ def refuse_other_data(config: Config, then: str, now: str) -> None:
 def remove_run(folder: Path) -> None:
     """Remove what a run left, first of all what calls it finished."""
     (folder / "metrics.json").unlink(missing_ok=True)
-    for name in ("last", "best"):
+    for name in ("last", "best", "best" + PARTIAL, "best" + OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -135,12 +141,16 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     barrier()
-    write(partial)
-    barrier()
+    try:
+        write(partial)
+        barrier()
+        if process_rank() == 0:
+            write_json(partial / "progress.json", asdict(progress))
+            seal(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, it would only fill it
+        raise
     if process_rank() == 0:
-        write_json(partial / "progress.json", asdict(progress))
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        write_json(partial / MANIFEST, {str(path.relative_to(partial)): _sum(path, sync=True) for path in files})
         os.replace(partial, target)
         sync_folder(folder)
         for old in saved_states(folder)[KEPT_STATES:]:
@@ -174,21 +184,13 @@ def newest_good_state(folder: Path) -> Path | None:
     return None
 
 
-def damage(state: Path) -> str | None:
-    """What is wrong with a state's files, naming the file; None if nothing is."""
-    try:
-        manifest = json.loads((state / MANIFEST).read_text(encoding="utf-8"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        return f"{state / MANIFEST} is missing or damaged"
-    for name, (size, digest) in expected.items():
-        path = state / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size or _sum(path)["sha256"] != digest:
-            return f"{path} is damaged: it is not what was saved"
-    foreign = {str(path.relative_to(state)) for path in state.rglob("*") if path.is_file()} - set(expected) - {MANIFEST}
-    return f"{state / min(foreign)} was not saved by this run" if foreign else None
+def best_model(run_folder: Path) -> Path:
+    """The folder of a run's best model. Raises UserError if there is none, or it is not what was saved."""
+    folder = run_folder / "best"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; train this run first, or name one that has a model by run_name=")
+    refuse_damage(folder)
+    return folder
 
 
 def load_progress(state: Path) -> Progress:
@@ -211,23 +213,3 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     if state["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut; a no-op where a folder cannot be opened (Windows)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sum(path: Path, sync: bool = False) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if sync:
-            os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -44,11 +44,16 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
         problems["train_config.auto_micro_batch"] = (
             f"train_config.auto_micro_batch is true, but {processes} processes cannot agree on a new micro-batch "
             "in the middle of a step: set a smaller data_config.batch_size")
-    longest = max_positions(model.model_name)
-    if longest is not None and data.max_len > longest:
-        problems["data_config.max_len"] = (
-            f"data_config.max_len is {data.max_len}: {model.model_name} takes at most {longest} tokens")
+    if problem := too_long(data.max_len, model.model_name, max_positions(model.model_name)):
+        problems["data_config.max_len"] = problem
     return problems
+
+
+def too_long(max_len: int, model_name: str, longest: int | None) -> str | None:
+    """What is wrong with max_len for an encoder that takes `longest` tokens; None if nothing is."""
+    if longest is None or max_len <= longest:
+        return None
+    return f"data_config.max_len is {max_len}: {model_name} takes at most {longest} tokens"
 
 
 def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:

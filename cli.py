@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hub import usable_cache
 from stopping import SIGNALS
 from utils import Config, UserError, load_config, num_processes
 
@@ -47,6 +48,7 @@ def read_command(description: str, accumulates: bool) -> Command:
                             "main.py takes one micro-batch a step; run main_accumulation.py with the same arguments")
     except UserError as error:
         leave(error)
+    usable_cache()
     return Command(arguments.mode, config)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hub import explained
-from sources import load_reviews
+from sources import Reviews, load_reviews, locate
 from stopping import EXIT_CODES
 from utils import UserError, num_processes, process_rank, say
 
@@ -98,15 +98,11 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
                   ) -> dict[str, np.ndarray]:
     """{"train", "valid", "test": the rows of each, ascending}. No text, of which `digests` tell, stands in two of them.
 
-    Raises UserError if equal texts carry different labels or a class is too rare to be split.
+    Raises UserError if a class is too rare to be split.
     """
     name, official = data_config.dataset, data_config.split == "official"
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     originals = first[inverse]  # (rows,) the row at which each row's text stands first
-    if len(contradicting := np.flatnonzero(labels != labels[originals])):
-        row = contradicting[0]
-        raise UserError(f"{name}: rows {originals[row] + 1} and {row + 1} are the same text with different labels: "
-                        "correct one of them")
     # The official test split stays whole, for figures that compare with others'; what stands in it is not trained on.
     fixed = split_names == "test" if official else np.zeros(len(labels), dtype=bool)
     if official and not fixed.any():
@@ -114,9 +110,15 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
                         f"{', '.join(sorted(set(split_names)))}): give shares such as [0.8, 0.1, 0.1]")
     usable = ~fixed & ~np.isin(originals, originals[fixed])
     is_copy = usable & (originals != np.arange(len(originals)))
-    pool = np.flatnonzero(fixed | usable & ~is_copy)
+    kept_on_one_side = not data_config.drop_duplicates
+    pool = np.flatnonzero(fixed | usable & (~is_copy | kept_on_one_side))
     if data_config.limit is not None and data_config.limit < len(pool):
         pool, _ = _draw(pool, labels, data_config.limit, data_config, "limit")
+    if kept_on_one_side:  # of the rows left, the first of each text is split, and its copies follow it below
+        free = np.sort(pool[~fixed[pool]])
+        heads = free[np.unique(originals[free], return_index=True)[1]]
+        copies = np.setdiff1d(free, heads)
+        pool = np.concatenate([pool[fixed[pool]], np.sort(heads)])
 
     test, pool = pool[fixed[pool]], pool[~fixed[pool]]
     if official:
@@ -132,10 +134,8 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     if empty := [split for split, rows in splits.items() if len(rows) == 0]:
         raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
 
-    kept_on_one_side = not data_config.drop_duplicates
     if kept_on_one_side:
-        copies = np.flatnonzero(is_copy)
-        splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], rows)]])
+        splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
                   for split, rows in splits.items()}
     if repeated := int((~fixed & ~usable).sum()):
         say(f"{name}: {repeated:,} rows repeat a text of the official test split and are dropped")
@@ -145,14 +145,29 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     return {split: np.sort(rows) for split, rows in splits.items()}
 
 
+def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
+    """Raises UserError, naming both rows, if equal texts carry different labels."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    contradicting = np.flatnonzero(reviews.labels != reviews.labels[first[inverse]])
+    if len(contradicting):
+        row = contradicting[0]
+        (place, number), (other, other_number) = (locate(reviews.parts, i) for i in (first[inverse[row]], row))
+        both = (f"{place}: rows {number} and {other_number}" if place == other else
+                f"{place}: row {number} and {other}: row {other_number}")
+        raise UserError(f"{both} are the same text with different labels: correct one of them")
+
+
 def _draw(rows: np.ndarray, labels: np.ndarray, count: int, data_config: Any, key: str = "split"
           ) -> tuple[np.ndarray, np.ndarray]:
     """`count` of the rows at random, stratified by label, and the others."""
     try:
         return train_test_split(rows, train_size=count, stratify=labels[rows], random_state=data_config.split_seed)
-    except ValueError as error:
-        raise UserError(f"{data_config.dataset}: {len(rows)} rows are too few for every class to be in every part of "
-                        f"data_config.{key}={getattr(data_config, key)}: {error}") from None
+    except ValueError:
+        counts = np.unique(labels[rows], return_counts=True)[1]
+        raise UserError(f"{data_config.dataset}: {len(rows)} rows, {min(counts, default=0)} of them of the rarest "
+                        f"class, are too few for each of the {len(counts)} classes to be in every part of "
+                        f"data_config.{key}={getattr(data_config, key)}: add rows, or change data_config.{key}"
+                        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,6 +352,7 @@ def _once(function):
 def _prepare_data(data_config: Any, num_labels: int, tokenizer_name: str) -> PreparedData:
     reviews = load_reviews(data_config, num_labels)
     digests = text_digests(reviews.table)
+    refuse_contradictions(digests, reviews)
     splits = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
     tokenizer = load_tokenizer(tokenizer_name)
     used = np.sort(np.concatenate(list(splits.values())))  # with a limit, only these rows are tokenized

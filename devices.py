@@ -98,8 +98,9 @@ class SingleDevice:
     def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Save what `read_state` needs for going on; every process calls it."""
         if self.is_main:
-            torch.save({"model": self.unwrap(model).state_dict(), "optimizer": optimizer.state_dict(),
-                        "scaler": self.scaler.state_dict() if self.scaler else {}}, folder / "state.pt")
+            with open(folder / "state.pt", "wb") as file:  # a path would hide why a write failed
+                torch.save({"model": self.unwrap(model).state_dict(), "optimizer": optimizer.state_dict(),
+                            "scaler": self.scaler.state_dict() if self.scaler else {}}, file)
 
     def read_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)

@@ -1,19 +1,25 @@
 """The Hugging Face Hub: what lies on it, whether it answers, and one clear line when it does not."""
 
+import atexit
 import os
 import re
+import shutil
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage import chain
 from utils import Config, UserError
 
 PROBE_SECONDS = 8  # the libraries' own retries can take minutes before they give up
 WAYS_ON = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
            "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
+LIBRARIES = {"datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "pyarrow", "safetensors", "tokenizers",
+             "transformers"}
 
 
 def is_hub_name(name: str) -> bool:
@@ -29,7 +35,8 @@ def check_hub(config: Config) -> None:
     at once. Call it before anything is loaded.
     """
     names = [name for name in (config.model_config.model_name, config.data_config.dataset) if is_hub_name(name)]
-    if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or _hub_answers():
+    if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or answers(
+            os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return
     print(f"The Hugging Face Hub does not answer: looking for {' and '.join(names)} in the local cache.",
           file=sys.stderr)
@@ -38,6 +45,25 @@ def check_hub(config: Config) -> None:
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def usable_cache() -> None:
+    """Where the libraries' cache cannot be written, as in a read-only home: keep this run's part of it in a temporary
+    folder, and read models and files from the cache that there is. Call it before these libraries are imported.
+    """
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return
+    except OSError as error:
+        reason = error.strerror
+    temporary = tempfile.mkdtemp(prefix="datasets-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = temporary
+    print(f"{cache} cannot be written ({reason}): the reviews are tokenized into a temporary folder, for this run "
+          "only; set HF_HOME to keep them", file=sys.stderr)
 
 
 def quiet_libraries() -> None:
@@ -53,13 +79,13 @@ def quiet_libraries() -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
-def _hub_answers() -> bool:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+def answers(url: str) -> bool:
+    """Whether a server says anything at all within PROBE_SECONDS."""
     answered = threading.Event()
 
     def ask():
         try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
             answered.set()
         except urllib.error.HTTPError:
             answered.set()  # it answers, if only with a refusal
@@ -77,15 +103,22 @@ def _hub_answers() -> bool:
 
 @contextmanager
 def explained(key: str, name: str):
-    """Turn whatever exception a failed load of `name`, given as `key`, raises into one UserError."""
+    """Turn what a failed load of `name`, given as `key`, raises about it into one UserError.
+
+    A TypeError and its like come from a program, not from what it reads: they keep their traceback.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        causes = list(_chain(error))
+        causes = list(chain(error))
         if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
             raise user_error from None
+        # datasets wraps whatever its generator raises
+        culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
+        if not _is_about_input(culprit):
+            raise
         kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
         if is_hub_name(name):
             if "RepositoryNotFoundError" in kinds or "DatasetNotFoundError" in kinds and not _offline():
@@ -96,16 +129,17 @@ def explained(key: str, name: str):
                 raise UserError(f"{key}: the Hugging Face Hub cannot be reached and {name} is not completely in the "
                                 f"local cache; {WAYS_ON}") from error
         reason = " ".join(str(causes[-1]).split())[:300]  # the innermost says what went wrong
-        raise UserError(f"{key}: {name} cannot be loaded: {reason or type(causes[-1]).__name__}") from error
+        raise UserError(f"{key}: {name} cannot be loaded ({reason or type(causes[-1]).__name__}): mend it or name "
+                        "another one") from error
+
+
+def _is_about_input(error: BaseException) -> bool:
+    return (isinstance(error, OSError | ValueError | ImportError)  # ImportError: "... requires the ... library"
+            or type(error) is Exception  # all that tokenizers knows
+            or type(error).__module__.partition(".")[0] in LIBRARIES)
 
 
 def _offline() -> bool:
     from huggingface_hub import is_offline_mode
 
     return is_offline_mode()
-
-
-def _chain(error: BaseException | None):
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

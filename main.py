@@ -23,16 +23,25 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpointing import find_state, finished_metrics, read_metrics, refuse_differences, refuse_other_data
+from checkpointing import (
+    best_model,
+    find_state,
+    finished_metrics,
+    open_run,
+    read_metrics,
+    refuse_differences,
+    refuse_other_data,
+)
 from data import get_dataloader, prepare_data
 from devices import SingleDevice, make_deterministic
 from efficiency import environment, peak_flops, peak_memory_mb, training_flops
 from evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from hub import check_hub, quiet_libraries
-from model import EncoderForClassification, save_pretrained
-from reporting import save_plots, write_model_card
+from model import EncoderForClassification
+from reporting import try_plots, write_model_card
 from run import Run
 from stopping import SIGNALS, StopRequested
+from storage import room_for
 from tracking import ProgressBar, Wandb, read_history
 from utils import Config, UserError, say, write_json
 
@@ -103,6 +112,7 @@ def train(config: Config, devices: Any) -> None:
             "to replace it, train_config.resume=never train_config.overwrite=true")
         print_results(config, metrics)
         return
+    open_run(config.run_folder)
     state = find_state(config)
     run = Run(config, devices)
     run.start(state)
@@ -211,10 +221,7 @@ def validate_epoch(run: Run) -> None:
         + (", the best so far" if is_better else ""))
     if is_better:
         progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
-        weights = run.devices.weights(run.model)
-        if run.devices.is_main:
-            run.data.tokenizer.save_pretrained(run.folder / "best")
-            save_pretrained(run.folder / "best", run.encoder_config, weights)
+        run.save_best()
     else:
         progress.epochs_without_improvement += 1
     run.save()
@@ -248,7 +255,9 @@ def finish(run: Run) -> None:
 def test_again(config: Config, devices: Any) -> None:
     """--mode test: the best model of a finished or interrupted run on the test split."""
     folder = config.run_folder
-    model = EncoderForClassification.from_pretrained(folder / "best")
+    open_run(folder)
+    devices.barrier()
+    model = EncoderForClassification.from_pretrained(best_model(folder))
     # With another split, the model would be tested on reviews that it was trained on.
     refuse_differences(config, ignored=("train_config", "log_config", "data_config.batch_size"))
     loader = get_dataloader(config, "test", tokenizer_name=str(folder / "best"))
@@ -270,7 +279,7 @@ def test(config: Config, devices: Any, model: EncoderForClassification, loader: 
     rows = mistakes(predictions, loader.dataset.text, names)
     write_predictions(folder / "test_predictions.csv", predictions, names)
     write_mistakes(folder / "misclassified.csv", rows)
-    plots = save_plots(folder / "plots", config, read_history(folder / "history.jsonl"), predictions, names)
+    plots = try_plots(folder / "plots", config, read_history(folder / "history.jsonl"), predictions, names)
     write_model_card(folder / "best", config, metrics, names)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
     wandb.report({f"{split}/{name}": value for split in ("valid", "test")
@@ -296,7 +305,8 @@ def main(command: cli.Command, devices_class: type = SingleDevice) -> None:
     quiet_libraries()
     make_deterministic()
     devices = devices_class(command.config)
-    {"train": train, "test": test_again}[command.mode](command.config, devices)
+    with room_for(command.config.run_folder):
+        {"train": train, "test": test_again}[command.mode](command.config, devices)
     devices.close()
 
 

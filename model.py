@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from encoders import attention_masks, is_known, read_only_first_token
 from hub import explained
+from storage import MANIFEST, refuse_damage
 from utils import UserError, atomic_write, write_json
 
 WEIGHTS = "model.safetensors"
@@ -78,14 +80,17 @@ class EncoderForClassification(nn.Module):
         """
         name = model_config.model_name
         with explained("model_config.model_name", name):
-            encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            if model_config.encoder_dropout is not None:
-                set_encoder_dropout(encoder_config, model_config.encoder_dropout)
+            encoder_config = load_encoder_config(model_config)
             if model_config.pretrained:
                 # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
                 encoder, report = AutoModel.from_pretrained(
                     name, config=encoder_config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                    output_loading_info=True)
+                    ignore_mismatched_sizes=True, output_loading_info=True)
+                if mismatched := sorted(report["mismatched_keys"]):
+                    key, stored, expected = mismatched[0]
+                    raise UserError(f"model_config.model_name: the weights in {name} are not of the model in its "
+                                    f"config.json ({key} is {list(stored)} instead of {list(expected)}): take a model "
+                                    "whose files belong together")
                 # A missing weight would be drawn at random and train to a number that nobody can explain.
                 if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
                     raise UserError(f"model_config.model_name: {name} lacks {len(missing)} weights of its architecture "
@@ -105,11 +110,16 @@ class EncoderForClassification(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EncoderForClassification:
-        """The model that `save_pretrained` wrote. Raises UserError naming the file that is missing or does not fit."""
+        """The model that `save_pretrained` wrote. Raises UserError naming the file that is missing or does not fit.
+
+        A sealed folder, such as a run's, is verified to the last bit before anything is read from it.
+        """
         folder = Path(folder)
         for name in ("config.json", WEIGHTS):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name}; train this run first, or name one that has a model by run_name=")
+        if (folder / MANIFEST).exists():
+            refuse_damage(folder)
         try:
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             encoder_config = AutoConfig.for_model(**settings)
@@ -123,6 +133,33 @@ class EncoderForClassification(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder / WEIGHTS}: damaged, or not of the model in config.json: {reason}") from error
         return model
+
+
+def load_encoder_config(model_config: Any) -> PretrainedConfig:
+    """The configuration of the encoder `model_config.model_name`, before any weight is loaded.
+
+    Raises UserError if it describes no text encoder, or one that cannot be built.
+    """
+    name = model_config.model_name
+    with explained("model_config.model_name", name):
+        encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    kind = encoder_config.model_type
+    is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if encoder_config.is_encoder_decoder or is_decoder or not hasattr(encoder_config, "vocab_size"):
+        raise UserError(f"model_config.model_name: {name} is a {kind} model, not a text encoder: take one such as "
+                        "bert-base-uncased or answerdotai/ModernBERT-base")
+    if model_config.encoder_dropout is not None:
+        set_encoder_dropout(encoder_config, model_config.encoder_dropout)
+    try:
+        with torch.device("meta"):  # shapes without memory
+            encoder = AutoModel.from_config(encoder_config)
+        if empty := [key for key, weights in encoder.named_parameters() if weights.numel() == 0]:
+            raise ValueError(f"{empty[0]} would be empty")
+    except Exception as error:  # of whatever kind: each architecture trips over nonsense in its own way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"model_config.model_name: no encoder can be built from the config.json of {name} ({reason}): "
+                        "correct it or take another model") from error
+    return encoder_config
 
 
 def save_pretrained(folder: str | Path, encoder_config: PretrainedConfig, weights: dict[str, torch.Tensor]) -> None:

@@ -12,7 +12,9 @@ from torch import nn
 from transformers import get_scheduler
 
 from checkpointing import (
+    KEPT_STATES,
     Progress,
+    best_model,
     load_progress,
     random_state,
     refuse_other_data,
@@ -20,10 +22,11 @@ from checkpointing import (
     save_state,
     set_random_state,
 )
-from checks import position_limit
+from checks import position_limit, too_long
 from data import get_dataloader, prepare_data
 from efficiency import matmul_weights
-from model import EncoderForClassification
+from model import EncoderForClassification, load_encoder_config, save_pretrained
+from storage import replace_folder, room_for
 from tracking import History, Wandb
 from utils import Config, UserError, process_rank, save_config, say, set_seed
 
@@ -34,6 +37,7 @@ class Run:
     def __init__(self, config: Config, devices: Any):
         set_seed(config.train_config.seed)
         self.config, self.devices, self.folder = config, devices, config.run_folder
+        load_encoder_config(config.model_config)  # what is no encoder is refused before the reviews are read
         with devices.main_process_first():
             self.data = prepare_data(config)
         self.train_loader, self.valid_loader = get_dataloader(config, "train"), get_dataloader(config, "valid")
@@ -45,6 +49,7 @@ class Run:
 
         model = EncoderForClassification.from_encoder(config.model_config, self.data.label_names).to(devices.device)
         self.encoder_config, self.matmul_weights = model.config, matmul_weights(model)
+        self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
         refuse_misfit(config, model.config, self.train_loader.dataset.tokens)
         if config.train_config.compile:
             model.encoder.compile(dynamic=True)
@@ -58,14 +63,23 @@ class Run:
         self.sums = torch.zeros(2, device=devices.device)  # loss and correct reviews since the last record
         self.clock = time.perf_counter()
 
+    @property
+    def state_bytes(self) -> int:
+        """What a saved state takes: the weights and, with Adam, its two moments of each."""
+        return self.model_bytes * (1 if self.config.train_config.optimizer == "sgd" else 3)
+
     def start(self, state: Path | None) -> None:
         """From the beginning, or from a saved state."""
+        # At its largest, a run folder holds the kept states and the new one, the best model and its replacement.
+        most = (KEPT_STATES + 1) * self.state_bytes + 2 * self.model_bytes
+        there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        with room_for(self.folder, max(most - there, self.state_bytes)):
+            pass
         if state is not None:
             self.progress = load_progress(state)
             refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
-            if self.progress.best_epoch and not (self.folder / "best" / "model.safetensors").exists():
-                raise UserError(f"{self.folder / 'best'}: the best model of this interrupted run is gone: start it "
-                                "afresh with train_config.resume=never")
+            if self.progress.best_epoch:
+                best_model(self.folder)
             self.devices.read_state(state, self.model, self.optimizer)
             own = state / f"process_{process_rank()}.pt"
             if not own.exists():
@@ -92,12 +106,26 @@ class Run:
     def save(self) -> None:
         def write(folder: Path) -> None:
             self.devices.write_state(folder, self.model, self.optimizer)
-            torch.save({"scheduler": self.scheduler.state_dict(), "sums": self.sums, "random": random_state()},
-                       folder / f"process_{process_rank()}.pt")
+            with open(folder / f"process_{process_rank()}.pt", "wb") as file:  # a path would hide why a write failed
+                torch.save({"scheduler": self.scheduler.state_dict(), "sums": self.sums, "random": random_state()},
+                           file)
+
+        with room_for(self.folder, self.state_bytes):
+            if self.devices.is_main:
+                self.history.sync()
+            save_state(self.folder / "last", self.progress, write, self.devices.barrier)
+
+    def save_best(self) -> None:
+        """Replace the best model by the present one."""
+        weights = self.devices.weights(self.model)
+
+        def write(folder: Path) -> None:
+            self.data.tokenizer.save_pretrained(folder)
+            save_pretrained(folder, self.encoder_config, weights)
 
         if self.devices.is_main:
-            self.history.sync()
-        save_state(self.folder / "last", self.progress, write, self.devices.barrier)
+            with room_for(self.folder, self.model_bytes):
+                replace_folder(self.folder / "best", write)
 
     def record(self, values: dict[str, float], speed: dict[str, float] | None = None) -> None:
         """To history.jsonl and wandb; the speed, which no two runs share, to wandb alone."""
@@ -118,9 +146,9 @@ class Run:
 
 def refuse_misfit(config: Config, encoder_config: Any, tokens: np.ndarray) -> None:
     """Raises UserError for reviews that the encoder cannot read, before a kernel fails on them."""
-    name, max_len = config.model_config.model_name, config.data_config.max_len
-    if (longest := position_limit(encoder_config.to_dict())) is not None and max_len > longest:
-        raise UserError(f"data_config.max_len is {max_len}: {name} takes at most {longest} tokens")
+    name = config.model_config.model_name
+    if problem := too_long(config.data_config.max_len, name, position_limit(encoder_config.to_dict())):
+        raise UserError(problem)
     if (largest := int(tokens.max())) >= encoder_config.vocab_size:
         raise UserError(f"model_config.model_name: the tokenizer of {name} gives token {largest}, but its encoder only "
                         f"knows {encoder_config.vocab_size}: they do not belong together")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
 
 from hub import explained, is_hub_name
 from utils import UserError, say
@@ -30,6 +30,25 @@ class Reviews:
     labels: np.ndarray  # (rows,) int64, the index into label_names
     label_names: list[str]
     split_names: np.ndarray  # (rows,) str: the dataset's own split of each row
+    parts: list[Part]  # what the table was pooled from, in this order
+
+
+@dataclass
+class Part:
+    """Reviews as they lie somewhere, so that an error can name a row where its reader finds it."""
+
+    split: str
+    place: str  # a file, or a dataset and its split
+    table: Dataset
+
+
+def locate(parts: list[Part], row: int) -> tuple[str, int]:
+    """(place, row counted from 1 there) of a row of the pooled table."""
+    for part in parts:
+        if row < len(part.table):
+            return part.place, row + 1
+        row -= len(part.table)
+    raise IndexError(row)
 
 
 def load_reviews(data_config: Any, num_labels: int) -> Reviews:
@@ -40,19 +59,24 @@ def load_reviews(data_config: Any, num_labels: int) -> Reviews:
     """
     name = data_config.dataset
     columns = (data_config.text_column, data_config.label_column)
-    splits = {}
-    for split, table in _load_splits(name, columns).items():
-        splits[split] = table = _select(table, columns, f"{name}, split {split}" if len(splits) else name)
-        if _is_unlabelled(split, table):
-            del splits[split]
-            say(f"{name}: the split {split} has no labels and is left out ({len(table):,} rows)")
-    if not any(len(table) for table in splits.values()):
-        raise UserError(f"data_config.dataset: {name} holds no labelled rows")
-    split_names = np.repeat(list(splits), [len(table) for table in splits.values()])
-    table = concatenate_datasets(list(splits.values()))
-    _check_texts(table, name)
-    labels, label_names = _encode_labels(table, name, data_config.label_column, num_labels)
-    return Reviews(table, labels, label_names, split_names)
+    parts = []
+    for part in _load_parts(name, columns):
+        part.table = _select(part.table, columns, part.place)
+        if _is_unlabelled(part):
+            say(f"{part.place}: the split {part.split} has no labels and is left out ({len(part.table):,} rows)")
+        else:
+            parts.append(part)
+    if not any(len(part.table) for part in parts):
+        raise UserError(f"data_config.dataset: {name} holds no labelled rows: name a file or folder with some")
+    for part in parts:
+        if not _is_text(kind := part.table.data.column("text").type):
+            raise UserError(f"{part.place}: the column {columns[0]!r} holds {kind}, not text: "
+                            "set data_config.text_column")
+    table = concatenate_datasets([part.table for part in parts])
+    _check_texts(table, parts)
+    labels, label_names = _encode_labels(table, name, parts, data_config.label_column, num_labels)
+    split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
+    return Reviews(table, labels, label_names, split_names, parts)
 
 
 def read_rows(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | None]]:
@@ -136,22 +160,55 @@ def _read_parquet(path: str) -> Iterator[dict]:
         raise UserError(f"{path}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
 
 
-def _load_splits(name: str, columns: tuple[str, str]) -> dict[str, Dataset]:
+def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
     path = Path(name)
     if path.is_file():
         if path.suffix not in FILE_TYPES:
             raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}")
-        status = path.stat()
-        features = Features(dict.fromkeys(columns, Value("string")))
-        with explained("data_config.dataset", name):
-            # The file's size and time are part of the cache's key: a changed file is read anew.
-            stamp = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-            return {"train": Dataset.from_generator(_read_stamped, features=features, gen_kwargs={
-                "path": name, "columns": columns, "stamp": stamp})}
-    if not path.is_dir() and not is_hub_name(name):
+        return [Part("train", name, _load_file(name, columns))]
+    if path.is_dir():
+        return _load_folder(name, columns)
+    if not is_hub_name(name):
         raise UserError(f"data_config.dataset: no such file or folder: {name}")
+    return _load_with_library(name)
+
+
+def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
+    """A dataset folder: the library says which file belongs to which split; .csv and .jsonl are read by this module,
+    which knows the row of every error and takes NA for a text."""
+    found = [path for path in sorted(Path(name).rglob("*")) if path.suffix in FILE_TYPES and path.is_file()
+             and not any(part.startswith(".") for part in path.relative_to(name).parts)]
+    kinds = sorted({path.suffix for path in found})
+    if len(kinds) > 1:
+        raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, of which only one kind can be "
+                        "read at once: move the others elsewhere, or name one file")
+    if kinds == [".parquet"]:
+        for path in found:
+            next(_read_parquet(str(path)), None)  # the library's error would not name the file
+    if kinds not in ([".csv"], [".jsonl"]):
+        return _load_with_library(name)
     with explained("data_config.dataset", name):
-        return dict(load_dataset(name))
+        splits = load_dataset_builder(name).config.data_files
+    return [Part(str(split), str(file), _load_file(str(file), columns)) for split, files in splits.items()
+            for file in files]
+
+
+def _load_with_library(name: str) -> list[Part]:
+    with explained("data_config.dataset", name):
+        splits = load_dataset(name)
+    return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
+            for split, table in splits.items()]
+
+
+def _load_file(path: str, columns: tuple[str, str]) -> Dataset:
+    """The two columns of a file, every value as text."""
+    status = Path(path).stat()
+    features = Features(dict.fromkeys(columns, Value("string")))
+    # The file's size and time are part of the cache's key: a changed file is read anew.
+    stamp = f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}"
+    with explained("data_config.dataset", path):
+        return Dataset.from_generator(_read_stamped, features=features, gen_kwargs={
+            "path": path, "columns": columns, "stamp": stamp})
 
 
 def _read_stamped(path: str, columns: tuple[str, ...], stamp: str) -> Iterator[dict[str, str | None]]:
@@ -173,10 +230,10 @@ def _select(table: Dataset, columns: tuple[str, str], name: str) -> Dataset:
     return table.select_columns([text, label]).rename_columns({text: "text", label: "label"})
 
 
-def _is_unlabelled(split: str, table: Dataset) -> bool:
-    if split == "unsupervised":
+def _is_unlabelled(part: Part) -> bool:
+    if part.split == "unsupervised":
         return True
-    labels = table.data.column("label")
+    labels = part.table.data.column("label")
     if labels.null_count == len(labels):
         return True
     return pa.types.is_integer(labels.type) and pc.max(labels).as_py() < 0
@@ -186,16 +243,16 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _check_texts(table: Dataset, name: str) -> None:
+def _check_texts(table: Dataset, parts: list[Part]) -> None:
     texts = table.data.column("text")
-    if not _is_text(texts.type):
-        raise UserError(f"{name}: the text column holds {texts.type}, not text: set data_config.text_column")
     empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
     if (row := pc.index(empty, True).as_py()) >= 0:
-        raise UserError(f"{name}: row {row + 1} has no text: fill it or remove the row")
+        place, row = locate(parts, row)
+        raise UserError(f"{place}: row {row} has no text: fill it or remove the row")
 
 
-def _encode_labels(table: Dataset, name: str, column: str, num_labels: int) -> tuple[np.ndarray, list[str]]:
+def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int
+                   ) -> tuple[np.ndarray, list[str]]:
     """Labels as indices (int64), and the classes' names: those of the dataset, or the sorted names found."""
     values, feature = table.data.column("label"), table.features["label"]
     if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) or _is_text(values.type)):
@@ -203,7 +260,8 @@ def _encode_labels(table: Dataset, name: str, column: str, num_labels: int) -> t
     values = pc.utf8_trim_whitespace(pc.cast(values, pa.string()))
     missing = pc.fill_null(pc.equal(values, ""), True)
     if (row := pc.index(missing, True).as_py()) >= 0:
-        raise UserError(f"{name}: row {row + 1} has no label: fill it or remove the row")
+        place, row = locate(parts, row)
+        raise UserError(f"{place}: row {row} has no label: fill it or remove the row")
     distinct = sorted(pc.unique(values).to_pylist())
     if all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in distinct):
         labels = pc.cast(values, pa.int64()).to_numpy()
@@ -213,8 +271,8 @@ def _encode_labels(table: Dataset, name: str, column: str, num_labels: int) -> t
             labels, names = labels - first, [str(i) for i in range(first, first + num_labels)]  # stars from 1 to 5
         outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
         if len(outside):
-            row = outside[0]
-            raise UserError(f"{name}: row {row + 1} has the label {labels[row]}, but model_config.num_labels="
+            place, row = locate(parts, outside[0])
+            raise UserError(f"{place}: row {row} has the label {labels[outside[0]]}, but model_config.num_labels="
                             f"{num_labels} allows 0 to {len(names) - 1}: correct the row or the setting")
     else:
         names = distinct

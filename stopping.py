@@ -30,7 +30,9 @@ class StopSignals:
         name = signal.Signals(number).name
         # A launcher passes on the Ctrl-C that the terminal has sent to this process already: no second one there.
         again = name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ
-        if again or not self._deferring:
+        if again:
+            os._exit(EXIT_CODES[name])  # at once: in the middle of a save, torch would turn an exception into its own
+        if not self._deferring:
             raise SystemExit(EXIT_CODES[name])
         self.received = name
 

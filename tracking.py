@@ -17,9 +17,11 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from evaluation import Predictions
+from hub import answers
 from utils import Config, UserError, atomic_write, process_rank, say
 
-INIT_TIMEOUT_SECONDS = 20  # wandb's own default for an unreachable server is 90
+FINISH_TIMEOUT_SECONDS = 15  # what a server that has gone may cost at the end; the record stays on disk
+INIT_TIMEOUT_SECONDS = 15  # wandb's own default for an unreachable server is 90
 TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv has them all
 
 
@@ -80,13 +82,17 @@ class Wandb:
             if mode == "online":
                 say("wandb: no login found (run `wandb login` once); recording offline")
             mode = "offline"
+        # Where a server takes the connection and stays silent, wandb.init was seen to wait for 313 s.
+        if mode != "offline" and not answers(url := wandb.setup().settings.base_url):
+            say(f"wandb: the server cannot be reached ({url} does not answer); recording offline")
+            mode = "offline"
         arguments = {
             "project": config.log_config.wandb_project, "name": config.run_name, "dir": config.output_dir,
             "id": run_id, "resume": "allow" if run_id else None,
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "job_type": job_type, "tags": ["DEMO"] if config.is_demo else None,
             "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
-                                       finish_timeout=60, finish_timeout_raises=False),
+                                       finish_timeout=FINISH_TIMEOUT_SECONDS, finish_timeout_raises=False),
         }
         try:
             self.run = wandb.init(mode="offline" if mode == "offline" else "online", **arguments)

@@ -193,7 +193,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        key = error.full_key or "an interpolation"  # a ${...} whose value is missing or of the wrong type
+        raise UserError(f"{origins.get(key, path)}: {key}: {str(error).splitlines()[0]}: give a value that fits"
+                        ) from None
     for key, text in impossible_values(config, known, num_processes()).items():
         problems.setdefault(key, f"{origins.get(key, path)}: {text}")
     if problems:
@@ -308,9 +310,22 @@ def atomic_write(path: str | Path, mode: str = "w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut; a no-op where a folder cannot be opened (Windows)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -46,7 +46,7 @@ def test_readme_documents_every_key_with_its_meaning():
 def misspellings():
     for key, _ in config_fields():
         section, _, leaf = key.rpartition(".")
-        for position in (0, len(leaf) // 2, len(leaf) - 1):
+        for position in range(len(leaf)):
             for changed in (leaf[:position] + leaf[position + 1:], leaf[:position] + leaf[position] + leaf[position:],
                             leaf[:position] + "q" + leaf[position + 1:]):
                 yield key, f"{section}.{changed}".lstrip(".")

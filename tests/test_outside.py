@@ -1,0 +1,162 @@
+"""What the world does to a run: no home, no matplotlib, no wandb, a Hub that breaks off, foreign code, secrets."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROJECT, SHARED, run_script
+from test_training import metrics_of
+from transformers import AutoModel, AutoTokenizer
+
+import cli
+import main
+import reporting
+from utils import load_config
+
+
+@pytest.fixture
+def short(overrides) -> list[str]:
+    return [*overrides, "train_config.max_steps=4"]
+
+
+def train_here(arguments: list[str]) -> None:
+    cli.run(lambda: main.main(cli.Command("train", load_config(PROJECT / "config.yaml", arguments))))
+
+
+def test_a_home_that_cannot_be_written(short, tmp_path):
+    nowhere = dict.fromkeys(["HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
+                             "XDG_STATE_HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"], "/proc/nowhere")
+    result = run_script("main.py", *short, "log_config.wandb_mode=offline", environment={**nowhere, "WANDB_MODE": ""})
+    assert result.returncode == 0, result.stderr
+    assert "/proc/nowhere/datasets cannot be written" in result.stderr
+    assert "set HF_HOME" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert metrics_of(tmp_path / "runs/run")["train"]["optimizer_steps"] == 4
+    assert len(list((tmp_path / "runs/run/plots").iterdir())) == 3
+
+
+@pytest.mark.parametrize("broken", ["raise ImportError('no fonts')", "raise FileNotFoundError('mpl-data/fonts')"])
+def test_without_matplotlib_only_the_plots_are_missing(short, tmp_path, broken):
+    (tmp_path / "stub" / "matplotlib").mkdir(parents=True)
+    (tmp_path / "stub" / "matplotlib" / "__init__.py").write_text(broken)
+    result = run_script("main.py", *short, environment={"PYTHONPATH": str(tmp_path / "stub")})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("plots: left out") == 1
+    assert "Traceback" not in result.stderr
+    assert metrics_of(tmp_path / "runs/run")["test"]["n"] == 20
+
+
+def test_a_plot_that_fails_is_left_out(monkeypatch, capsys, tmp_path):
+    import plots
+
+    monkeypatch.setattr(plots, "plot_reliability", lambda *_: 1 / 0)
+    monkeypatch.setattr(plots, "plot_confusion_matrix", lambda *_: None)
+    monkeypatch.setattr(plots, "plot_learning_curves", lambda *_: None)
+    assert reporting.try_plots(tmp_path, None, [], None, []) == []
+    assert "plots: left out (ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_a_silent_wandb_server_costs_seconds_not_the_run(short, tmp_path):
+    with socket.socket() as silent:  # it takes connections and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        started = time.perf_counter()
+        result = run_script("main.py", *short, "log_config.wandb_mode=online", environment={
+            "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "HOME": str(tmp_path),
+            "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"})
+    print(f"{time.perf_counter() - started:.1f} s in all")
+    assert result.returncode == 0, result.stderr
+    assert "wandb: the server cannot be reached" in result.stdout
+    assert metrics_of(tmp_path / "runs/run")["train"]["optimizer_steps"] == 4
+    assert time.perf_counter() - started < 45  # of which the run itself takes about ten
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the stand-in for the Hub")
+def test_a_hub_that_breaks_off_in_the_middle_of_a_file(tmp_path):
+    server = subprocess.Popen([sys.executable, SHARED / "tools/local_hub.py", "--port", "8931", "--fail-after", "4",
+                               "--model", f"somebody/encoder={SHARED / 'models/all-MiniLM-L6-v2'}",
+                               "--dataset", f"stanfordnlp/imdb={SHARED / 'data/imdb'}"], stdout=subprocess.PIPE)
+    try:
+        server.stdout.readline()
+        result = run_script("main.py", "model_config.model_name=somebody/encoder", f"output_dir={tmp_path}",
+                            "data_config.limit=100", timeout=240, environment={
+                                "HF_ENDPOINT": "http://127.0.0.1:8931", "HF_HUB_DISABLE_XET": "1",
+                                "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")})
+    finally:
+        server.kill()
+        server.wait()
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in result.stderr
+    assert "somebody/encoder" in errors[0] or "stanfordnlp/imdb" in errors[0]
+    assert not any(path.is_dir() for path in tmp_path.iterdir() if path.name != "hf")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Security
+
+
+def test_code_in_a_model_folder_does_not_run(overrides, tmp_path, encoder_folder):
+    folder = tmp_path / "encoder"
+    AutoModel.from_pretrained(encoder_folder("bert")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder_folder("bert")).save_pretrained(folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
+        (folder / name).write_text(json.dumps(settings))
+    for kind in ("bert", "evil"):  # known, it is read with transformers' own code; unknown, it is refused
+        settings = json.loads((folder / "config.json").read_text()) | {"model_type": kind}
+        (folder / "config.json").write_text(json.dumps(settings))
+        arguments = [*overrides, "train_config.max_steps=2", f"run_name={kind}", f"model_config.model_name={folder}"]
+        if kind == "bert":
+            train_here(arguments)
+        else:
+            with pytest.raises(SystemExit, match="2"):
+                train_here(arguments)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_planted_adapter_or_pickle_beside_the_weights_is_not_read(overrides, tmp_path, encoder_folder):
+    folder = tmp_path / "encoder"
+    model = AutoModel.from_pretrained(encoder_folder("bert"))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder_folder("bert")).save_pretrained(folder)
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin"):
+        torch.save(Bomb(), folder / name)
+    train_here([*overrides, "train_config.max_steps=2", f"model_config.model_name={folder}"])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        train_here([*overrides, "run_name=without", f"model_config.model_name={folder}"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_secret_reaches_the_output_or_the_run_folder(short, tmp_path):
+    secrets = {"WANDB_API_KEY": "5ec2e7" * 6 + "abcd", "HF_TOKEN": "hf_" + "5ec2e7" * 6}
+    result = run_script("main.py", *short, "log_config.wandb_mode=offline", environment=secrets | {
+        "WANDB_MODE": "", "HOME": str(tmp_path / "home")})
+    assert result.returncode == 0, result.stderr
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(written) > 15  # the run folder, and wandb's beside it
+    for secret in secrets.values():
+        assert secret not in result.stdout + result.stderr
+        assert [path for path in written if secret.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "a/b", "/tmp/x", "x/../../y", ".", "~/x"])
+def test_a_run_name_is_no_path(short, tmp_path, name):
+    with pytest.raises(Exception, match="run_name is"):
+        load_config(PROJECT / "config.yaml", [*short, f"run_name='{name}'"])
+    assert not (tmp_path / "runs").exists()
+
+
