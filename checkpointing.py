@@ -45,7 +45,8 @@ class Progress:
     reviews: int = 0
     recorded_reviews: int = 0  # those before the last training record
     tokens: int = 0
-    flops: float = 0.0
+    flops: float = 0.0  # of the whole model, padding not counted
+    executed_flops: float = 0.0  # of what is computed of it
     seconds: float = 0.0  # of training, without evaluation and saving
 
 

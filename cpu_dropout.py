@@ -57,6 +57,6 @@ def replace_dropout(model: nn.Module) -> None:
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                setattr(module, name, CPUDropout(child.p))
+                setattr(module, name, CPUDropout(child.p).train(child.training))
     if model.encoder.config._attn_implementation == "sdpa":
         model.encoder.config._attn_implementation = "sdpa_cpu"

@@ -27,6 +27,7 @@ class SingleDevice:
         self.device = pick_device(config.train_config.device)
         self.precision = pick_precision(config.train_config.mixed_precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+        self.watch()
 
     def __str__(self) -> str:
         return f"{self.device.type} ({self.precision if self.precision != 'no' else 'fp32'})"
@@ -49,20 +50,45 @@ class SingleDevice:
     def backward(self, loss: torch.Tensor) -> None:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
-    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    def watch(self) -> None:
+        """Look for numbers that are not finite from now on."""
+        self.failed = torch.zeros((), device=self.device)  # 1 once a gradient was not finite
+        self.good_steps = torch.zeros((), device=self.device)  # before that
+
+    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
+                       ) -> torch.Tensor:
+        """Scale the gradients down to `max_norm` if it is given; returns their L2 norm before that, on the device."""
         if self.scaler:
             self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        return norm
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
         """Update the weights; False if fp16's loss scaler skipped the update because of an overflow."""
+        self.look_at(loss if self.scaler else norm)  # fp16's scaler skips overflowing gradients, which is no failure
         if self.scaler is None:
-            optimizer.step()
+            if self.may_step(optimizer):
+                optimizer.step()
             return True
         scale = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
         return self.scaler.get_scale() >= scale
+
+    def look_at(self, number: torch.Tensor) -> None:
+        """Remember on the device whether a number was not finite: asking here would wait for it in each step."""
+        self.failed = torch.maximum(self.failed, (~number.isfinite()).float())
+        self.good_steps += 1 - self.failed
+
+    def may_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether to call optimizer.step(): never if this or an earlier step has failed."""
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = self.failed  # the fused kernel reads it on the device, and then leaves all as it is
+            return True
+        return not self.failed
 
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """The rows of all processes, one process after the other."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -21,20 +23,46 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "A100": 312e1
               "A10": 125e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def matmul_weights(model: nn.Module) -> int:
-    """The encoder's weights that are factors of matrix products, embeddings not counted."""
-    return sum(module.weight.numel() for module in model.encoder.modules() if isinstance(module, nn.Linear))
+# What a forward and backward pass costs apart from its tokens (launching kernels, reading all weights), in FLOPs that
+# the device could do meanwhile. A CPU's was fitted to MiniLM on two cores; a GPU's is an estimate, not measured.
+PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 
 
-def training_flops(weights: int, config: PretrainedConfig, lengths: np.ndarray) -> float:
+@dataclass
+class Work:
+    """What a model multiplies for a token, and for a review's first token."""
+
+    token_weights: int  # weights that are factors of matrix products for every token
+    first_weights: int  # those that only the first token meets
+    width: int
+    windows: list[float]  # how many tokens each layer lets a token attend to, for layers that compute every token
+    first_layers: int  # layers that compute the first token's attention only
+
+
+def work_of(model: nn.Module, executed: bool) -> Work:
+    """The work of an EncoderForClassification: the whole encoder's, or what is executed with the last layer read at the
+    first token alone. Embeddings and head are not counted."""
+    config = model.config
+    linear = [(name, module) for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
+    total, windows = sum(module.weight.numel() for _, module in linear), _attention_windows(config)
+    if not (executed and model.reads_first_token):
+        return Work(total, 0, config.hidden_size, windows, 0)
+    last = max(int(number) for name, _ in linear for number in re.findall(r"layers?\.(\d+)\.", name))
+    of_last = sum(module.weight.numel() for name, module in linear if re.search(rf"layers?\.{last}\.", name))
+    keys_and_values = 2 * config.hidden_size ** 2
+    return Work(total - of_last + keys_and_values, of_last - keys_and_values, config.hidden_size, windows[:-1], 1)
+
+
+def training_flops(work: Work, lengths: np.ndarray) -> float:
     """FLOPs of one forward and backward pass over reviews of these lengths in tokens, padding not counted.
 
     Kaplan et al. 2020 (arXiv 2001.08361, section 2.1): 6 a matrix weight and token; and, for queries x keys and weights
     x values, 12 x width a token and key that it attends to, of which a local layer has at most its window.
     """
     lengths = lengths.astype(np.float64)
-    keys = sum((lengths * np.minimum(lengths, window)).sum() for window in _attention_windows(config))
-    return 6.0 * weights * lengths.sum() + 12.0 * config.hidden_size * keys
+    keys = sum((lengths * np.minimum(lengths, window)).sum() for window in work.windows)
+    keys += work.first_layers * lengths.sum()
+    return 6.0 * (work.token_weights * lengths.sum() + work.first_weights * len(lengths)) + 12.0 * work.width * keys
 
 
 def _attention_windows(config: PretrainedConfig) -> list[float]:

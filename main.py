@@ -15,10 +15,10 @@ import cli
 if __name__ == "__main__":
     COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong setting is refused before torch's slow import
 
-import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -54,7 +54,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[
     """One optimizer step on the mean loss over a window: `reviews` reviews, over all micro-batches and processes.
 
     Returns the window's [summed loss, correct reviews] of this process, a tensor (2,) on the device, and whether the
-    weights were updated.
+    weights were updated: never where the gradient is not finite, nor in any later step, see `settle`.
     """
     sums = torch.zeros(2, device=devices.device)
     for number, batch in enumerate(window, start=1):
@@ -66,9 +66,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[
             # processes, which the factor undoes.
             devices.backward(loss * (devices.num_processes / reviews))
         sums += torch.stack([loss.detach(), (logits.argmax(dim=1) == labels).sum()])
-    if max_grad_norm is not None:
-        devices.clip_gradients(model, optimizer, max_grad_norm)
-    updated = devices.step(optimizer)
+    norm = devices.clip_gradients(model, optimizer, max_grad_norm)
+    updated = devices.step(optimizer, norm, sums[0])
     optimizer.zero_grad(set_to_none=True)
     return sums, updated
 
@@ -143,7 +142,7 @@ def train_epoch(run: Run) -> None:
                 raise
         # Outside of `except`, whose traceback would keep the window's tensors alive
         run.model.zero_grad(set_to_none=True)
-        measure_time(run)
+        settle(run)
         run.sampler.micro_batch = progress.micro_batch = -(-run.sampler.micro_batch // 2)
         if run.devices.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -170,30 +169,28 @@ def train_windows(run: Run, bar: ProgressBar) -> None:
         progress.step, progress.windows = progress.step + 1, progress.windows + 1
         progress.reviews += len(rows)
         progress.tokens += int(lengths[rows].sum())
-        progress.flops += training_flops(run.matmul_weights, run.encoder_config, lengths[rows])
+        progress.flops += training_flops(run.work, lengths[rows])
+        progress.executed_flops += training_flops(run.executed_work, lengths[rows])
         bar.update()
         at_end = progress.windows == run.steps_per_epoch or progress.step == run.total_steps
         if at_end or progress.step % run.config.log_config.log_every_steps == 0:
             log_training(run, bar)
         if devices.any(SIGNALS.received is not None):
-            measure_time(run)
+            settle(run)
             raise StopRequested
         if progress.step % train_config.save_every_steps == 0:
-            measure_time(run)
+            settle(run)
             run.save()
             run.clock = time.perf_counter()
-    measure_time(run)
+    settle(run)
 
 
 def log_training(run: Run, bar: ProgressBar) -> None:
     """Record the mean over the reviews since the last record: the only place where a step waits for the device."""
     progress = run.progress
+    settle(run)
     loss, correct = run.devices.total(run.sums).tolist()
     count = progress.reviews - progress.recorded_reviews
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the training loss is {loss} in the {count} reviews before optimizer step "
-                                 f"{progress.step}: lower train_config.learning_rate or set train_config.max_grad_norm")
-    measure_time(run)
     speed = progress.reviews / progress.seconds
     run.record({"train/loss": loss / count, "train/accuracy": correct / count,
                 "train/learning_rate": run.scheduler.get_last_lr()[0]}, {"train/samples_per_second": speed})
@@ -202,12 +199,24 @@ def log_training(run: Run, bar: ProgressBar) -> None:
     run.sums.zero_()
 
 
-def measure_time(run: Run) -> None:
-    """Add the time since the last call to the training time."""
+def settle(run: Run) -> None:
+    """Wait for the device: add the time since the last call, and stop if a step since then had no finite gradient.
+
+    Raises FloatingPointError naming step and reviews. The weights are those before that step, on which nothing later
+    was built either: each step looks at the one before it on the device, where looking costs no waiting.
+    """
     run.devices.synchronize()
     now = time.perf_counter()
     run.progress.seconds += now - run.clock
     run.clock = now
+    if run.devices.any(bool(run.devices.failed > 0)):
+        step = run.start_step + int(run.devices.good_steps) + 1
+        rows = run.sampler.windows()[run.progress.windows - 1 - (run.progress.step - step)]
+        ids = run.train_loader.dataset.ids[np.sort(rows)].tolist()
+        raise FloatingPointError(
+            f"optimizer step {step}: loss or gradient is not finite, so the weights were left as they were; reviews "
+            f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
+            "at these reviews; the last good state is saved")
 
 
 def validate_epoch(run: Run) -> None:
@@ -235,15 +244,17 @@ def rank(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
 def finish(run: Run) -> None:
     """Test the best model and write what the run was worth."""
     progress, device = run.progress, run.devices.device
-    peak = peak_flops(device)
+    peak = (peak_flops(device) or 0) * run.devices.num_processes
     figures = {
         "train": {
             "samples_per_second": progress.reviews / progress.seconds,
             "tokens_per_second": progress.tokens / progress.seconds,
             "seconds": progress.seconds,
             "peak_memory_mb": peak_memory_mb(device),
-            "model_flops_utilization":
-                progress.flops / progress.seconds / (peak * run.devices.num_processes) if peak else None,
+            "model_tflops_per_second": progress.flops / progress.seconds / 1e12,
+            "executed_tflops_per_second": progress.executed_flops / progress.seconds / 1e12,
+            "model_flops_utilization": progress.flops / progress.seconds / peak if peak else None,
+            "executed_flops_utilization": progress.executed_flops / progress.seconds / peak if peak else None,
             "optimizer_steps": progress.step,
         },
         "valid": progress.best_metrics | {"epoch": progress.best_epoch},

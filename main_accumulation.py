@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from devices import SingleDevice, pick_device, pick_precision
 from main import main
@@ -44,6 +45,9 @@ class AcceleratedDevices(SingleDevice):
         self.device, self.scaler = self.accelerator.device, self.accelerator.scaler
         self.num_processes = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        # Flags travel over the network, not over the GPUs, which would first have to finish what they are doing.
+        self.flags = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None
+        self.watch()
 
     def __str__(self) -> str:
         sharding = f", {self.accelerator.distributed_type.value}" if self.is_sharded else ""
@@ -72,12 +76,25 @@ class AcceleratedDevices(SingleDevice):
     def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-        self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
+                       ) -> torch.Tensor:
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return torch.as_tensor(0.0 if norm is None else norm)  # None: DeepSpeed's engine minds its own gradients
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        optimizer.step()
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
+        self.look_at((loss if self.scaler else norm).to(self.device))
+        if self.may_step(optimizer):
+            optimizer.step()
         return not self.accelerator.optimizer_step_was_skipped
+
+    def may_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        if self.scaler or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return True  # these look for themselves
+        if self.is_sharded:
+            return not self.failed  # the fused kernel takes no whole tensor beside sharded ones
+        return super().may_step(optimizer.optimizer)
 
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(np.concatenate(column) for column in zip(*gather_object([arrays]), strict=True))
@@ -86,9 +103,11 @@ class AcceleratedDevices(SingleDevice):
         return self.accelerator.reduce(tensor, reduction="sum")
 
     def any(self, flag: bool) -> bool:
-        if self.num_processes == 1:
+        if self.flags is None:
             return flag
-        return bool(self.total(torch.tensor(float(flag), device=self.device)) > 0)
+        raised = torch.tensor(int(flag))
+        torch.distributed.all_reduce(raised, group=self.flags)
+        return bool(raised > 0)
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -46,7 +46,8 @@ class EncoderForClassification(nn.Module):
         nn.init.normal_(self.head.weight, std=getattr(encoder_config, "initializer_range", 0.02))
         nn.init.zeros_(self.head.bias)
         self.is_known = is_known(self.encoder)
-        if self.is_known and self.pooling == "cls":
+        self.reads_first_token = self.is_known and self.pooling == "cls"
+        if self.reads_first_token:
             read_only_first_token(self.encoder)
         self.takes_token_types = "token_type_ids" in inspect.signature(self.encoder.forward).parameters
 

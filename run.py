@@ -23,8 +23,9 @@ from checkpointing import (
     set_random_state,
 )
 from checks import position_limit, too_long
+from cpu_dropout import replace_dropout
 from data import get_dataloader, prepare_data
-from efficiency import matmul_weights
+from efficiency import PASS_FLOPS, work_of
 from model import EncoderForClassification, load_encoder_config, save_pretrained
 from storage import replace_folder, room_for
 from tracking import History, Wandb
@@ -48,11 +49,15 @@ class Run:
             self.total_steps = min(self.total_steps, config.train_config.max_steps)
 
         model = EncoderForClassification.from_encoder(config.model_config, self.data.label_names).to(devices.device)
-        self.encoder_config, self.matmul_weights = model.config, matmul_weights(model)
+        self.encoder_config = model.config
+        self.work, self.executed_work = work_of(model, executed=False), work_of(model, executed=True)
+        self.sampler.pass_tokens = PASS_FLOPS[devices.device.type] / (6 * self.work.token_weights)
         self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
         refuse_misfit(config, model.config, self.train_loader.dataset.tokens)
         if config.train_config.compile:
             model.encoder.compile(dynamic=True)
+        elif devices.device.type == "cpu":
+            replace_dropout(model)
         self.model, self.optimizer = devices.prepare(model, build_optimizer(model, config.train_config))
         self.scheduler = build_scheduler(self.optimizer, config.train_config, self.total_steps)
         if process_rank() > 0:
@@ -101,6 +106,7 @@ class Run:
             self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
         self.wandb = Wandb(self.config, self.progress.wandb_id)
         self.progress.wandb_id = self.wandb.run_id
+        self.start_step = self.progress.step
         self.model.train()
 
     def save(self) -> None:

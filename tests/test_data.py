@@ -1,6 +1,7 @@
 """Sources, splits, tokens and batches: no text on both sides, no review lost or doubled, no padding that counts."""
 
 import json
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -250,7 +251,7 @@ def test_batches_are_the_reviews_padded_to_their_longest(config):
     tokenizer, dataset = data.prepare_data(config).tokenizer, loader.dataset
     seen = []
     for batch in loader:
-        lengths = batch["attention_mask"].sum(dim=1)
+        lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(dim=1)
         assert batch["input_ids"].shape == (len(batch["id"]), lengths.max())
         assert torch.equal(batch["token_type_ids"], torch.zeros_like(batch["input_ids"]))
         for row, review in enumerate(batch["id"].tolist()):
@@ -280,22 +281,37 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_moves_no_other_generator(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("pass_tokens", [math.inf, 100])
 @pytest.mark.parametrize(("micro", "processes"), [(64, 1), (32, 1), (8, 1), (13, 1), (64, 2), (5, 3), (64, 3)])
-def test_windows_hold_the_same_reviews_however_they_are_cut(micro, processes):
+def test_windows_hold_the_same_reviews_however_they_are_cut(micro, processes, pass_tokens):
     lengths = np.random.default_rng(0).integers(3, 128, size=200)
-    samplers = [data.WindowSampler(lengths, 64, micro, seed=1, rank=rank, processes=processes)
+    samplers = [data.WindowSampler(lengths, 64, micro, 1, rank, processes, pass_tokens=pass_tokens)
                 for rank in range(processes)]
     reference = data.WindowSampler(lengths, 64, 64, seed=1).windows()
     shares = [iter(sampler) for sampler in samplers]
     for window in reference:
-        rounds = samplers[0].micro_batches(window)
-        pieces = [next(share) for share in shares for _ in range(rounds)]
+        pieces = [next(share) for share in shares for _ in samplers[0].cut(window)]
         real = np.concatenate([piece[piece >= 0] for piece in pieces])
         assert sorted(real) == sorted(window)
         assert max(map(len, pieces)) <= micro
         assert min(map(len, pieces)) > 0  # nobody waits for a process without work
     assert all(next(share, None) is None for share in shares)
     assert [len(window) for window in reference] == [64, 64, 64, 8]
+
+
+def test_a_window_is_cut_where_that_saves_most():
+    lengths = np.array([9, 38, 11, 40, 8, 39, 7, 12, 37])
+
+    def work(groups):
+        return sum(len(group) * lengths[group].max() + 25 for group in groups)
+
+    cut = [round_[0] for round_ in data.cut_window(np.arange(9), lengths, 4, 1, pass_tokens=25)]
+    order = np.argsort(-lengths)
+    every_cut = (np.split(order, [place for place in range(1, 9) if mask >> place & 1]) for mask in range(0, 512, 2))
+    cheapest = min((groups for groups in every_cut if max(map(len, groups)) <= 4), key=work)
+    assert work(cut) == work(cheapest)
+    assert work(cut) < work(np.array_split(order, 3))
+    assert len(data.cut_window(np.arange(9), np.full(9, 7), 4, 1, pass_tokens=25)) == 3  # nothing to save
 
 
 def test_a_process_without_a_review_gets_one_that_does_not_count(config):

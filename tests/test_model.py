@@ -10,6 +10,7 @@ from conftest import ENCODERS
 from safetensors.torch import load, save_file
 from transformers import AutoConfig, AutoModel
 
+from cpu_dropout import drop, replace_dropout
 from model import EncoderForClassification, mean_over_tokens
 from utils import ModelConfig, UserError
 
@@ -51,6 +52,71 @@ def test_every_family(encoder_folder, name, pooling, tmp_path):
 
         model.save_pretrained(tmp_path)
         assert torch.equal(EncoderForClassification.from_pretrained(tmp_path).eval()(**inputs)[1], model(**inputs)[1])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "roberta", "electra"])
+def test_the_last_layer_at_the_first_token_alone_is_exact(encoder_folder, name, masked):
+    # In float64, where rounding cannot hide anything; ModernBERT's local attention sees 8 of the 20 tokens.
+    inputs, labels = batch(ENCODERS[name].pad_token_id or 0)
+    if not masked:
+        del inputs["attention_mask"]
+    model = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=0.0).double()
+    assert model.reads_first_token
+    hidden = model.encoder(inputs["input_ids"]).last_hidden_state
+    assert hidden.shape[:2] == (4, 1)  # the other tokens are not computed
+    loss, logits = model(**inputs, labels=labels)
+    loss.backward()
+
+    plain = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=0.0).double()
+    plain.encoder = AutoModel.from_pretrained(encoder_folder(name), dtype=torch.float64)
+    plain.encoder.pooler = None
+    hidden = plain.encoder(**inputs).last_hidden_state
+    assert hidden.shape[:2] == (4, 20)
+    expected = plain.head(hidden[:, 0])
+    F.cross_entropy(expected, labels).backward()
+    torch.testing.assert_close(logits, expected, atol=1e-12, rtol=1e-10)
+    reference = dict(plain.named_parameters())
+    for weight, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, reference[weight].grad, atol=1e-12, rtol=1e-9, msg=weight)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_the_cpu_dropout_changes_nothing_but_the_draw(encoder_folder, name):
+    inputs, labels = batch(ENCODERS[name].pad_token_id or 0)
+    model = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2)
+    expected = model.eval()(**inputs)[1]
+    replace_dropout(model)
+    assert not any(type(module) is torch.nn.Dropout for module in model.modules())
+    torch.testing.assert_close(model(**inputs)[1], expected)
+    torch.manual_seed(3)
+    first = model.train()(**inputs)[1]
+    torch.manual_seed(3)
+    assert torch.equal(first, model(**inputs)[1])  # the draw comes from torch's generator, which a run saves
+    assert not torch.equal(first, model(**inputs)[1])
+    # The layers above a dropout are not linear, so its mean is compared with that of torch's own.
+    own = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2).train()
+    ours, torchs = (torch.stack([each(**inputs)[1].detach() for _ in range(500)]) for each in (model, own))
+    errors = ((ours.var(dim=0) + torchs.var(dim=0)) / 500).sqrt()
+    assert ((ours.mean(dim=0) - torchs.mean(dim=0)).abs() < 5 * errors).all()
+    torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.2, atol=0)
+    tiny = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=1e-9).train()  # rounds to no dropout at all
+    replace_dropout(tiny)
+    torch.testing.assert_close(tiny(**inputs)[1], tiny.eval()(**inputs)[1])
+
+
+def test_dropout_draws_at_its_rate_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    values = torch.ones(1000, 1001, requires_grad=True)
+    dropped = drop(values, 0.1)
+    zeros = (dropped == 0).double().mean().item()
+    assert abs(zeros - 0.1) < 5 * (0.1 * 0.9 / values.numel()) ** 0.5
+    assert dropped.detach().unique().numel() == 2
+    assert dropped.max().item() == pytest.approx(1 / 0.9, abs=1e-5)
+    dropped.sum().backward()
+    assert torch.equal(values.grad, dropped.detach())  # the same mask backwards
+    columns = (dropped.detach() == 0).double()
+    assert abs(torch.corrcoef(columns.T[:40]).fill_diagonal_(0)).max() < 0.2  # neighbours share a number, not a draw
 
 
 def test_the_mean_leaves_padding_out():

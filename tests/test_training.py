@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, run_script, write_reviews
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from checkpointing import saved_states
 from devices import SingleDevice
+from main_accumulation import AcceleratedDevices
 from run import Run
 from utils import load_config
 
@@ -67,8 +70,9 @@ def test_the_run_folder_is_complete(undisturbed):
     assert {name for name in FILES if not (folder / name).is_file()} == set()
     measured = metrics_of(folder)
     assert set(measured) == {"train", "valid", "test", "environment"}
-    assert set(measured["train"]) == {"samples_per_second", "tokens_per_second", "seconds", "peak_memory_mb",
-                                      "model_flops_utilization", "optimizer_steps"}
+    assert set(measured["train"]) == {
+        "samples_per_second", "tokens_per_second", "seconds", "peak_memory_mb", "model_tflops_per_second",
+        "executed_tflops_per_second", "model_flops_utilization", "executed_flops_utilization", "optimizer_steps"}
     assert set(measured["test"]) == {"loss", "accuracy", "accuracy_ci95", "precision", "recall", "f1", "roc_auc", "ece",
                                      "n"}
     assert measured["train"]["optimizer_steps"] == 30
@@ -243,6 +247,67 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, scrip
     stopped = bits_of(folder.parent / name)
     stopped["best/README.md"] = stopped["best/README.md"].replace(name.encode(), b"run")
     assert stopped == bits_of(folder)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host asks for a value that the device computes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.count += operator in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return operator(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("encoder", ["bert", "modernbert"])
+def test_a_step_never_waits_for_the_device(undisturbed, encoder_folder, encoder, tmp_path):
+    overrides, _ = undisturbed
+    config = load_config(PROJECT / "config.yaml", [*overrides, f"output_dir={tmp_path}",
+                                                   f"model_config.model_name={encoder_folder(encoder)}"])
+    run = Run(config, SingleDevice(config))
+    batch = next(iter(run.train_loader))
+    assert "attention_mask" in batch
+    with Waits() as waits:
+        main.train_step(run.model, run.optimizer, [batch, batch], 32, run.devices, 1.0)
+        assert waits.count == 0
+        run.devices.failed.item()
+        assert waits.count == 1  # it would have been seen
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("script", ["main.py", "main_accumulation.py"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturbed, tmp_path, script, optimizer):
+    overrides, _ = undisturbed
+    arguments = [*overrides, f"output_dir={tmp_path}", "run_name=run", f"train_config.optimizer={optimizer}"]
+    config = load_config(PROJECT / "config.yaml", arguments)
+    devices_class = SingleDevice if script == "main.py" else AcceleratedDevices
+    run = Run(config, devices_class(config))
+    run.start(None)
+    good = main.train_step
+    weights = {}
+
+    def poisoned(model, *rest):
+        if run.progress.step == 4:  # optimizer step 5, in the middle of a log interval
+            weights.update({name: weight.clone() for name, weight in model.state_dict().items()})
+            head = model.head.weight
+            handle = head.register_hook(lambda gradient: gradient * float("nan"))
+        result = good(model, *rest)
+        if run.progress.step == 4:
+            handle.remove()
+        return result
+
+    main.train_step = poisoned
+    try:
+        with pytest.raises(FloatingPointError, match="optimizer step 5: loss or gradient is not finite") as stopped:
+            main.train_epoch(run)
+    finally:
+        main.train_step = good
+    assert run.progress.step == 6  # noticed at the next record
+    assert all(torch.equal(weight, weights[name]) for name, weight in run.model.state_dict().items())
+    ids = run.train_loader.dataset.ids[np.sort(run.sampler.windows()[4])]
+    assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
+    state = saved_states(run.folder / "last")[0]
+    assert state.name.endswith("step-00000004")  # the last good one, untouched
 
 
 def test_a_damaged_state_is_found_and_the_one_before_it_is_taken(undisturbed):

@@ -1,0 +1,314 @@
+"""Reviews a second: this suite against transformers.Trainer, on the same reviews.
+
+    python benchmarks/speed.py --quick                          MiniLM's shape, 128 tokens: under 5 minutes on two cores
+    python benchmarks/speed.py                                  BERT's and ModernBERT's architecture, 128 and 512 tokens
+    python benchmarks/speed.py --shape bert-base modernbert-base --tokens 128 512 --batch 64 --reviews 8000 --compile
+                                                                for a GPU
+    python benchmarks/speed.py --shape bert-base modernbert-base --batch 64 --reviews 40000 --epochs 5 --rounds 1
+                                                                experiment 1's training time, for a GPU
+
+Every contender trains the same encoder with random weights for the same number of steps on the same reviews, in a
+process of its own, in turn, round after round; then it evaluates a third as many. Timed are the optimizer steps alone,
+after a few that are not counted. The reviews are random words whose lengths are distributed like IMDB's.
+
+    suite           this suite with every default on
+    suite-fp32      the same in fp32, in which Trainer runs unless it is told otherwise
+    trainer         Trainer's defaults; every review padded to --tokens, as transformers' run_classification.py does
+    trainer-best    bf16, batches padded to their longest review, reviews grouped by length, a fused optimizer
+    suite-compile, trainer-compile      torch.compile on top of suite and trainer-best, with --compile
+
+`of peak`: the FLOPs of the model on real tokens, as `efficiency.training_flops` counts them, in the time that it took,
+over what a product of large bf16 matrices reached in the same rounds.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+SMALL = {"hidden_size": 384, "num_hidden_layers": 6}
+# ModernBERT's small shape alternates its attention as the base shape does: every third layer is global.
+SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_size": 1536}),
+          "modernbert-small": ("modernbert", {**SMALL, "num_attention_heads": 6, "intermediate_size": 576}),
+          "bert-base": ("bert", {}), "modernbert-base": ("modernbert", {})}
+CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best")
+COMPILED = ("suite-compile", "trainer-compile")
+WARM_UP_STEPS = 2
+EVALUATED = 1 / 3  # reviews, as a share of those that are trained on
+LOG_MEAN, LOG_STD = 5.53, 0.65  # of the lengths of IMDB's reviews in BERT's tokens, fitted to every fifth of train
+MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained, on what
+
+
+def write_encoder(folder: Path, shape: str) -> None:
+    """config.json of the shape, and the demo's tokenizer, whose tokens are a part of the encoder's vocabulary."""
+    from transformers import AutoTokenizer, BertConfig, ModernBertConfig
+
+    kind, sizes = SHAPES[shape]
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo" / kind)
+    special = {"pad_token_id": tokenizer.pad_token_id}
+    if kind == "modernbert":
+        special |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id,
+                    "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes, **special).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_reviews(path: Path, count: int, tokenizer: Any) -> None:
+    """Reviews of random words that are one token each, as long as IMDB's."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.islower() and len(word) > 2]
+    words = np.array([word for word in sorted(words) if len(tokenizer.tokenize(f"film {word}")) == 2])
+    lengths = np.maximum(random.lognormal(LOG_MEAN, LOG_STD, count).astype(int) - 2, 8)  # without [CLS] and [SEP]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for number, length in enumerate(lengths):
+            writer.writerow([" ".join(random.choice(words, length)), number % 2])
+
+
+def settings(work: Path, arguments: argparse.Namespace, *more: str) -> Any:
+    """The suite's configuration for this work."""
+    from utils import load_config
+
+    shares = 1 / (1 + 2 * EVALUATED)
+    return load_config(PROJECT / "config.yaml", [
+        f"output_dir={work / 'runs'}", f"model_config.model_name={work / 'encoder'}", "model_config.pretrained=false",
+        f"data_config.dataset={work / 'reviews.csv'}", f"data_config.max_len={arguments.tokens}",
+        f"data_config.split=[{shares},{shares * EVALUATED},{shares * EVALUATED}]",
+        f"data_config.batch_size={arguments.batch}", f"train_config.epochs={arguments.epochs}",
+        "log_config.wandb_mode=disabled", *more])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contenders: each returns (seconds of training, seconds of evaluation)
+
+
+def time_suite(work: Path, arguments: argparse.Namespace) -> tuple[float, float]:
+    from data import get_dataloader
+    from devices import SingleDevice, make_deterministic
+    from main import evaluate, train_epoch
+    from run import Run
+
+    overrides = {"suite-fp32": ["train_config.mixed_precision=no"], "suite-compile": ["train_config.compile=true"]}
+    make_deterministic()
+    config = settings(work, arguments, *overrides.get(arguments.contender, []))
+    devices = SingleDevice(config)
+    run = Run(config, devices)
+    run.start(None)
+    total, run.total_steps = run.total_steps, WARM_UP_STEPS
+    train_epoch(run)
+    run.total_steps, run.progress.step, run.progress.windows, run.progress.seconds = total, 0, 0, 0.0
+    run.progress.reviews = run.progress.recorded_reviews = 0
+    for epoch in range(arguments.epochs):
+        run.progress.epoch, run.progress.windows = epoch, 0
+        train_epoch(run)
+    loader = get_dataloader(config, "valid")
+    started = time.perf_counter()
+    evaluate(run.model, loader, devices, "evaluation")
+    return run.progress.seconds, time.perf_counter() - started
+
+
+def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, float]:
+    import datasets
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+    from data import prepare_data
+    from devices import pick_device
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.started = time.perf_counter()
+
+        def on_train_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - self.started
+
+    is_plain = arguments.contender == "trainer"
+    prepared, device = prepare_data(settings(work, arguments)), pick_device("auto")
+    pad = {"padding": "max_length", "max_length": arguments.tokens} if is_plain else {}
+
+    def rows(name: str) -> datasets.Dataset:
+        split = prepared.splits[name]
+        columns = prepared.tokenizer.pad({"input_ids": [
+            split.tokens[start:start + length].tolist() for start, length
+            in zip(split.starts, split.lengths, strict=True)]}, **(pad or {"padding": False}))
+        return datasets.Dataset.from_dict({**columns, "labels": split.labels})
+
+    best = {} if is_plain else {"bf16": True, "train_sampling_strategy": "group_by_length",
+                                "optim": "adamw_torch_fused", "torch_compile": arguments.contender == "trainer-compile"}
+    clock, train, valid = Clock(), rows("train"), rows("valid")
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(work / "encoder", num_labels=2))
+
+    def trainer(reviews: datasets.Dataset, **limits: Any) -> Trainer:
+        made = Trainer(model, TrainingArguments(
+            str(work / "trainer"), per_device_train_batch_size=arguments.batch, per_device_eval_batch_size=256,
+            learning_rate=5e-5, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda", **best, **limits),
+            train_dataset=reviews, processing_class=prepared.tokenizer, callbacks=[clock])
+        made.remove_callback(transformers.PrinterCallback)
+        return made
+
+    trainer(train, max_steps=WARM_UP_STEPS).train()
+    timed = trainer(train, num_train_epochs=arguments.epochs)
+    timed.train()
+    started = time.perf_counter()
+    timed.predict(valid)
+    return clock.seconds, time.perf_counter() - started
+
+
+def matrix_flops() -> float:
+    """FLOP/s of bf16 matrix products, the best of some."""
+    import torch
+
+    from devices import pick_device
+
+    device = pick_device("auto")
+    n = MATRIX[device.type]
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        (a @ b).sum().item()  # waits for the product
+        best = min(best, time.perf_counter() - started)
+    return 2 * n ** 3 / best
+
+
+def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """What one contender's process measures."""
+    if arguments.contender == "peak":
+        return {"flops": matrix_flops()}
+    from data import prepare_data
+    from devices import pick_device
+    from efficiency import peak_memory_mb
+    from hub import quiet_libraries
+
+    quiet_libraries()
+    measure = time_suite if arguments.contender.startswith("suite") else time_trainer
+    seconds, evaluation = measure(work, arguments)
+    splits = prepare_data(settings(work, arguments)).splits
+    return {"speed": len(splits["train"]) * arguments.epochs / seconds, "seconds": seconds,
+            "evaluated": len(splits["valid"]) / evaluation, "memory": peak_memory_mb(pick_device("auto"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In turn, round after round
+
+
+def start(work: Path, arguments: argparse.Namespace, tokens: int, contender: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--work", str(work), "--contender", contender, "--tokens", str(tokens),
+               "--batch", str(arguments.batch), "--epochs", str(arguments.epochs)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise SystemExit(f"{contender} failed:\n{child.stderr[-3000:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def model_flops(work: Path, arguments: argparse.Namespace) -> float:
+    """FLOPs to train on one review, on average."""
+    from data import prepare_data
+    from efficiency import training_flops, work_of
+    from model import EncoderForClassification
+
+    config = settings(work, arguments)
+    model = EncoderForClassification.from_encoder(config.model_config)
+    lengths = prepare_data(config).splits["train"].lengths
+    return training_flops(work_of(model, executed=False), lengths) / len(lengths)
+
+
+def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) -> None:
+    names = (*CONTENDERS, *(COMPILED if arguments.compile else ()))
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in (*names, "peak")}
+    print(f"\n{shape}, {tokens} tokens, batch {arguments.batch}: {arguments.reviews:,} reviews x {arguments.epochs} "
+          f"epoch(s), {arguments.rounds} round(s), in turn", flush=True)
+    for number in range(1, arguments.rounds + 1):
+        for name in results:
+            results[name].append(start(work, arguments, tokens, name))
+        speeds = (f"{name} {results[name][-1]['speed']:.1f}" for name in names)
+        print(f"  round {number}: reviews a second: {', '.join(speeds)}", flush=True)
+
+    def median(name: str, figure: str) -> float:
+        return statistics.median(result[figure] for result in results[name])
+
+    def ratio(name: str, to: str) -> str:
+        pairs = [a["speed"] / b["speed"] for a, b in zip(results[name], results[to], strict=True)]
+        return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+
+    peak = median("peak", "flops")
+    flops = model_flops(work, argparse.Namespace(**vars(arguments) | {"tokens": tokens}))
+    print(f"\n  {'':15}  {'reviews/s':>9}  {'an epoch (s)':>12}  {'of peak':>7}  {'evaluation/s':>12}  "
+          f"{'peak memory (MB)':>16}")
+    for name in names:
+        speed = median(name, "speed")
+        print(f"  {name:15}  {speed:9.1f}  {median(name, 'seconds') / arguments.epochs:12.2f}  "
+              f"{speed * flops / peak:7.1%}  {median(name, 'evaluated'):12.1f}  {median(name, 'memory'):16,.0f}")
+    print(f"  bf16 matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
+    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite-fp32", "trainer"),
+                     ("suite-compile", "trainer-compile")):
+        if name in names:
+            print(f"  {name} / {to}: {ratio(name, to)} times, median (least to most) over the rounds")
+
+
+def describe_machine() -> str:
+    import torch
+    import transformers
+
+    from devices import SingleDevice
+    from utils import Config
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{SingleDevice(Config())}, {name}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="minilm, 128 tokens, 96 reviews")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["minilm", "modernbert-small"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
+    parser.add_argument("--batch", type=int, default=32, help="reviews an optimizer step (default: 32)")
+    parser.add_argument("--reviews", type=int, default=256, help="reviews an epoch (default: 256)")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also compile suite and trainer-best")
+    for hidden in ("--work", "--contender"):  # of a contender's process
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        arguments.tokens = arguments.tokens[0]
+        print(json.dumps(contend(Path(arguments.work), arguments)))
+        return
+    if arguments.quick:
+        arguments.shape, arguments.tokens, arguments.reviews = ["minilm"], [128], 96
+    print(describe_machine(), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
+        from transformers import AutoTokenizer
+
+        for shape in arguments.shape:
+            work = Path(folder) / shape
+            write_encoder(work / "encoder", shape)
+            tokenizer = AutoTokenizer.from_pretrained(work / "encoder")
+            write_reviews(work / "reviews.csv", round(arguments.reviews * (1 + 2 * EVALUATED)), tokenizer)
+            for tokens in arguments.tokens:
+                compare(work, arguments, shape, tokens)
+
+
+if __name__ == "__main__":
+    main()
