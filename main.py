@@ -39,7 +39,7 @@ from evaluation import Predictions, compute_metrics, mistakes, write_mistakes, w
 from hub import check_hub, quiet_libraries
 from model import EncoderForClassification
 from reporting import try_plots, write_model_card
-from run import Run
+from run import Run, place_model
 from stopping import SIGNALS, StopRequested
 from storage import room_for
 from tracking import ProgressBar, Wandb, read_history
@@ -282,7 +282,8 @@ def test_again(config: Config, devices: Any) -> None:
 def test(config: Config, devices: Any, model: EncoderForClassification, loader: DataLoader, figures: dict, wandb: Wandb
          ) -> None:
     """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
-    predictions = evaluate(model.to(devices.device), loader, devices, "test")
+    place_model(model, config, devices)
+    predictions = evaluate(model, loader, devices, "test")
     if not devices.is_main:
         return
     folder, names = config.run_folder, list(model.config.id2label.values())

@@ -23,7 +23,7 @@ from checkpointing import (
     set_random_state,
 )
 from checks import position_limit, too_long
-from cpu_dropout import replace_dropout
+from cpu_kernels import use_cpu_kernels
 from data import get_dataloader, prepare_data
 from efficiency import PASS_FLOPS, work_of
 from model import EncoderForClassification, load_encoder_config, save_pretrained
@@ -48,7 +48,8 @@ class Run:
         if config.train_config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train_config.max_steps)
 
-        model = EncoderForClassification.from_encoder(config.model_config, self.data.label_names).to(devices.device)
+        model = EncoderForClassification.from_encoder(config.model_config, self.data.label_names)
+        place_model(model, config, devices)
         self.encoder_config = model.config
         self.work, self.executed_work = work_of(model, executed=False), work_of(model, executed=True)
         self.sampler.pass_tokens = PASS_FLOPS[devices.device.type] / (6 * self.work.token_weights)
@@ -56,8 +57,6 @@ class Run:
         refuse_misfit(config, model.config, self.train_loader.dataset.tokens)
         if config.train_config.compile:
             model.encoder.compile(dynamic=True)
-        elif devices.device.type == "cpu":
-            replace_dropout(model)
         self.model, self.optimizer = devices.prepare(model, build_optimizer(model, config.train_config))
         self.scheduler = build_scheduler(self.optimizer, config.train_config, self.total_steps)
         if process_rank() > 0:
@@ -148,6 +147,13 @@ class Run:
         patience = self.config.train_config.early_stopping_patience
         return (self.progress.epoch >= self.config.train_config.epochs or self.progress.step >= self.total_steps
                 or patience is not None and self.progress.epochs_without_improvement >= patience)
+
+
+def place_model(model: EncoderForClassification, config: Config, devices: Any) -> None:
+    """Move a model to its device, and let it use what is fast there."""
+    model.to(devices.device)
+    if devices.device.type == "cpu" and not config.train_config.compile:
+        use_cpu_kernels(model)
 
 
 def refuse_misfit(config: Config, encoder_config: Any, tokens: np.ndarray) -> None:

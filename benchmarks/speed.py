@@ -71,8 +71,9 @@ def write_reviews(path: Path, count: int, tokenizer: Any) -> None:
     import numpy as np
 
     random = np.random.default_rng(0)
-    words = [word for word in tokenizer.get_vocab() if word.isalpha() and word.islower() and len(word) > 2]
-    words = np.array([word for word in sorted(words) if len(tokenizer.tokenize(f"film {word}")) == 2])
+    vocabulary = {token.removeprefix("\u0120") for token in tokenizer.get_vocab()}  # byte-level BPE's mark of a space
+    words = np.array([word for word in sorted(vocabulary) if word.isalpha() and word.islower()
+                      and len(tokenizer.tokenize(f"a {word}")) == 1 + len(tokenizer.tokenize("a"))])
     lengths = np.maximum(random.lognormal(LOG_MEAN, LOG_STD, count).astype(int) - 2, 8)  # without [CLS] and [SEP]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

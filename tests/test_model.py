@@ -10,7 +10,7 @@ from conftest import ENCODERS
 from safetensors.torch import load, save_file
 from transformers import AutoConfig, AutoModel
 
-from cpu_dropout import drop, replace_dropout
+from cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
 from model import EncoderForClassification, mean_over_tokens
 from utils import ModelConfig, UserError
 
@@ -82,11 +82,11 @@ def test_the_last_layer_at_the_first_token_alone_is_exact(encoder_folder, name, 
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
-def test_the_cpu_dropout_changes_nothing_but_the_draw(encoder_folder, name):
+def test_the_cpu_kernels_change_nothing_but_the_draw(encoder_folder, name):
     inputs, labels = batch(ENCODERS[name].pad_token_id or 0)
     model = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2)
     expected = model.eval()(**inputs)[1]
-    replace_dropout(model)
+    use_cpu_kernels(model)
     assert not any(type(module) is torch.nn.Dropout for module in model.modules())
     torch.testing.assert_close(model(**inputs)[1], expected)
     torch.manual_seed(3)
@@ -101,8 +101,25 @@ def test_the_cpu_dropout_changes_nothing_but_the_draw(encoder_folder, name):
     assert ((ours.mean(dim=0) - torchs.mean(dim=0)).abs() < 5 * errors).all()
     torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.2, atol=0)
     tiny = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=1e-9).train()  # rounds to no dropout at all
-    replace_dropout(tiny)
+    use_cpu_kernels(tiny)
     torch.testing.assert_close(tiny(**inputs)[1], tiny.eval()(**inputs)[1])
+
+
+@pytest.mark.parametrize("tokens", [20, SHORT + 1])  # written out, and left to torch
+def test_attention_in_bf16_is_as_near_to_the_exact_one_as_torchs(tokens):
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 3, tokens, 8, generator=generator).bfloat16().double().requires_grad_() for _ in range(3)]
+    lengths = torch.tensor([tokens, tokens - 9])
+    mask = (torch.arange(tokens) < lengths[:, None])[:, None, None, :].expand(2, 1, tokens, tokens)
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    expected.square().sum().backward()
+    given = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    context, _ = cpu_attention(torch.nn.Identity(), *given, mask)
+    assert context.dtype == torch.bfloat16
+    context.square().sum().backward()
+    torch.testing.assert_close(context.transpose(1, 2).double(), expected, atol=0.02, rtol=0.02)
+    for ours, theirs in zip(given, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=0.06, rtol=0.03)
 
 
 def test_dropout_draws_at_its_rate_and_keeps_the_expectation():

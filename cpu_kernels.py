@@ -1,8 +1,9 @@
-"""Dropout that draws its masks several times as fast on a CPU.
+"""Dropout and attention that take less time on a CPU than torch's own, at the same result within rounding.
 
-torch draws a mask number by number; here four share one 64-bit number of the same generator, 16 bits each. The rate is
-rounded to 1/65,536, and kept values are scaled by exactly what was kept, so the expectation is the input. On a GPU and
-under torch.compile nothing is replaced: there the mask is drawn inside of a fused kernel.
+torch draws a dropout mask number by number; here four share one 64-bit number of the same generator, 16 bits each. The
+rate is rounded to 1/65,536, and kept values are scaled by exactly what was kept, so the expectation is the input.
+torch's fused attention knows no dropout on a CPU, and its backward pass in bf16 is slow for short inputs: there the
+matrix products are written out. On a GPU and under torch.compile nothing is replaced: fused kernels do both there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 STEPS = 1 << 16
+SHORT = 256  # tokens up to which written-out attention in bf16 beats the fused kernel, measured in benchmarks/README.md
 
 
 def drop(tensor: torch.Tensor, rate: float) -> torch.Tensor:
@@ -35,16 +37,17 @@ class CPUDropout(nn.Dropout):
 def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                   attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **settings
                   ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size).
-
-    torch's fused CPU kernel knows no dropout: with it, the products are written out here, as torch then does itself.
-    """
-    if not 0 < dropout < 1 or settings.get("position_bias") is not None:
+    """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
+    drops = 0 < dropout < 1
+    is_slow_fused = query.dtype == torch.bfloat16 and key.shape[2] <= SHORT
+    if not (drops or is_slow_fused) or settings.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **settings)
-    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)
+    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)  # (batch, heads, tokens, tokens)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    context = drop(scores.softmax(dim=-1), dropout).to(value.dtype) @ value
+        bias = torch.zeros(attention_mask.shape, dtype=scores.dtype)  # one for all heads, and none of it in backward
+        scores = scores + bias.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    context = (drop(weights, dropout) if drops else weights) @ value
     return context.transpose(1, 2).contiguous(), None
 
 
@@ -52,7 +55,7 @@ AttentionInterface.register("sdpa_cpu", cpu_attention)
 AttentionMaskInterface.register("sdpa_cpu", sdpa_mask)  # of booleans: True where a token may be read
 
 
-def replace_dropout(model: nn.Module) -> None:
+def use_cpu_kernels(model: nn.Module) -> None:
     """Let every dropout of `model` (an EncoderForClassification), those inside of attention included, use `drop`."""
     for module in model.modules():
         for name, child in module.named_children():
