@@ -244,11 +244,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _check_texts(table: Dataset, parts: list[Part]) -> None:
-    texts = table.data.column("text")
-    empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
-    if (row := pc.index(empty, True).as_py()) >= 0:
-        place, row = locate(parts, row)
-        raise UserError(f"{place}: row {row} has no text: fill it or remove the row")
+    start = 0
+    for texts in table.data.column("text").chunks:  # one after the other: trimming copies
+        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+        if (row := pc.index(empty, True).as_py()) >= 0:
+            place, row = locate(parts, start + row)
+            raise UserError(f"{place}: row {row} has no text: fill it or remove the row")
+        start += len(texts)
 
 
 def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int

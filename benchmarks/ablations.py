@@ -10,19 +10,14 @@ slower, so that the part pays.
 
 import argparse
 import math
-import os
 import statistics
-import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from speed import SHAPES, WARM_UP_STEPS, describe_machine, settings, write_encoder, write_reviews
+from workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
 
 
 def patched(target: str, replacement: Any) -> Callable[[], Any]:
@@ -84,7 +79,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
 
     runs = {}
     for number, (name, overrides, patch) in enumerate(VARIANTS):
-        config = settings(work, arguments, f"run_name=variant-{number}", *overrides)
+        config = settings(work, arguments.tokens, arguments.batch, f"run_name=variant-{number}", *overrides)
         with ExitStack() as stack:
             if patch:
                 stack.enter_context(patch())
@@ -111,20 +106,9 @@ def main() -> None:
     parser.add_argument("--reviews", type=int, default=96, help="reviews of each variant and round (default: 96)")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    arguments.epochs = 1
     print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {arguments.reviews} reviews, "
           f"{arguments.rounds} rounds, {describe_machine()}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
-        from transformers import AutoTokenizer
-
-        from hub import quiet_libraries
-
-        quiet_libraries()
-        work = Path(folder)
-        write_encoder(work / "encoder", arguments.shape)
-        write_reviews(work / "reviews.csv", round(arguments.reviews * 5 / 3),
-                      AutoTokenizer.from_pretrained(work / "encoder"))
+    with workload(arguments.shape, arguments.reviews) as work:
         measure(work, arguments)
 
 

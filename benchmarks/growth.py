@@ -18,10 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from speed import write_reviews
+from workload import PROJECT, write_reviews
 
 ROWS = (10_000, 40_000, 160_000)
 POLL_SECONDS = 0.02

@@ -9,16 +9,11 @@ every `train_config.save_every_steps` steps and, with the best model, at the end
 """
 
 import argparse
-import os
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from speed import SHAPES, describe_machine, settings, write_encoder, write_reviews
+from workload import SHAPES, describe_machine, settings, workload
 
 STEPS, SAVES, EPOCH_REVIEWS = 3, 5, 40_000
 
@@ -28,7 +23,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
     from main import train_epoch
     from run import Run
 
-    config = settings(work, arguments)
+    config = settings(work, arguments.tokens, arguments.batch)
     run = Run(config, SingleDevice(config))
     run.start(None)
     run.total_steps = 1  # the first step is not counted: it allocates
@@ -60,16 +55,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32, help="reviews an optimizer step (default: 32)")
     arguments = parser.parse_args()
-    arguments.epochs = 1
     print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {describe_machine()}", flush=True)
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:  # on a disk, where /tmp may be memory
-        os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
-        from transformers import AutoTokenizer
-
-        work = Path(folder)
-        write_encoder(work / "encoder", arguments.shape)
-        write_reviews(work / "reviews.csv", 2 * arguments.batch * (1 + SAVES * STEPS),
-                      AutoTokenizer.from_pretrained(work / "encoder"))
+    with workload(arguments.shape, arguments.batch * (1 + SAVES * STEPS)) as work:
         measure(work, arguments)
 
 
