@@ -31,6 +31,7 @@ from checkpointing import (
     read_metrics,
     refuse_differences,
     refuse_other_data,
+    saved_states,
 )
 from data import get_dataloader, prepare_data
 from devices import SingleDevice, make_deterministic
@@ -219,10 +220,11 @@ def settle(run: Run) -> None:
         step = run.start_step + int(run.devices.good_steps) + 1
         rows = run.sampler.windows()[run.progress.windows - 1 - (run.progress.step - step)]
         ids = run.train_loader.dataset.ids[np.sort(rows)].tolist()
+        kept = next((str(state) for state in saved_states(run.folder / "last")), "none yet")
         raise FloatingPointError(
             f"optimizer step {step}: loss or gradient is not finite, so the weights were left as they were; reviews "
             f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
-            "at these reviews; the last good state is saved")
+            f"at these reviews (last saved state: {kept})")
 
 
 def validate_epoch(run: Run) -> None:

@@ -142,6 +142,11 @@ def _read_jsonl(path: str) -> Iterator[dict]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
+                if b"\\ud" in line.lower():  # JSON can name half a character, which no text can hold
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{path}: line {number} holds half of a \\ud... pair: write the character itself"
+                                ) from None
             except UnicodeDecodeError:
                 raise UserError(f"{path}: line {number} is not UTF-8: save it as UTF-8") from None
             except ValueError as error:

@@ -316,6 +316,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
     assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
     state = saved_states(run.folder / "last")[0]
     assert state.name.endswith("step-00000004")  # the last good one, untouched
+    assert f"(last saved state: {state})" in str(stopped.value)
 
 
 def test_a_damaged_state_is_found_and_the_one_before_it_is_taken(undisturbed):
