@@ -9,10 +9,11 @@ slower, so that the part pays.
 """
 
 import argparse
+import io
 import math
 import statistics
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,6 +68,7 @@ def train(run: Any, patch: Callable[[], Any] | None, steps: int | None = None) -
     progress.windows = progress.step = progress.reviews = progress.recorded_reviews = 0
     progress.seconds, run.total_steps = 0.0, steps or run.steps_per_epoch
     with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(io.StringIO()))  # the progress of each of them
         if patch:
             stack.enter_context(patch())
         train_epoch(run)
