@@ -42,14 +42,14 @@ class Pair:
         return self.p_holm < 1 - LEVEL and not low <= 0 <= high
 
 
-def compare(names: Sequence[str], correct: Sequence[np.ndarray]) -> list[Pair]:
+def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DRAWS) -> list[Pair]:
     """Every pair of settings; `names` and `correct` have one entry a setting."""
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     tests = [mcnemar(correct[i], correct[j]) for i, j in pairs]
     corrected = holm([p_value for _, p_value in tests])
     result = []
     for (i, j), (better_on, p_value), p_holm in zip(pairs, tests, corrected, strict=True):
-        interval = bootstrap_interval(correct[j], correct[i])
+        interval = bootstrap_interval(correct[j], correct[i], draws)
         result.append(Pair(
             names[i], names[j], correct[i].shape[1], (len(correct[i]), len(correct[j])),
             float(correct[j].mean() - correct[i].mean()), interval, better_on, p_value, p_holm,
