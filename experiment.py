@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cli
 from grid import Cell, Experiment, describe, read_experiment, recognise
@@ -217,9 +218,10 @@ def report(experiment: Experiment, failed: dict[int, str]) -> None:
                      + ("; ".join(f"run {index} failed: {line}" for index, line in failed.items())
                         or "they are not finished") + ".")
     if experiment.overrides:
-        notes.append("Other than the experiment's file says, all runs were done with "
-                     f"{', '.join(experiment.overrides)}" + (
-                         ": published figures beside them were not." if any(s.published for s in settings) else "."))
+        values = [item if not Path(item.partition("=")[2]).exists() else f"{item.partition('=')[0]}={Path(item).name}"
+                  for item in experiment.overrides]  # the rest of a path says nothing outside of this machine
+        notes.append(f"Other than the experiment's file says, all runs were done with {', '.join(values)}"
+                     + (": published figures were not." if any(setting.published for setting in settings) else "."))
     demo = "DEMO: " if any(run.config.is_demo for run in results) else ""
     summary = summarize(settings, demo + experiment.name, experiment.question, notes)
     print_summary(summary)

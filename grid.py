@@ -18,6 +18,7 @@ seed, so that an experiment which is cut short has something of each. Nothing he
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -50,6 +51,15 @@ class Cell:
     def folder(self) -> Path:
         return self.config.run_folder
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal for runs that are the same, whatever their folders are called."""
+        return identity(self.config)
+
+
+def identity(config: Config) -> str:
+    return json.dumps(settings(config), sort_keys=True)
+
 
 @dataclass
 class Experiment:
@@ -58,7 +68,7 @@ class Experiment:
     script: str
     cells: list[Cell]
     published: list[dict[str, Any]]  # {"where": {key: value}, "accuracy": {source: share of reviews}}
-    overrides: list[str]  # of the command line: with them, the runs are not those that the file describes
+    overrides: list[str]  # of the command line, those that shape results: the runs are not what the file describes
 
     @property
     def report_folder(self) -> Path:
@@ -115,11 +125,12 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     if twins := [(one, other) for one, other in itertools.combinations(cells, 2)
-                 if settings(one.config) == settings(other.config)]:
+                 if one.identity == other.identity]:
         raise _refusal(path, [f"grid: runs {one.index} and {other.index} are the same ({describe(one.setting)}; "
                               f"{describe(other.setting)}): leave one out" for one, other in twins])
     _find_runs(cells)
-    return Experiment(str(name), str(tree.get("question", "")), script, cells, published, list(overrides))
+    shaping = [item for item in overrides if item.partition("=")[0] in settings(cells[0].config)]
+    return Experiment(str(name), str(tree.get("question", "")), script, cells, published, shaping)
 
 
 def _refusal(path: str, problems: list[str]) -> UserError:
@@ -190,8 +201,7 @@ def _find_runs(cells: list[Cell]) -> None:
     """Give each cell the name of the run folder that holds it, whatever its name, or else one that is free."""
     names = [_name(cell) for cell in cells]
     for cell, name in zip(cells, names, strict=True):
-        content = json.dumps(settings(cell.config), sort_keys=True)
-        long_name = f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        long_name = f"{name}-{hashlib.sha256(cell.identity.encode()).hexdigest()[:8]}"
         cell.config.run_name = name if names.count(name) == 1 else long_name
         if cell.folder.exists() and any(cell.folder.iterdir()):
             cell.config.run_name = long_name  # another run's, unless `recognise` finds that it is this one
@@ -206,7 +216,7 @@ def recognise(cells: list[Cell]) -> None:
     found: dict[str, list[tuple[bool, bool, str]]] = {}
     for path in sorted(folder.glob("*/config.yaml")):
         try:
-            key = repr(settings(read_saved_config(path)))
+            key = identity(read_saved_config(path))
         except UserError:
             continue  # no run of ours; where its name is taken, the script says so
         try:
@@ -215,7 +225,7 @@ def recognise(cells: list[Cell]) -> None:
             is_finished = False
         found.setdefault(key, []).append((is_finished, path.parent.name))
     for cell in cells:
-        if matching := found.get(repr(settings(cell.config))):
+        if matching := found.get(cell.identity):
             own = cell.config.run_name
             cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))
 

@@ -187,9 +187,9 @@ def plot_curves(settings: Sequence[Setting], heading: str) -> Figure:
 
 def plot_reliabilities(settings: Sequence[Setting], heading: str) -> Figure:
     """A panel a setting: accuracy against confidence, all seeds pooled, and each seed behind them."""
-    columns = min(3, len(settings))
+    columns = 2 if len(settings) == 4 else min(3, len(settings))
     rows = -(-len(settings) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.6, 3.3 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(3.4 * columns + 0.6, 3.4 * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     low = 100 / len(settings[0].runs[0].label_names)  # no prediction is less confident than an even guess
     for axis, setting in zip(axes.flat, settings, strict=False):
@@ -209,8 +209,12 @@ def plot_reliabilities(settings: Sequence[Setting], heading: str) -> Figure:
         axis.set_xlim(low, 100)
     for axis in axes.flat[len(settings):]:
         axis.set_visible(False)
-    figure.supxlabel("confidence: probability of the predicted class (%)", fontsize=10)
-    figure.supylabel("accuracy (% of reviews)", fontsize=10)
+    for number, axis in enumerate(axes.flat[:len(settings)]):
+        if number + columns >= len(settings):  # nothing below it
+            axis.set_xlabel("confidence (%)")
+            axis.tick_params(labelbottom=True)
+        if number % columns == 0:
+            axis.set_ylabel("accuracy (% of reviews)")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False,
                   fontsize=9)
     figure.suptitle(heading.format(f"reliability on {len(settings[0].runs[0].predicted):,} test reviews"), fontsize=10)

@@ -19,8 +19,9 @@ from utils import Config, UserError, read_saved_config, settings
 SEED = "train_config.seed"
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
-PUT_SHORT = {"train_config.effective_batch_size": "batch", "data_config.max_len": "len"}
-IMPLIED = {"train_config.gradient_accumulation_steps"}  # by the micro-batch and the effective batch
+STEPS = "train_config.gradient_accumulation_steps"
+PUT_SHORT = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
+             "data_config.max_len": "len"}
 PREFIX = "probability_"
 
 
@@ -151,7 +152,10 @@ def group(results: Sequence[Result]) -> list[Setting]:
                             "leave one out")
         runs.append(result)
     firsts = [runs[0].setting for runs in grouped.values()]
-    varying = [key for key in firsts[0] if key not in IMPLIED and len({repr(first[key]) for first in firsts}) > 1]
+    implied = {STEPS}  # by the micro-batch and the effective batch, which are one where there is no accumulation
+    if all(first[STEPS] == 1 for first in firsts):
+        implied.add("data_config.batch_size")
+    varying = [key for key in firsts[0] if key not in implied and len({repr(first[key]) for first in firsts}) > 1]
     labels = [_label(first, varying or ["model_config.model_name"]) for first in firsts]
     if len(set(labels)) < len(labels):  # two paths that end alike
         labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]

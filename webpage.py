@@ -51,7 +51,7 @@ def write_page(path: Path, summary: dict[str, Any], settings: Sequence[Setting],
 def _table(rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide settings"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _reviews(settings: Sequence[Setting], texts: dict[int, str]) -> tuple[dict[str, Any], int]:
@@ -86,7 +86,7 @@ PAGE = """<!DOCTYPE html>
       content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>@@TITLE@@</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1200px; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1240px; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .demo { background: #ffe08a; border: 2px solid #d55e00; padding: .5rem 1rem; font-weight: 600; }
@@ -100,7 +100,9 @@ li.shown { font-weight: 600; }
 figure { margin: 1rem 0; } img { max-width: 100%; }
 .filters { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; margin: .8rem 0; }
 .filters label { font-size: .85rem; color: #555; } .filters input, .filters select, button { font: inherit; }
-#reviews td { text-align: left; } #reviews td.text { min-width: 24rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.settings td { white-space: nowrap; } .settings th { min-width: 3.5rem; }
+#reviews td, #reviews th { text-align: left; }
+#reviews td.text { min-width: 24rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .answer { display: block; white-space: nowrap; } .right { color: #00695c; } .wrong { color: #b33c00; font-weight: 600; }
 summary { cursor: pointer; }
 </style>
