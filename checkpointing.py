@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluation import read_metrics
 from storage import OLD, PARTIAL, damage, lock, refuse_damage, restore, seal
 from utils import Config, UserError, differences, process_rank, say, sync_folder, write_json
 
@@ -113,18 +114,6 @@ def remove_run(folder: Path) -> None:
     (folder / "metrics.json").unlink(missing_ok=True)
     for name in ("last", "best", "best" + PARTIAL, "best" + OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json, {} if there is none."""
-    path = folder / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if metrics and not {"accuracy", "accuracy_ci95", "loss", "f1", "n"} <= set(metrics["test"]):
-            raise ValueError("values are missing")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it") from None
-    return metrics
 
 
 def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], barrier: Callable[[], None]) -> None:

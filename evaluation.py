@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-from utils import atomic_write
+from utils import UserError, atomic_write
 
 
 @dataclass
@@ -98,6 +100,18 @@ def calibration(predictions: Predictions, bins: int = 15) -> tuple[np.ndarray, n
     accuracies = np.bincount(index, predictions.predicted == predictions.labels, minlength=bins) / filled
     confidences = np.bincount(index, predictions.confidence, minlength=bins) / filled
     return edges, accuracies, confidences, counts
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json, {} if there is none."""
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if metrics and not {"accuracy", "accuracy_ci95", "loss", "f1", "n"} <= set(metrics["test"]):
+            raise ValueError("values are missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it") from None
+    return metrics
 
 
 def write_predictions(path: Path, predictions: Predictions, label_names: list[str]) -> None:

@@ -28,7 +28,6 @@ from checkpointing import (
     find_state,
     finished_metrics,
     open_run,
-    read_metrics,
     refuse_differences,
     refuse_other_data,
     saved_states,
@@ -36,7 +35,7 @@ from checkpointing import (
 from data import get_dataloader, prepare_data
 from devices import SingleDevice, make_deterministic
 from efficiency import environment, peak_flops, peak_memory_mb, training_flops
-from evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
+from evaluation import Predictions, compute_metrics, mistakes, read_metrics, write_mistakes, write_predictions
 from hub import check_hub, quiet_libraries
 from model import EncoderForClassification
 from reporting import try_plots, write_model_card

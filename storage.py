@@ -167,3 +167,18 @@ def lock(folder: Path) -> None:
     except OSError as error:  # a file system without locks
         say(f"{path}: cannot be locked ({error.strerror}): take care that no other process uses this run folder")
     _locks.append(file)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process is at work in this run folder just now."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if fcntl is None or not path.exists():
+        return False
+    try:
+        with path.open("a") as file:  # closing it gives the lock back
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False  # a file system without locks
+    return False

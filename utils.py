@@ -13,7 +13,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -168,18 +168,22 @@ def config_fields(config: Any = Config, prefix: str = "") -> Iterator[tuple[str,
 # Reading and checking it
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mapping[str, Mapping[str, Any]] | None = None
+                ) -> Config:
     """The configuration of `path` with the overrides (`section.key=value`) applied.
 
+    `between` replaces values of the file and yields to the overrides: {where they come from: {dotted key: value}}.
     Raises UserError that lists every problem: unknown keys with the nearest valid name, wrong types, impossible values.
     """
     known = dict(config_fields())
     config = OmegaConf.structured(Config)
     problems: dict[str, str] = {}
     origins: dict[str, str] = {}
-    for origin, key, value in [*_read_yaml(path), *_read_overrides(overrides)]:
+    items = [(str(path), key, value) for key, value in leaves(read_yaml(path))]
+    items += [(origin, key, value) for origin, values in (between or {}).items() for key, value in values.items()]
+    for origin, key, value in [*items, *_read_overrides(overrides)]:
         if key not in known:
-            problems[key] = f"{origin}: unknown key {key}{_suggest(key, known)}"
+            problems[key] = f"{origin}: unknown key {key}{suggest(key, known)}"
             continue
         origins[key] = origin
         if value is False and "no" in known[key].metadata.get("choices", ()):
@@ -211,13 +215,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _read_yaml(path: str | Path) -> list[tuple[str, str, Any]]:
-    """The file's leaves as (file name, dotted key, value)."""
+def read_yaml(path: str | Path, fix: str = "give the configuration with --config FILE") -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError; `fix` is what to do where there is no such file."""
     try:
         loaded = OmegaConf.load(path)
         tree = OmegaConf.to_container(loaded, resolve=False)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the configuration with --config FILE") from None
+        raise UserError(f"{path}: no such file; {fix}") from None
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
@@ -225,21 +229,22 @@ def _read_yaml(path: str | Path) -> list[tuple[str, str, Any]]:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
-    return [(str(path), key, value) for key, value in _leaves(tree)]
+    return tree
 
 
-def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a tree of sections."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         is_section = name in Config.__dataclass_fields__ and name.endswith("_config")
         if isinstance(value, dict):
-            yield from _leaves(value, name + ".")
+            yield from leaves(value, name + ".")
         elif not (is_section and value is None):  # a section with nothing below it means its defaults
             yield name, value
 
 
 def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
-    leaves = []
+    items = []
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or item.startswith("-"):
@@ -250,13 +255,14 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
         except (yaml.YAMLError, OmegaConfBaseException):
             raise UserError(f"command line: the value of {item!r} is not valid YAML; quote it") from None
         if isinstance(value, dict):
-            leaves += [("command line", *leaf) for leaf in _leaves(value, key + ".")]
+            items += [("command line", *leaf) for leaf in leaves(value, key + ".")]
         else:
-            leaves.append(("command line", key, value))
-    return leaves
+            items.append(("command line", key, value))
+    return items
 
 
-def _suggest(key: str, known: dict) -> str:
+def suggest(key: str, known: dict) -> str:
+    """What to say after an unknown key: the nearest valid name, or where to find one."""
     if key in Config.__dataclass_fields__:
         return f"; it is a section: set one of its keys, such as {next(k for k in known if k.startswith(key + '.'))}"
     # The last part alone finds the key when the section is missing or misspelt: `epochs` -> train_config.epochs.
@@ -334,24 +340,29 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write("\n")
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of all that shapes a run's result: runs that agree in it are the same run."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config))
+    return {key: functools.reduce(dict.__getitem__, key.split("."), tree)
+            for key, entry in config_fields() if entry.metadata["shapes_result"]}
+
+
+def read_saved_config(path: Path) -> Config:
+    """The configuration that a run has written. Raises UserError if it is damaged."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from None
+
+
 def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> list[str]:
     """`key: old -> new` for each setting that shapes the result and differs between the saved file and `config`.
 
     `ignored`: keys or sections that may differ.
     """
-    try:
-        saved = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from None
-    current = OmegaConf.to_container(OmegaConf.structured(config))
-
-    def value(tree: dict, key: str) -> Any:
-        return functools.reduce(dict.__getitem__, key.split("."), tree)
-
-    compared = [key for key, entry in config_fields()
-                if entry.metadata["shapes_result"] and not key.startswith(ignored)]
-    return [f"{key}: {value(saved, key)} -> {value(current, key)}" for key in compared
-            if value(saved, key) != value(current, key)]
+    saved, current = settings(read_saved_config(path)), settings(config)
+    return [f"{key}: {saved[key]} -> {current[key]}" for key in current
+            if not key.startswith(ignored) and saved[key] != current[key]]
 
 
 def save_config(config: Config, path: str | Path) -> None:

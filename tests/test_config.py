@@ -28,7 +28,7 @@ def test_config_yaml_is_experiment_1_and_states_every_key():
     assert (train.epochs, train.optimizer, train.learning_rate, train.scheduler, train.seed) == (
         5, "adam", 5e-5, "constant", 42)
     assert config.run_name == "bert-base-uncased-len128-bs64-seed42"
-    written = {key for _, key, _ in utils._read_yaml(PROJECT / "config.yaml")}
+    written = {key for key, _ in utils.leaves(utils.read_yaml(PROJECT / "config.yaml"))}
     assert written == {key for key, _ in config_fields()}
 
 
@@ -55,7 +55,7 @@ def misspellings():
 def test_misspelt_keys_are_refused_with_the_right_suggestion():
     known = dict(config_fields())
     for key, misspelt in misspellings():
-        assert misspelt in known or utils._suggest(misspelt, known) == f"; did you mean {key}?", misspelt
+        assert misspelt in known or utils.suggest(misspelt, known) == f"; did you mean {key}?", misspelt
 
 
 def test_a_key_without_its_section_is_found():

@@ -1,0 +1,248 @@
+"""compare.py on run folders with known answers: the table's figures, the reviews in its files, refusals of runs that
+were not tested alike, and a web page that shows hostile reviews as text.
+"""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import PROJECT, run_script
+
+import cli
+from compare import compare_runs
+from evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
+from results import group, read_result
+from utils import load_config, save_config, write_json
+
+REVIEWS = 400
+HOSTILE = ("</script><script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">",
+           "<!-- <script>", "& | $x$ * `", "\u2028 \x1b ]]>", "@@TITLE@@")
+
+
+def text_of(review: int) -> str:
+    return f"review number {review} {HOSTILE[review % len(HOSTILE)]}"
+
+
+def write_run(folder, accuracy: float, *overrides: str, reviews: int = REVIEWS, fingerprint: str = "same",
+              base: str = "config.yaml"):
+    """A finished run in `folder` that gets about this share of the reviews right; returns (folder, predictions)."""
+    folder.mkdir(parents=True)
+    config = load_config(PROJECT / base, [*overrides, f"run_name={folder.name}"])
+    generator = np.random.default_rng([config.train_config.seed, config.train_config.effective_batch_size])
+    labels = np.arange(reviews) % 2
+    ease = np.random.default_rng(7).random(reviews)  # what is hard for one run is hard for all
+    right = 0.7 * ease + 0.3 * generator.random(reviews) < np.quantile(0.7 * ease + 0.15, accuracy)
+    scores = np.where(right, 1, -1) * (2 * labels - 1) * generator.uniform(0.1, 3, reviews)
+    predictions = Predictions(10 * np.arange(reviews), labels,
+                              np.stack([-scores, scores], axis=1).astype(np.float32))
+    names = ["negative", "positive"]
+    write_predictions(folder / "test_predictions.csv", predictions, names)
+    write_mistakes(folder / "misclassified.csv", mistakes(predictions, text_of, names))
+    epochs = [{"step": 10 * epoch, "epoch": float(epoch), "train/loss": 0.7 / epoch, "valid/accuracy": 1 - 0.3 / epoch}
+              for epoch in (1, 2, 3)]
+    (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in epochs))
+    train = {"seconds": 10.0, "optimizer_steps": 30, "peak_memory_mb": None, "samples_per_second": 50.0}
+    write_json(folder / "metrics.json", {"train": train, "test": compute_metrics(predictions), "environment": {}})
+    save_config(config, folder / "config.yaml")
+    (folder / "best").mkdir()
+    write_json(folder / "best" / "config.json", {"data_fingerprint": fingerprint})
+    return folder, predictions
+
+
+@pytest.fixture
+def four_runs(tmp_path):
+    """{folder: predictions} of two settings with two seeds each."""
+    return dict(write_run(tmp_path / f"batch{batch}-seed{seed}", accuracy, f"train_config.seed={seed}",
+                          f"data_config.batch_size={batch}")
+                for batch, accuracy in ((64, 0.7), (128, 0.9)) for seed in (1, 2))
+
+
+def refusal(capsys, runs, output) -> str:
+    """The one line of a refused comparison."""
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: compare_runs(runs, output))
+    assert left.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert not output.exists()
+    return line
+
+
+def test_the_report_says_what_the_runs_say(four_runs, tmp_path, capsys):
+    output = tmp_path / "report"
+    compare_runs(list(four_runs), output)
+    summary = json.loads((output / "comparison.json").read_text())
+    correct = np.stack([run.predicted == run.labels for run in four_runs.values()])
+    first, second = summary["settings"]
+    assert [first["setting"], second["setting"]] == ["batch 64", "batch 128"]
+    assert first["accuracies"] == correct[:2].mean(axis=1).tolist()
+    assert second["accuracy"] == pytest.approx(correct[2:].mean())
+    assert second["accuracy_sd"] == pytest.approx(np.std(correct[2:].mean(axis=1), ddof=1))
+    assert first["accuracy_ci95"][0] < first["accuracy"] < first["accuracy_ci95"][1]
+    assert first["loss"] == pytest.approx(np.mean([compute_metrics(run)["loss"] for run in four_runs.values()][:2]))
+    assert (first["optimizer_steps"], first["seconds"], first["peak_memory_mb"]) == (30, 10, None)
+    [pair] = summary["pairs"]
+    assert pair["difference"] == pytest.approx(correct[2:].mean() - correct[:2].mean())
+    assert pair["is_shown"] == (pair["p_holm"] < 0.05 and pair["interval"][0] > 0)
+
+    with open(output / "wrong_in_all_runs.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    wrong = np.flatnonzero(~correct.any(axis=0))
+    assert [int(row["id"]) for row in rows] == (10 * wrong).tolist()
+    assert len(rows) == summary["wrong_in_all_runs"] > 0
+    assert rows[0]["text"] == text_of(10 * wrong[0])
+    with open(output / "disagreements.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["id"]) for row in rows] == (10 * np.flatnonzero((correct != correct[0]).any(axis=0))).tolist()
+    run = list(four_runs.values())[3]
+    for row in rows:
+        place = int(row["id"]) // 10
+        column = "batch 128, seed 2: "
+        assert row[column + "predicted"] == ("negative", "positive")[run.predicted[place]]
+        assert float(row[column + "confidence"]) == pytest.approx(run.confidence[place], abs=1e-6)
+
+    printed, report = capsys.readouterr().out, (output / "report.md").read_text()
+    for text in (printed, report, (output / "report.html").read_text()):
+        assert f"{first['accuracy']:.4f} ± {first['accuracy_sd']:.4f}" in text
+        assert pair["sentence"].replace("'", "&#x27;" if "<html" in text else "'") in text
+    pictures = re.findall(r"!\[.*\]\((.*)\)", report)
+    assert len(pictures) == 3
+    assert all((output / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+@pytest.mark.parametrize(("overrides", "others", "reason"), [
+    (["data_config.split_seed=43"], {}, "data_config.split_seed: 42 and 43"),
+    (["data_config.limit=4000"], {}, "data_config.limit: None and 4000"),
+    (["data_config.split=official"], {}, "data_config.split: [0.8, 0.1, 0.1] and official"),
+    ([], {"fingerprint": "other"}, "with different contents"),
+    (["data_config.dataset=other/imdb"], {"fingerprint": ""}, "data_config.dataset: stanfordnlp/imdb and other/imdb"),
+    ([], {"reviews": 398}, "400 and 398 reviews, not the same ids with the same labels")])
+def test_runs_that_were_not_tested_on_the_same_reviews_are_refused(tmp_path, capsys, overrides, others, reason):
+    first, _ = write_run(tmp_path / "first", 0.8)
+    other, _ = write_run(tmp_path / "other", 0.8, "train_config.epochs=3", *overrides, **others)
+    line = refusal(capsys, [first, other], tmp_path / "report")
+    assert line.startswith("error: ")
+    assert reason in line
+    assert str(first) in line
+    assert str(other) in line
+
+
+def test_the_same_data_in_two_places_is_the_same_data(tmp_path):
+    first, _ = write_run(tmp_path / "first", 0.8)
+    other, _ = write_run(tmp_path / "other", 0.8, "data_config.dataset=a/copy", "train_config.seed=1")
+    compare_runs([first, other], tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_what_is_no_finished_run_is_refused(four_runs, tmp_path, capsys):
+    first, second, third, _ = four_runs
+    (third / "metrics.json").unlink()
+    assert f"{third} holds no finished run" in refusal(capsys, [first, third], tmp_path / "report")
+    assert "no such folder" in refusal(capsys, [first, tmp_path / "absent"], tmp_path / "report")
+    shutil.copytree(first, tmp_path / "copy")
+    assert "the same setting with the same seed 1" in refusal(capsys, [first, tmp_path / "copy"], tmp_path / "report")
+    lines = (second / "test_predictions.csv").read_text().splitlines()
+    path = second / "test_predictions.csv"
+    for damaged, reason in ((lines[:-1], "of different tests"), ([*lines[:-1], "3990,po"], "is damaged"),
+                            (None, "is missing")):
+        path.write_text("\n".join(damaged)) if damaged else path.unlink()
+        line = refusal(capsys, [first, second], tmp_path / "report")
+        assert reason in line
+        assert f"--mode test --config {second / 'config.yaml'}" in line
+
+
+def test_the_command_line():
+    result = run_script("compare.py", "checkpoints/one")
+    assert result.returncode == 2
+    assert result.stderr == ("error: command line: name at least two run folders, such as checkpoints/NAME; "
+                             "see --help\n")
+    result = run_script("-X", "importtime", "compare.py", "--help")
+    assert "checkpoints/comparison-report" in result.stdout
+    assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)  # so it is fast
+
+
+def test_settings_are_named_by_what_tells_them_apart(tmp_path):
+    runs = [write_run(tmp_path / name, 0.8, *overrides)[0] for name, overrides in {
+        "a": ["model_config.model_name=some/folder/bert"], "b": ["model_config.model_name=some/folder/roberta"],
+        "c": ["model_config.model_name=some/folder/bert", "train_config.learning_rate=1e-4"]}.items()]
+    assert [setting.label for setting in group([read_result(run) for run in runs])] == [
+        "bert, learning_rate 5e-05", "roberta, learning_rate 5e-05", "bert, learning_rate 0.0001"]
+    alike = [write_run(tmp_path / name, 0.8, f"model_config.model_name={name}/bert")[0] for name in ("x", "y")]
+    assert [setting.label for setting in group([read_result(run) for run in alike])] == ["bert (1)", "bert (2)"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The web page
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: its tags, and the contents of its scripts."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.scripts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "script" and self.lasttag == "script":
+            self.scripts[-1] += data
+
+
+@pytest.fixture
+def page(four_runs, tmp_path) -> str:
+    compare_runs(list(four_runs), tmp_path / "report")
+    return (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_loads_nothing_and_holds_hostile_reviews_as_data(page, four_runs):
+    parsed = Page(page)
+    assert [attributes.get("type") for tag, attributes in parsed.tags if tag == "script"] == ["application/json", None]
+    sources = [value for _, attributes in parsed.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    data = json.loads(parsed.scripts[0])
+    wrong = np.stack([run.predicted != run.labels for run in four_runs.values()])
+    assert {row["id"] for row in data["rows"]} == set((10 * np.flatnonzero(wrong.any(axis=0))).tolist())
+    assert all(row["text"] == text_of(row["id"]) for row in data["rows"])
+    times = [sum(answer != row["label"] for answer, _ in row["answers"]) for row in data["rows"]]
+    assert times == sorted(times, reverse=True)  # what most runs get wrong comes first
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_the_page_in_a_browser(page, four_runs, tmp_path):
+    """The reviews are shown as text, no script of theirs runs, and the filters leave what they should."""
+    wrong = np.stack([run.predicted != run.labels for run in four_runs.values()])
+    expected = {"any": wrong.any(axis=0), "all": wrong.all(axis=0), "some": wrong.any(axis=0) & ~wrong.all(axis=0),
+                "0": wrong[:2].any(axis=0), "1": wrong[2:].any(axis=0)}
+    probe = """<script>const found = {};
+    for (const choice of ["any", "all", "some", "0", "1"]) {
+      element("wrong").value = choice; element("wrong").dispatchEvent(new Event("input"));
+      found[choice] = element("count").textContent; }
+    element("wrong").value = "any"; element("contains").value = "</SCR" + "IPT>";
+    element("contains").dispatchEvent(new Event("input"));
+    found.contains = element("count").textContent; found.cell = document.querySelector("td.text").textContent;
+    found.title = document.title; add(document.body, "pre", JSON.stringify(found)).id = "found";</script></body>"""
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking " \
+            "--disable-component-update --disable-sync"
+    address = (tmp_path / "probe.html").as_uri()
+    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", address]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    [found] = re.findall(r'<pre id="found">(.*)</pre>', result.stdout)
+    found = json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    total = int(wrong.any(axis=0).sum())
+    for choice, reviews in expected.items():
+        assert found[choice].startswith(f"{int(reviews.sum())} of {total} reviews"), choice
+    ids = 10 * np.flatnonzero(wrong.any(axis=0))
+    assert found["contains"].startswith(f"{(ids % len(HOSTILE) == 0).sum()} of ")
+    assert HOSTILE[0] in found["cell"]
+    assert found["title"] == "4 runs compared"

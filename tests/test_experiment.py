@@ -1,0 +1,302 @@
+"""experiment.py: its files are right, bad ones are refused in one line, runs are known by their configurations, and an
+experiment that is killed in the middle goes on without repeating what was finished.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, SHARED, run_script, write_reviews
+from test_compare import write_run
+
+from experiment import list_cells, read_command, remaining
+from grid import read_experiment
+from stopping import SIGNALS
+from utils import UserError, load_config, settings
+
+SHIPPED = sorted(PROJECT.glob("experiments/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_projects_folder(monkeypatch):
+    monkeypatch.chdir(PROJECT)  # the base configurations are named from there
+
+
+def write_experiment(folder: Path, **changes) -> str:
+    """An experiment file of two settings and two seeds; None leaves a key out."""
+    content = {"config": "demo.yaml", "grid": {"train_config.learning_rate": [0.001, 0.002]}, "seeds": [1, 2]} | changes
+    path = folder / "study.yaml"
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return str(path)
+
+
+def finished_experiment(folder: Path, **changes):
+    """(the experiment, its arguments) with all runs finished, without having been run."""
+    arguments = write_experiment(folder, **changes), [f"output_dir={folder / 'runs'}"]
+    for cell in read_experiment(*arguments).cells:
+        write_run(cell.folder, 0.8, *cell.arguments[2:], base=cell.arguments[1])
+    return read_experiment(*arguments), arguments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiment files
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_experiments_are_what_they_say(path, tmp_path):
+    experiment = read_experiment(str(path), [f"output_dir={tmp_path}"])
+    runs = {"exp1": 6, "exp2": 18, "demo": 12, "minilm": 6}[path.stem]
+    assert len(experiment.cells) == len({cell.folder for cell in experiment.cells}) == runs
+    assert [cell.index for cell in experiment.cells] == list(range(1, runs + 1))
+    shown = sum(len(experiment.published_for(cell.setting)) for cell in experiment.cells[:runs // 3])
+    assert shown == sum(len(entry["accuracy"]) for entry in experiment.published) == {
+        "exp1": 8, "exp2": 21, "demo": 0, "minilm": 0}[path.stem]
+
+
+def test_the_settings_are_the_published_ones():
+    cells = read_experiment("experiments/exp2.yaml").cells
+    assert [cell.config.train_config.effective_batch_size for cell in cells[:6]] == [64, 256, 1024] * 2
+    assert {cell.config.data_config.batch_size for cell in cells} == {64}
+    assert settings(cells[0].config) == settings(load_config("config.yaml"))
+    assert settings(cells[0].config) == settings(read_experiment("experiments/exp1.yaml").cells[0].config)  # shared
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_run_gets_the_settings_of_its_cell(path):
+    for cell in read_experiment(str(path), ["data_config.limit=900"]).cells:
+        _, base, *arguments = cell.arguments
+        assert load_config(base, [*arguments, f"run_name={cell.config.run_name}"]) == cell.config
+
+
+BAD_FILES = [
+    ({"grids": {}}, "unknown key grids; did you mean grid?"),
+    ({"wandb": {}}, "unknown key wandb; use name, question, script"),
+    ({"config": "absent.yaml"}, "absent.yaml: no such file"),
+    ({"script": "train.py"}, "script is 'train.py': choose one of main.py, main_accumulation.py"),
+    ({"name": "a/b"}, "name is 'a/b': use letters"),
+    ({"grid": None}, "grid is empty"),
+    ({"grid": {"train_config.learning_rate": []}}, "train_config.learning_rate must be a list of values, got []"),
+    ({"grid": {"train_config.epochs": 3}}, "train_config.epochs must be a list of values, got 3"),
+    ({"grid": {"train_config.epochs": [3, 3]}}, "train_config.epochs lists 3 twice"),
+    ({"grid": {"train_config.epoch": [3]}}, "unknown key train_config.epoch; did you mean train_config.epochs?"),
+    ({"grid": {"train_config.epochs": ["many"]}}, "train_config.epochs must be an integer, got 'many'"),
+    ({"grid": {"train_config.seed": [1, 2]}}, "train_config.seed cannot be set for an experiment: list it under"),
+    ({"grid": {"data_config.batch_size": [16, 64], "train_config.effective_batch_size": [64]}},
+     "script main.py takes one micro-batch a step, and batch_size=16, effective_batch_size=64 needs 4"),
+    ({"grid": {"train_config.effective_batch_size": [None, 32]}}, "runs 1 and 2 are the same"),
+    ({"overrides": {"train_config.epochs": 0}}, "train_config.epochs is 0"),
+    ({"overrides": {"train_config.learning_rate": 1}}, "stands in grid and in overrides"),
+    ({"overrides": ["train_config.epochs=3"]}, "overrides must hold section.key: value"),
+    ({"overrides": {"run_name": "mine"}}, "run_name cannot be set for an experiment"),
+    ({"seeds": None}, "seeds must be a list such as [42, 43, 44], got nothing"),
+    ({"seeds": []}, "seeds must be a list"),
+    ({"seeds": [1, -1, "two", True]}, "seeds: -1, 'two', True: use integers from 0"),
+    ({"seeds": [1, 1]}, "seeds: 1 more than once"),
+    ({"published": [{"accuracy": {"them": 0.9}}]}, "published, entry 1: write where"),
+    ({"published": [{"where": {"train_config.learning_rate": 0.1}, "accuracy": {"them": 0.9}}]},
+     "published, entry 1: train_config.learning_rate: 0.1 is not in the grid"),
+    ({"published": [{"where": {"train_config.learning_rate": 0.001}, "accuracy": {"them": 90}}]},
+     "the accuracy of them is 90: give a share from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "problem"), BAD_FILES, ids=[problem[:40] for _, problem in BAD_FILES])
+def test_a_bad_file_is_refused(tmp_path, changes, problem):
+    with pytest.raises(UserError) as refused:
+        read_experiment(write_experiment(tmp_path, **changes))
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert ("absent.yaml" if "absent" in problem else str(tmp_path / "study.yaml")) in str(refused.value)
+
+
+@pytest.mark.parametrize(("overrides", "problem"), [
+    (["train_config.learning_rate=0.1"], "train_config.learning_rate varies within the experiment"),
+    (["train_config.seed=5"], "train_config.seed cannot be set"), (["run_name=x"], "run_name cannot be set"),
+    (["train_config.epoch=5"], "command line: unknown key train_config.epoch; did you mean train_config.epochs?")])
+def test_a_bad_override_is_refused(tmp_path, overrides, problem):
+    with pytest.raises(UserError, match=re.escape(problem)):
+        read_experiment(write_experiment(tmp_path), overrides)
+
+
+def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
+    path = write_experiment(tmp_path, grid={"train_config.epoch": [1]}, seeds=[-1], names="x")
+    for arguments in (["experiment.py", path], ["experiment.py", "--help"]):
+        result = run_script("-X", "importtime", *arguments)
+        assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)
+        if path in arguments:
+            [line] = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+            assert result.returncode == 2
+            assert line.startswith(f"error: {path}: 3 problems: ")
+        else:
+            assert result.returncode == 0
+            assert "--only 7" in result.stdout
+
+
+@pytest.mark.parametrize("index", ["0", "5", "-1", "two"])
+def test_only_is_a_number_of_a_run(tmp_path, monkeypatch, capsys, index):
+    monkeypatch.setattr(SIGNALS, "install", lambda: None)  # pytest keeps its own
+    monkeypatch.setattr(sys, "argv", ["experiment.py", write_experiment(tmp_path), f"--only={index}"])
+    with pytest.raises(SystemExit) as left:
+        read_command()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.endswith("study.yaml has the runs 1 to 4\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which runs exist
+
+
+def test_finished_runs_are_known_by_their_configurations(tmp_path, capsys):
+    experiment, arguments = finished_experiment(tmp_path)
+    first, second, third, fourth = [cell.folder for cell in experiment.cells]
+    assert all(cell.is_finished for cell in experiment.cells)
+    first.rename(first.with_name("renamed by somebody"))  # the same run under another name
+    second.rename(tmp_path / "elsewhere")
+    third.rename(second)  # another run under this name
+    (fourth / "metrics.json").unlink()  # interrupted
+    experiment = read_experiment(*arguments)
+    assert [cell.is_finished for cell in experiment.cells] == [True, False, True, False]
+    assert [cell.folder for cell in experiment.cells][0] == first.with_name("renamed by somebody")
+    assert experiment.cells[1].folder not in (first, second, third, fourth)  # what is there stays there
+    assert not experiment.cells[1].folder.exists()
+    assert experiment.cells[2].folder == second
+    assert experiment.cells[3].folder == fourth
+    list_cells(experiment, experiment.cells)
+    states = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["finished", "to", "finished", "unfinished", "of"]
+
+
+def test_settings_that_do_not_shape_a_result_may_differ(tmp_path):
+    _, (path, overrides) = finished_experiment(tmp_path)
+    experiment = read_experiment(path, [*overrides, "data_config.eval_batch_size=8", "log_config.wandb_mode=disabled"])
+    assert all(cell.is_finished for cell in experiment.cells)
+    assert experiment.overrides == []
+    other = read_experiment(path, [*overrides, "data_config.max_len=32"])
+    assert not any(cell.is_finished for cell in other.cells)
+    assert other.overrides == ["data_config.max_len=32"]
+
+
+def test_the_remaining_time_is_that_of_finished_runs_like_them(tmp_path):
+    experiment, _ = finished_experiment(tmp_path)
+    cells = experiment.cells
+    cells[2].is_finished = cells[3].is_finished = False
+    assert remaining(experiment, cells[2:], {1: 100.0, 2: 7100.0}) == ", about 2.0 h"
+    assert remaining(experiment, cells[2:3], {1: 100.0}) == ", about 2 min"
+    assert remaining(experiment, cells[2:], {}) == ", about 20 s"  # each trained for 10 s, says its metrics.json
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running them
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "experiment.py", *arguments], cwd=PROJECT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def is_training(folder: Path):
+    return lambda: any((folder / "last").glob("*-step-*"))
+
+
+def test_killed_in_the_middle_it_goes_on_without_repeating_a_finished_run(tmp_path, encoder_folder):
+    """Two runs that work, stopped by SIGTERM and SIGKILL, and one that cannot, which does not keep the others."""
+    reviews = write_reviews(tmp_path / "reviews.csv")
+    path = write_experiment(tmp_path, config="config.yaml", seeds=[1], grid={
+        "model_config.model_name": [encoder_folder("bert"), encoder_folder("modernbert")],
+        "train_config.learning_rate": [1e30, 0.01]}, overrides={
+        "data_config.dataset": str(reviews), "data_config.text_column": "review", "data_config.max_len": 32,
+        "data_config.label_column": "verdict", "data_config.batch_size": 16, "model_config.pooling": "mean",
+        "train_config.mixed_precision": "no", "train_config.device": "cpu", "log_config.wandb_mode": "disabled",
+        "train_config.epochs": 40, "train_config.max_grad_norm": None})
+    arguments = [path, f"output_dir={tmp_path / 'runs'}"]
+    cells = read_experiment(path, arguments[1:]).cells
+    _, first, _, second = [cell.folder for cell in cells]
+
+    process = start(*arguments, "--only", "2")
+    wait_for(is_training(first), process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    assert "SIGTERM: saved at optimizer step" in output
+    assert not (first / "metrics.json").exists()
+
+    process = start(*arguments, "--only", "2")
+    wait_for((first / "metrics.json").exists, process)
+    assert process.wait(timeout=60) == 0
+    assert "going on from" in process.stdout.read()
+    assert not (tmp_path / "runs" / "study-report" / "report.html").exists()  # other jobs may be at work
+    finished = (first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns
+
+    process = start(*arguments, "--only", "4")
+    wait_for(is_training(second), process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (second / "metrics.json").exists()
+
+    process = start(*arguments)  # the orphan saves and leaves, or this one waits for it
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
+    assert "1 of 4 runs are finished" in output
+    assert "going on from" in output
+    assert ((first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns) == finished
+    assert (second / "metrics.json").exists()
+    failures = [line for line in output.splitlines() if line.startswith("failed: run ")]
+    assert [line.partition(",")[0] for line in failures] == ["failed: run 1", "failed: run 3"]
+    assert all("error: optimizer step" in line and "is not finite" in line for line in failures)
+    summary = json.loads((tmp_path / "runs" / "study-report" / "comparison.json").read_text())
+    assert [row["setting"] for row in summary["settings"]] == [Path(encoder_folder(name)).name
+                                                               for name in ("bert", "modernbert")]
+    assert summary["notes"][0].startswith("2 of 4 runs are missing here: run 1 failed: error: optimizer step")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the stand-in for the Hub")
+def test_experiments_1_and_2_through_the_hubs_own_protocol(tmp_path):
+    """All cells with tiny limits; another model stands in for both encoders, which shows the way and no accuracy."""
+    model, imdb = SHARED / "models/all-MiniLM-L6-v2", SHARED / "data/imdb"
+    port = "8919"
+    names = ("google-bert/bert-base-uncased", "answerdotai/ModernBERT-base")
+    server = subprocess.Popen([sys.executable, SHARED / "tools/local_hub.py", "--port", port,
+                               *(part for name in names for part in ("--model", f"{name}={model}")),
+                               "--alias", "bert-base-uncased=google-bert/bert-base-uncased",
+                               "--dataset", f"stanfordnlp/imdb={imdb}"], stdout=subprocess.PIPE)
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"),
+           "HF_HUB_OFFLINE": "0"}
+    arguments = [f"output_dir={tmp_path / 'runs'}", "data_config.limit=200", "train_config.epochs=1"]
+
+    def finished() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
+
+    try:
+        server.stdout.readline()
+        for name, total, wanted in (("exp1", 6, 3), ("exp2", 18, 9)):
+            command = [f"experiments/{name}.yaml", *arguments]
+            process = start(*command, env={**os.environ, **hub})
+            wait_for(lambda wanted=wanted: len(finished()) == wanted, process)
+            process.kill()
+            process.communicate(timeout=60)
+            before = finished()
+            result = run_script("experiment.py", *command, environment=hub, timeout=900)
+            assert result.returncode == 0, result.stdout + result.stderr
+            assert len(finished()) == total
+            assert before.items() <= finished().items()
+            summary = json.loads((tmp_path / "runs" / f"{name}-report" / "comparison.json").read_text())
+            assert [len(row["seeds"]) for row in summary["settings"]] == [3] * (total // 3)
+            assert all(len(row["published"]) >= 3 for row in summary["settings"])
+    finally:
+        server.kill()
+        server.wait()

@@ -1,0 +1,135 @@
+"""The statistics against known cases: intervals cover at the promised rate, the bootstrap meets closed forms, McNemar's
+test and Holm's correction give statsmodels' values, false claims stay below 5 %, and the detectable difference is one.
+
+Settings are simulated as a latent score, the sum of a review's ease, a seed's luck and chance of its own, which is
+right where it is above zero. The true accuracy is then the normal distribution's value at mean / spread.
+"""
+
+import numpy as np
+import pytest
+from scipy.stats import norm, t, ttest_ind
+
+from significance import accuracy_interval, bootstrap_interval, compare, detectable_difference, holm, mcnemar, sentence
+
+SIMULATIONS = 1000
+CHANCE = 0.6  # standard deviation of the latent score that neither review nor seed explains; reviews have 1
+
+
+def simulate(generator, means: list[float], seeds: int, reviews: int, luck: float) -> list[np.ndarray]:
+    """Settings (seeds, reviews) of bool, on the same reviews; `luck`: the standard deviation between seeds."""
+    ease = generator.standard_normal(reviews)
+    return [mean + ease + luck * generator.standard_normal((seeds, 1))
+            + CHANCE * generator.standard_normal((seeds, reviews)) > 0 for mean in means]
+
+
+@pytest.mark.parametrize(("seeds", "luck"), [(1, 0.0), (3, 0.0), (3, 0.05), (3, 0.15)])
+def test_intervals_cover_the_truth_at_the_promised_rate(seeds, luck):
+    """With luck 0.05 the scatter of seeds weighs about as much as that of reviews, with 0.15 far more."""
+    generator = np.random.default_rng(1)
+    means = [1.2, 1.3]
+    truth = norm.cdf(np.array(means) / np.sqrt(1 + luck**2 + CHANCE**2))
+    covered = np.zeros(2)
+    for number in range(SIMULATIONS):
+        first, second = simulate(generator, means, seeds, 400, luck)
+        low, high = bootstrap_interval(second, first, draws=1000, seed=number)
+        covered[0] += low <= truth[1] - truth[0] <= high
+        low, high = accuracy_interval(first) if seeds == 1 else bootstrap_interval(first, draws=1000, seed=number)
+        covered[1] += low <= truth[0] <= high
+    assert (covered / SIMULATIONS >= 0.935).all()  # 0.95 less two standard errors
+    assert (covered / SIMULATIONS <= 0.98).all()  # nor does it promise less than it knows
+
+
+def test_the_bootstrap_over_reviews_meets_the_closed_form():
+    generator = np.random.default_rng(2)
+    first, second = simulate(generator, [1.2, 1.3], 1, 5000, 0.0)
+    difference = second[0].astype(int) - first[0]
+    half = norm.ppf(0.975) * difference.std() / np.sqrt(5000)
+    low, high = bootstrap_interval(second, first, draws=100_000)
+    assert (low, high) == pytest.approx((difference.mean() - half, difference.mean() + half), abs=0.03 * half)
+
+
+def test_the_interval_over_seeds_meets_students_and_welchs():
+    """With very many reviews, only seeds scatter."""
+    generator = np.random.default_rng(3)
+    first = generator.random((3, 200_000)) < np.array([[0.79], [0.80], [0.81]])
+    second = generator.random((5, 200_000)) < np.array([[0.82], [0.84], [0.81], [0.82], [0.83]])
+    accuracies, others = first.mean(axis=1), second.mean(axis=1)
+    half = t.ppf(0.975, 2) * accuracies.std(ddof=1) / np.sqrt(3)
+    low, high = bootstrap_interval(first, draws=100_000)
+    assert (low, high) == pytest.approx((accuracies.mean() - half, accuracies.mean() + half), abs=0.04 * half)
+    expected = ttest_ind(others, accuracies, equal_var=False).confidence_interval(0.95)
+    half = (expected.high - expected.low) / 2
+    assert bootstrap_interval(second, first, draws=100_000) == pytest.approx(tuple(expected), abs=0.04 * half)
+
+
+def from_table(table: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Two models of one seed each; `table`: [[both right, only the first], [only the second, both wrong]]."""
+    counts = np.ravel(table)
+    return np.repeat([[1, 1, 0, 0]], counts, axis=1) == 1, np.repeat([[1, 0, 1, 0]], counts, axis=1) == 1
+
+
+@pytest.mark.parametrize(("table", "p_value"), [  # statsmodels 0.15.0, contingency_tables.mcnemar(table, exact=True)
+    ([[101, 121], [59, 33]], 4.4344492637551645e-06), ([[4400, 130], [95, 375]], 0.023197506839685394),
+    ([[50, 1], [9, 40]], 0.021484375), ([[10, 5], [5, 2]], 1.0), ([[4000, 0], [3, 900]], 0.25)])
+def test_mcnemars_exact_test(table, p_value):
+    first, second = from_table(table)
+    better_on, found = mcnemar(first, second)
+    assert better_on == (table[0][1], table[1][0])
+    assert found == pytest.approx(p_value, rel=1e-9)
+    # The same answers with any number of seeds are the same evidence: reviews are counted, not answers.
+    assert mcnemar(first.repeat(3, axis=0), second.repeat(2, axis=0)) == (better_on, found)
+
+
+@pytest.mark.parametrize(("p_values", "corrected"), [  # statsmodels 0.15.0, multipletests(p_values, method="holm")
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+    ([0.0001, 0.9, 0.02, 0.02, 0.049, 0.3], [0.0006, 0.9, 0.1, 0.1, 0.147, 0.6]), ([0.6, 0.5], [1, 1]), ([], [])])
+def test_holms_correction(p_values, corrected):
+    assert holm(p_values) == pytest.approx(corrected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("seeds", "luck"), [(1, 0.0), (3, 0.05)])
+def test_false_claims_among_equal_settings_stay_below_five_percent(seeds, luck):
+    generator = np.random.default_rng(4)
+    claims = sum(any(pair.is_shown for pair in compare("ABC", simulate(generator, [1.2] * 3, seeds, 300, luck), 500))
+                 for _ in range(SIMULATIONS))
+    assert claims / SIMULATIONS <= 0.05
+
+
+def test_the_detectable_difference_is_shown_in_four_of_five_comparisons():
+    generator = np.random.default_rng(5)
+    reviews, only_first = 5000, 0.04
+    first = np.zeros((1, reviews), dtype=bool)
+    excess = 0.0  # of what the second alone gets right
+    for _ in range(5):  # a fixed point: the interval depends on how often the two disagree, and so on the difference
+        half = norm.ppf(0.975) * np.sqrt((2 * only_first + excess - excess**2) / reviews)
+        excess = detectable_difference((-half, half), pairs=1)
+    shown = {}
+    for share in (1.0, 0.5, 0.0):  # of the detectable difference
+        shown[share] = 0
+        chances = [only_first, only_first + share * excess]
+        for _ in range(300):
+            kind = generator.choice(3, size=(1, reviews), p=[*chances, 1 - sum(chances)])
+            shown[share] += compare("AB", [first | (kind == 0), first | (kind == 1)], 2000)[0].is_shown
+    assert 0.74 < shown[1.0] / 300 < 0.86
+    assert shown[0.5] / 300 < 0.4
+    assert shown[0.0] / 300 < 0.07
+
+
+def test_each_pair_gets_one_plain_sentence():
+    first, second = from_table([[4400, 130], [95, 375]])
+    text = sentence(compare(["A", "B"], [second, first])[0])  # the better one second
+    assert text.startswith("B is better than A by 0.7 points (95 % interval 0.1 to 1.3; McNemar's exact test p "
+                           "= 0.023)")
+    assert text.endswith("at 5,000 reviews and 1 seed each.")
+    assert sentence(compare(["A", "B"], [first, second])[0]).startswith("A is better than B by 0.7 points (95 % ")
+    first, second = from_table([[4400, 100], [95, 405]])
+    text = sentence(compare(["A", "B"], [first, second])[0])
+    assert "no difference shown at 5,000 reviews and 1 seed each; 0.8 points would be needed, -0.1 were seen" in text
+    assert "give the same answers on all 5,000 reviews" in sentence(compare(["A", "B"], [first, first])[0])
+
+
+def test_no_interval_is_empty_where_nothing_scatters():
+    right = np.ones((3, 100), dtype=bool)
+    assert accuracy_interval(right) == pytest.approx((0.963, 1), abs=0.001)
+    low, high = bootstrap_interval(right, right)
+    assert low == -high < 0 < high == pytest.approx(0.037, abs=0.001)
