@@ -55,7 +55,8 @@ def plot_learning_curves(config: Config, history: list[dict[str, Any]]) -> Figur
             key = f"{split}/{metric}"
             points = [(record["epoch"], record[key]) for record in history if key in record]
             if points:
-                label = {"train": f"train, mean of {config.log_config.log_every_steps} steps", "valid": "validation"}
+                steps = config.log_config.log_every_steps
+                label = {"train": "train" + (f", mean of {steps} steps" if steps > 1 else ""), "valid": "validation"}
                 axis.plot(*zip(*points, strict=True), color=colour, label=label[split], **style)
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"cross-entropy ({unit})" if unit else "accuracy (% of reviews)")
