@@ -30,6 +30,7 @@ from checkpointing import (
     open_run,
     refuse_differences,
     refuse_other_data,
+    saved_states,
 )
 from data import get_dataloader, prepare_data
 from devices import SingleDevice, make_deterministic
@@ -75,19 +76,25 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[
 def evaluate(model: nn.Module, loader: DataLoader, devices: Any, name: str) -> Predictions:
     """The model's logits on every review of a split, each exactly once. Raises StopRequested between batches."""
     model.eval()
-    parts = []
+    # Results stay on the device: reading them would wait for each batch. And they have their place beforehand: kept one
+    # by one between a batch's large tensors, they would tear a CPU's heap into holes that grow with the reviews.
+    count = sum(map(len, loader.batch_sampler))
+    ids, labels = torch.empty(2, count, dtype=torch.int64, device=devices.device)
+    logits = torch.empty(count, devices.unwrap(model).head.out_features, device=devices.device)
+    start = 0
     bar = ProgressBar(name, len(loader), unit="batch")
     for batch in loader:
         if devices.any(SIGNALS.received is not None):
             raise StopRequested
-        ids, labels, inputs = to_device(batch, devices.device)
+        batch_ids, batch_labels, inputs = to_device(batch, devices.device)
         with devices.autocast():
-            _, logits = model(**inputs)
-        parts.append((ids, labels, logits.float()))  # left on the device: reading it here would wait for each batch
+            _, batch_logits = model(**inputs)
+        place = slice(start, start := start + len(batch_ids))
+        ids[place], labels[place], logits[place] = batch_ids, batch_labels, batch_logits
         bar.update()
     bar.close()
     model.train()
-    ids, labels, logits = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    ids, labels, logits = (tensor.cpu().numpy() for tensor in (ids, labels, logits))
     real = ids >= 0  # the others only kept processes in step
     return Predictions(*devices.gather(ids[real], labels[real], logits[real]))
 
@@ -212,10 +219,11 @@ def settle(run: Run) -> None:
         step = run.start_step + int(run.devices.good_steps) + 1
         rows = run.sampler.windows()[run.progress.windows - 1 - (run.progress.step - step)]
         ids = run.train_loader.dataset.ids[np.sort(rows)].tolist()
+        kept = next((str(state) for state in saved_states(run.folder / "last")), "none yet")
         raise FloatingPointError(
             f"optimizer step {step}: loss or gradient is not finite, so the weights were left as they were; reviews "
             f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
-            "at these reviews; the last good state is saved")
+            f"at these reviews (last saved state: {kept})")
 
 
 def validate_epoch(run: Run) -> None:

@@ -142,6 +142,11 @@ def _read_jsonl(path: str) -> Iterator[dict]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig"))
+                if b"\\ud" in line.lower():  # JSON can name half a character, which no text can hold
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{path}: line {number} holds half of a \\ud... pair: write the character itself"
+                                ) from None
             except UnicodeDecodeError:
                 raise UserError(f"{path}: line {number} is not UTF-8: save it as UTF-8") from None
             except ValueError as error:
@@ -244,11 +249,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _check_texts(table: Dataset, parts: list[Part]) -> None:
-    texts = table.data.column("text")
-    empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
-    if (row := pc.index(empty, True).as_py()) >= 0:
-        place, row = locate(parts, row)
-        raise UserError(f"{place}: row {row} has no text: fill it or remove the row")
+    start = 0
+    for texts in table.data.column("text").chunks:  # one after the other: trimming copies
+        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+        if (row := pc.index(empty, True).as_py()) >= 0:
+            place, row = locate(parts, start + row)
+            raise UserError(f"{place}: row {row} has no text: fill it or remove the row")
+        start += len(texts)
 
 
 def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int

@@ -31,9 +31,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig, Trainer, TrainingArguments
 
-from data import IMDBDataset, cut_window
+from data import IMDBDataset
 from devices import SingleDevice
 from main import train_step
+from sampling import cut_window
 from utils import Config, TrainConfig
 
 SEED, REVIEWS, LONGEST, VOCABULARY = 42, 64, 48, 100

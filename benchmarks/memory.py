@@ -23,12 +23,13 @@ import torch
 import transformers
 from transformers import BertConfig, ModernBertConfig
 
-from data import IMDBDataset, cut_window
+from data import IMDBDataset
 from devices import SingleDevice
 from efficiency import peak_memory_mb
 from main import train_step
 from model import EncoderForClassification
 from run import build_optimizer
+from sampling import cut_window
 from utils import Config
 
 TOKENS, STEPS = 128, 2

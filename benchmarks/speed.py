@@ -2,10 +2,10 @@
 
     python benchmarks/speed.py --quick                          MiniLM's shape, 128 tokens: under 5 minutes on two cores
     python benchmarks/speed.py                                  BERT's and ModernBERT's architecture, 128 and 512 tokens
-    python benchmarks/speed.py --shape bert-base modernbert-base --tokens 128 512 --batch 64 --reviews 8000 --compile
-                                                                for a GPU
-    python benchmarks/speed.py --shape bert-base modernbert-base --batch 64 --reviews 40000 --epochs 5 --rounds 1
-                                                                experiment 1's training time, for a GPU
+    python benchmarks/speed.py --shape bert-base modernbert-base --batch 64 --reviews 8000 --contenders suite \
+        suite-compile trainer trainer-best trainer-compile      for a GPU
+    python benchmarks/speed.py --shape bert-base modernbert-base --tokens 128 --batch 64 --reviews 40000 --epochs 5 \
+        --rounds 1 --contenders suite suite-compile trainer-best                         a GPU's time for experiment 1
 
 Every contender trains the same encoder with random weights for the same number of steps on the same reviews, in a
 process of its own, in turn, round after round; then it evaluates a third as many. Timed are the optimizer steps alone,
@@ -15,85 +15,25 @@ after a few that are not counted. The reviews are random words whose lengths are
     suite-fp32      the same in fp32, in which Trainer runs unless it is told otherwise
     trainer         Trainer's defaults; every review padded to --tokens, as transformers' run_classification.py does
     trainer-best    bf16, batches padded to their longest review, reviews grouped by length, a fused optimizer
-    suite-compile, trainer-compile      torch.compile on top of suite and trainer-best, with --compile
+    suite-compile, trainer-compile      torch.compile on top of suite and trainer-best, if asked for by --contenders
 
 `of peak`: the FLOPs of the model on real tokens, as `efficiency.training_flops` counts them, in the time that it took,
 over what a product of large bf16 matrices reached in the same rounds.
 """
 
 import argparse
-import csv
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+from workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
 
-SMALL = {"hidden_size": 384, "num_hidden_layers": 6}
-# ModernBERT's small shape alternates its attention as the base shape does: every third layer is global.
-SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_size": 1536}),
-          "modernbert-small": ("modernbert", {**SMALL, "num_attention_heads": 6, "intermediate_size": 576}),
-          "bert-base": ("bert", {}), "modernbert-base": ("modernbert", {})}
-CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best")
-COMPILED = ("suite-compile", "trainer-compile")
-WARM_UP_STEPS = 2
-EVALUATED = 1 / 3  # reviews, as a share of those that are trained on
-LOG_MEAN, LOG_STD = 5.53, 0.65  # of the lengths of IMDB's reviews in BERT's tokens, fitted to every fifth of train
+CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-compile", "trainer-compile")
 MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is trained, on what
-
-
-def write_encoder(folder: Path, shape: str) -> None:
-    """config.json of the shape, and the demo's tokenizer, whose tokens are a part of the encoder's vocabulary."""
-    from transformers import AutoTokenizer, BertConfig, ModernBertConfig
-
-    kind, sizes = SHAPES[shape]
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo" / kind)
-    special = {"pad_token_id": tokenizer.pad_token_id}
-    if kind == "modernbert":
-        special |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id,
-                    "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-    {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes, **special).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def write_reviews(path: Path, count: int, tokenizer: Any) -> None:
-    """Reviews of random words that are one token each, as long as IMDB's."""
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    vocabulary = {token.removeprefix("\u0120") for token in tokenizer.get_vocab()}  # byte-level BPE's mark of a space
-    words = np.array([word for word in sorted(vocabulary) if word.isalpha() and word.islower()
-                      and len(tokenizer.tokenize(f"a {word}")) == 1 + len(tokenizer.tokenize("a"))])
-    lengths = np.maximum(random.lognormal(LOG_MEAN, LOG_STD, count).astype(int) - 2, 8)  # without [CLS] and [SEP]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for number, length in enumerate(lengths):
-            writer.writerow([" ".join(random.choice(words, length)), number % 2])
-
-
-def settings(work: Path, arguments: argparse.Namespace, *more: str) -> Any:
-    """The suite's configuration for this work."""
-    from utils import load_config
-
-    shares = 1 / (1 + 2 * EVALUATED)
-    return load_config(PROJECT / "config.yaml", [
-        f"output_dir={work / 'runs'}", f"model_config.model_name={work / 'encoder'}", "model_config.pretrained=false",
-        f"data_config.dataset={work / 'reviews.csv'}", f"data_config.max_len={arguments.tokens}",
-        f"data_config.split=[{shares},{shares * EVALUATED},{shares * EVALUATED}]",
-        f"data_config.batch_size={arguments.batch}", f"train_config.epochs={arguments.epochs}",
-        "log_config.wandb_mode=disabled", *more])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The contenders: each returns (seconds of training, seconds of evaluation)
@@ -107,7 +47,8 @@ def time_suite(work: Path, arguments: argparse.Namespace) -> tuple[float, float]
 
     overrides = {"suite-fp32": ["train_config.mixed_precision=no"], "suite-compile": ["train_config.compile=true"]}
     make_deterministic()
-    config = settings(work, arguments, *overrides.get(arguments.contender, []))
+    config = settings(work, arguments.tokens, arguments.batch, f"train_config.epochs={arguments.epochs}",
+                      *overrides.get(arguments.contender, []))
     devices = SingleDevice(config)
     run = Run(config, devices)
     run.start(None)
@@ -143,7 +84,7 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
             self.seconds = time.perf_counter() - self.started
 
     is_plain = arguments.contender == "trainer"
-    prepared, device = prepare_data(settings(work, arguments)), pick_device("auto")
+    prepared, device = prepare_data(settings(work, arguments.tokens, arguments.batch)), pick_device("auto")
     pad = {"padding": "max_length", "max_length": arguments.tokens} if is_plain else {}
 
     def rows(name: str) -> datasets.Dataset:
@@ -204,7 +145,7 @@ def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
     quiet_libraries()
     measure = time_suite if arguments.contender.startswith("suite") else time_trainer
     seconds, evaluation = measure(work, arguments)
-    splits = prepare_data(settings(work, arguments)).splits
+    splits = prepare_data(settings(work, arguments.tokens, arguments.batch)).splits
     return {"speed": len(splits["train"]) * arguments.epochs / seconds, "seconds": seconds,
             "evaluated": len(splits["valid"]) / evaluation, "memory": peak_memory_mb(pick_device("auto"))}
 
@@ -222,20 +163,20 @@ def start(work: Path, arguments: argparse.Namespace, tokens: int, contender: str
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def model_flops(work: Path, arguments: argparse.Namespace) -> float:
+def model_flops(work: Path, tokens: int, batch: int) -> float:
     """FLOPs to train on one review, on average."""
     from data import prepare_data
     from efficiency import training_flops, work_of
     from model import EncoderForClassification
 
-    config = settings(work, arguments)
+    config = settings(work, tokens, batch)
     model = EncoderForClassification.from_encoder(config.model_config)
     lengths = prepare_data(config).splits["train"].lengths
     return training_flops(work_of(model, executed=False), lengths) / len(lengths)
 
 
 def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) -> None:
-    names = (*CONTENDERS, *(COMPILED if arguments.compile else ()))
+    names = arguments.contenders
     results: dict[str, list[dict[str, float]]] = {name: [] for name in (*names, "peak")}
     print(f"\n{shape}, {tokens} tokens, batch {arguments.batch}: {arguments.reviews:,} reviews x {arguments.epochs} "
           f"epoch(s), {arguments.rounds} round(s), in turn", flush=True)
@@ -253,7 +194,7 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
         return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
     peak = median("peak", "flops")
-    flops = model_flops(work, argparse.Namespace(**vars(arguments) | {"tokens": tokens}))
+    flops = model_flops(work, tokens, arguments.batch)
     print(f"\n  {'':15}  {'reviews/s':>9}  {'an epoch (s)':>12}  {'of peak':>7}  {'evaluation/s':>12}  "
           f"{'peak memory (MB)':>16}")
     for name in names:
@@ -263,19 +204,8 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
     print(f"  bf16 matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
     for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite-fp32", "trainer"),
                      ("suite-compile", "trainer-compile")):
-        if name in names:
+        if name in names and to in names:
             print(f"  {name} / {to}: {ratio(name, to)} times, median (least to most) over the rounds")
-
-
-def describe_machine() -> str:
-    import torch
-    import transformers
-
-    from devices import SingleDevice
-    from utils import Config
-
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return f"{SingleDevice(Config())}, {name}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def main() -> None:
@@ -287,7 +217,7 @@ def main() -> None:
     parser.add_argument("--reviews", type=int, default=256, help="reviews an epoch (default: 256)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="also compile suite and trainer-best")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4])
     for hidden in ("--work", "--contender"):  # of a contender's process
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -298,15 +228,8 @@ def main() -> None:
     if arguments.quick:
         arguments.shape, arguments.tokens, arguments.reviews = ["minilm"], [128], 96
     print(describe_machine(), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
-        from transformers import AutoTokenizer
-
-        for shape in arguments.shape:
-            work = Path(folder) / shape
-            write_encoder(work / "encoder", shape)
-            tokenizer = AutoTokenizer.from_pretrained(work / "encoder")
-            write_reviews(work / "reviews.csv", round(arguments.reviews * (1 + 2 * EVALUATED)), tokenizer)
+    for shape in arguments.shape:
+        with workload(shape, arguments.reviews) as work:
             for tokens in arguments.tokens:
                 compare(work, arguments, shape, tokens)
 

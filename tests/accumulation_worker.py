@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from data import IMDBDataset, WindowSampler
+from data import IMDBDataset
 from devices import SingleDevice
 from main import train_step
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
+from sampling import WindowSampler
 from utils import Config, ModelConfig, TrainConfig, process_rank
 
 CONFIG = Config(train_config=TrainConfig(device="cpu", mixed_precision="no"))

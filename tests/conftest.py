@@ -1,6 +1,8 @@
 """What the tests share: tiny encoders, tiny data, an isolated cache, and the real scripts as child processes."""
 
+import contextlib
 import csv
+import io
 import os
 import random
 import subprocess
@@ -112,3 +114,18 @@ def run_script(*arguments: str, environment: dict | None = None, timeout: float 
     """`python ARGUMENTS` in the project's folder, as a user would call it."""
     return subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, **(environment or {})}, check=False, **options)
+
+
+def run_here(*arguments: str, mode: str = "train") -> subprocess.CompletedProcess:
+    """What `python main.py --mode MODE ARGUMENTS` does, in this process, which has paid for its imports already."""
+    import cli
+    import main
+    from utils import load_config
+
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.run(lambda: main.main(cli.Command(mode, load_config(PROJECT / "config.yaml", arguments))))
+        except SystemExit as left:
+            code = left.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

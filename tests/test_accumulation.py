@@ -14,10 +14,10 @@ from conftest import PROJECT, run_script
 from safetensors.torch import load_file
 
 import main
-from data import WindowSampler
 from devices import SingleDevice
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
+from sampling import WindowSampler
 from utils import load_config
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ENCODERS, PROJECT, run_script, write_reviews
+from conftest import ENCODERS, PROJECT, run_here, run_script, write_reviews
 from transformers import AutoTokenizer, GPT2Config, T5Config, ViTConfig
 
 import cli
@@ -82,6 +82,7 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
     ("a comma too many", lines("fine,good\nso, so,bad\n"), CSV, "{}: row 2 (line 3) has 3 fields"),
     ("an open quote", lines('fine,good\n"so so,bad\n'), CSV, "{}: line"),
     ("bad JSON", raw(b'{"review": "a", "verdict": 1}\n{"review": \n', JSONL), JSONL, "{}: line 2 is not JSON"),
+    ("half a character", raw(b'{"review": "a \\uD83D", "verdict": 1}\n', JSONL), JSONL, "{}: line 1 holds half of a"),
     ("two labels for a text", lines(GOOD + "a dull film number 3,good\n"), CSV, "{}: rows 8 and 41 are the same text"),
     ("another file type", raw(b"text", "reviews.txt"), "reviews.txt", "a file must end in .csv, .jsonl, .parquet"),
     ("mixed types", tree(train__csv=HEADED + GOOD, more__jsonl="{}"), MANY, "{} holds .csv and .jsonl files"),
@@ -153,7 +154,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def refused(tmp_path, overrides, capsys):
+def refused(tmp_path, overrides):
     """refused(*more overrides): the one line of a run that must not start, over a run folder that must stay."""
     occupied = tmp_path / "runs" / "run"
     (occupied / "best").mkdir(parents=True)
@@ -161,15 +162,12 @@ def refused(tmp_path, overrides, capsys):
 
     def attempt(*more: str) -> str:
         before, started = content_of(occupied), time.perf_counter()
-        with pytest.raises(SystemExit) as left:
-            cli.run(lambda: main.main(cli.Command("train", load_config(
-                PROJECT / "config.yaml", [*overrides, "train_config.resume=never", *more]))))
+        result = run_here(*overrides, "train_config.resume=never", *more)
         assert time.perf_counter() - started < 5
-        output = capsys.readouterr()
-        errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
-        assert (left.value.code, len(errors)) == (2, 1), output.err
-        assert "Traceback" not in output.err
-        assert output.err.rstrip().endswith(errors[0]), output.err  # one line, however long
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert (result.returncode, len(errors)) == (2, 1), result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stderr.rstrip().endswith(errors[0]), result.stderr  # one line, however long
         assert content_of(occupied) == before
         return errors[0]
 
@@ -196,7 +194,7 @@ def test_bad_models(tmp_path, refused, encoder_folder, monkeypatch, write, words
     assert "model_config.model_name" in error
 
 
-def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides, capsys):
+def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides):
     path = write_reviews(tmp_path / "long.csv")
     with open(path, "a") as file:
         file.write(" ".join(["gripping"] * 100_000) + ",good\n")
@@ -268,6 +266,7 @@ def test_the_real_script(overrides, tmp_path, overrides_of_it, words):
 def test_an_output_dir_that_cannot_be(overrides, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in ("/proc/nowhere", str(tmp_path / "file")):
-        with pytest.raises(UserError, match="set output_dir") as caught:
-            main.main(cli.Command("train", load_config(PROJECT / "config.yaml", [*overrides, f"output_dir={folder}"])))
-        assert folder in str(caught.value)
+        result = run_here(*overrides, f"output_dir={folder}")
+        assert result.returncode == 2
+        assert folder in result.stderr
+        assert "set output_dir" in result.stderr

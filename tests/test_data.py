@@ -12,6 +12,7 @@ from conftest import PROJECT, SHARED, write_reviews
 from transformers import AutoTokenizer
 
 import data
+from sampling import WindowSampler, cut_window
 from sources import load_reviews
 from utils import DataConfig, UserError, load_config
 
@@ -285,9 +286,9 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_moves_no_other_generator(
 @pytest.mark.parametrize(("micro", "processes"), [(64, 1), (32, 1), (8, 1), (13, 1), (64, 2), (5, 3), (64, 3)])
 def test_windows_hold_the_same_reviews_however_they_are_cut(micro, processes, pass_tokens):
     lengths = np.random.default_rng(0).integers(3, 128, size=200)
-    samplers = [data.WindowSampler(lengths, 64, micro, 1, rank, processes, pass_tokens=pass_tokens)
+    samplers = [WindowSampler(lengths, 64, micro, 1, rank, processes, pass_tokens=pass_tokens)
                 for rank in range(processes)]
-    reference = data.WindowSampler(lengths, 64, 64, seed=1).windows()
+    reference = WindowSampler(lengths, 64, 64, seed=1).windows()
     shares = [iter(sampler) for sampler in samplers]
     for window in reference:
         pieces = [next(share) for share in shares for _ in samplers[0].cut(window)]
@@ -305,18 +306,18 @@ def test_a_window_is_cut_where_that_saves_most():
     def work(groups):
         return sum(len(group) * lengths[group].max() + 25 for group in groups)
 
-    cut = [round_[0] for round_ in data.cut_window(np.arange(9), lengths, 4, 1, pass_tokens=25)]
+    cut = [round_[0] for round_ in cut_window(np.arange(9), lengths, 4, 1, pass_tokens=25)]
     order = np.argsort(-lengths)
     every_cut = (np.split(order, [place for place in range(1, 9) if mask >> place & 1]) for mask in range(0, 512, 2))
     cheapest = min((groups for groups in every_cut if max(map(len, groups)) <= 4), key=work)
     assert work(cut) == work(cheapest)
     assert work(cut) < work(np.array_split(order, 3))
-    assert len(data.cut_window(np.arange(9), np.full(9, 7), 4, 1, pass_tokens=25)) == 3  # nothing to save
+    assert len(cut_window(np.arange(9), np.full(9, 7), 4, 1, pass_tokens=25)) == 3  # nothing to save
 
 
 def test_a_process_without_a_review_gets_one_that_does_not_count(config):
     dataset = data.get_dataloader(config, "train").dataset
-    rounds = data.cut_window(np.array([4]), dataset.lengths, 16, 3)
+    rounds = cut_window(np.array([4]), dataset.lengths, 16, 3)
     batches = [dataset.__getitems__(piece) for piece in rounds[0]]
     assert [batch["labels"].item() == data.IGNORED for batch in batches] == [False, True, True]
     assert [batch["id"].item() for batch in batches][1:] == [-1, -1]

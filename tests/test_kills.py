@@ -22,15 +22,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, write_reviews
-from test_training import RESULTS, bits_of, train
+from conftest import PROJECT, run_here, write_reviews
+from test_training import RESULTS, bits_of, train, train_here
 
-import cli
-import main
 from checkpointing import newest_good_state, saved_states
 from model import EncoderForClassification
 from storage import damage, seal
-from utils import UserError, load_config
+from utils import UserError
 
 SEED = int(os.environ.get("KILLS_SEED", random.randrange(2**32)))
 SCRIPTS = ["main.py", "main_accumulation.py"]
@@ -92,17 +90,9 @@ def undisturbed(tmp_path_factory, encoder_folder):
     return run
 
 
-def train_here(arguments: list[str], mode: str = "train") -> None:
-    """main.py in this process, which has paid for its imports already."""
-    cli.run(lambda: main.main(cli.Command(mode, load_config(PROJECT / "config.yaml", arguments))))
-
-
-def refusal_here(capsys, arguments: list[str], mode: str = "train") -> str:
+def refusal_here(arguments: list[str], mode: str = "train") -> str:
     """The one line of a refused command."""
-    with pytest.raises(SystemExit) as left:
-        train_here(arguments, mode)
-    assert left.value.code == 2
-    return capsys.readouterr().err
+    return train_here(*arguments, mode=mode, code=2).stderr
 
 
 def start(script: str, arguments: list[str], limit: int | None = None) -> subprocess.Popen:
@@ -132,7 +122,7 @@ def wait_for(moment: str, folder: Path, process: subprocess.Popen, chance: rando
 
 def finish_run(script: str, arguments: list[str]) -> None:
     if script == "main.py":
-        train_here(arguments)
+        train_here(*arguments)
     else:
         train(*arguments, script=script)  # Accelerate wants a process of its own
 
@@ -235,10 +225,10 @@ def test_a_full_disk_again_and_again(undisturbed, script):
         fill_the_disk(script, f"full-{number}", undisturbed, random.Random(f"{SEED} {script} {number}"))
 
 
-def test_a_disk_without_room_is_refused_before_the_first_step(undisturbed, monkeypatch, capsys):
+def test_a_disk_without_room_is_refused_before_the_first_step(undisturbed, monkeypatch):
     arguments, whole = undisturbed("main.py")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_100_000))
-    error = refusal_here(capsys, [*arguments, "run_name=small"])
+    error = refusal_here([*arguments, "run_name=small"])
     # three states of the weights and Adam's two moments, and two best models: 11 times 0.4 MB
     assert "no room to write 4 MB (1 MB are free" in error
     assert "set output_dir" in error
@@ -285,7 +275,7 @@ def test_all_damage_to_saved_files_is_found_and_named(undisturbed, tmp_path):
     assert damage(folder) is None
 
 
-def test_a_damaged_best_model_is_refused_by_everything_that_reads_it(undisturbed, capsys):
+def test_a_damaged_best_model_is_refused_by_everything_that_reads_it(undisturbed):
     arguments, whole = undisturbed("main.py")
     folder, arguments = shutil.copytree(whole, whole.parent / "spoilt"), [*arguments, "run_name=spoilt"]
     weights = folder / "best" / "model.safetensors"
@@ -293,15 +283,15 @@ def test_a_damaged_best_model_is_refused_by_everything_that_reads_it(undisturbed
     content[-1] ^= 1  # the last bit of the last weight: every library loads it silently
     weights.write_bytes(content)
     before = content_of(folder)
-    assert f"error: {weights} is damaged" in refusal_here(capsys, arguments, "test")
+    assert f"error: {weights} is damaged" in refusal_here(arguments, "test")
     with pytest.raises(UserError, match="model.safetensors is damaged"):
         EncoderForClassification.from_pretrained(folder / "best")
     assert content_of(folder) == before
     (folder / "metrics.json").unlink()
-    assert f"error: {weights} is damaged" in refusal_here(capsys, arguments)
+    assert f"error: {weights} is damaged" in refusal_here(arguments)
     weights.write_bytes((whole / "best" / "model.safetensors").read_bytes())
     (folder / "best" / "manifest.json").unlink()
-    assert "manifest.json is missing" in refusal_here(capsys, arguments, "test")
+    assert "manifest.json is missing" in refusal_here(arguments, "test")
 
 
 def test_a_kill_between_the_two_renames_is_mended(undisturbed):
@@ -310,7 +300,7 @@ def test_a_kill_between_the_two_renames_is_mended(undisturbed):
     (folder / "metrics.json").unlink()
     (folder / "best").rename(folder / "best.old")
     shutil.copytree(folder / "best.old", folder / "best.partial")
-    train_here([*arguments, "run_name=renamed"])
+    train_here(*arguments, "run_name=renamed")
     assert_same_bits(folder, whole)
     assert not (folder / "best.old").exists()
 
@@ -330,7 +320,7 @@ def test_model_files_can_be_read_by_whom_the_umask_allows(undisturbed):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
-def test_a_second_process_in_one_folder_is_refused(undisturbed, capsys):
+def test_a_second_process_in_one_folder_is_refused(undisturbed):
     arguments, whole = undisturbed("main.py")
     folder, arguments = shutil.copytree(whole, whole.parent / "shared"), [*arguments, "run_name=shared"]
     (folder / "metrics.json").unlink()
@@ -340,11 +330,11 @@ def test_a_second_process_in_one_folder_is_refused(undisturbed, capsys):
                              stdout=subprocess.PIPE)
     other.stdout.readline()
     for mode in ("train", "test"):
-        assert f"error: {folder} is in use by another process" in refusal_here(capsys, arguments, mode)
+        assert f"error: {folder} is in use by another process" in refusal_here(arguments, mode)
     assert content_of(folder) == before
     other.kill()  # and with it goes its lock
     other.wait()
-    train_here(arguments)
+    train_here(*arguments)
     assert_same_bits(folder, whole)
 
 
@@ -373,5 +363,5 @@ def test_a_planted_pickle_does_not_run_even_under_a_true_manifest(undisturbed, t
     seal(state)
     assert damage(state) is None
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        train_here([*arguments, f"output_dir={tmp_path}", "run_name=planted"])
+        run_here(*arguments, f"output_dir={tmp_path}", "run_name=planted")
     assert not (tmp_path / "ran").exists()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ENCODERS
 from safetensors.torch import load, save_file
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel
 
 from cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
@@ -134,6 +135,20 @@ def test_dropout_draws_at_its_rate_and_keeps_the_expectation():
     assert torch.equal(values.grad, dropped.detach())  # the same mask backwards
     columns = (dropped.detach() == 0).double()
     assert abs(torch.corrcoef(columns.T[:40]).fill_diagonal_(0)).max() < 0.2  # neighbours share a number, not a draw
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_compiled_for_few_shapes_whatever_the_batches_are(encoder_folder, name):
+    model, counter = build(encoder_folder(name)).train(), CompileCounter()
+    torch._dynamo.reset()
+    model.encoder.compile(backend=counter, dynamic=True)  # as Run does
+    for reviews, tokens, padded in [(4, 20, True), (8, 30, True), (3, 25, False), (5, 40, True), (6, 33, False)]:
+        mask = torch.ones(reviews, tokens, dtype=torch.int64)
+        mask[0, -3:] = 0
+        ids = torch.randint(5, 100, (reviews, tokens))
+        loss, _ = model(ids, mask if padded else None, labels=torch.zeros(reviews, dtype=torch.int64))
+        loss.backward()
+    assert counter.frame_count == 2  # with a mask and without one
 
 
 def test_the_mean_leaves_padding_out():

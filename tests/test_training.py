@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, run_script, write_reviews
+from conftest import PROJECT, run_here, run_script, write_reviews
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +29,15 @@ FILES = RESULTS | {"config.yaml", "metrics.json", "plots/learning_curves.png", "
 
 
 def train(*arguments: str, script: str = "main.py", code: int = 0, **options) -> subprocess.CompletedProcess:
-    result = run_script(script, *arguments, **options)
+    """The real script, in a process of its own."""
+    return expect(code, run_script(script, *arguments, **options))
+
+
+def train_here(*arguments: str, code: int = 0, mode: str = "train") -> subprocess.CompletedProcess:
+    return expect(code, run_here(*arguments, mode=mode))
+
+
+def expect(code: int, result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
@@ -107,7 +115,7 @@ def test_an_interrupted_run_can_be_tested(undisturbed):
     overrides, folder = undisturbed
     shutil.copytree(folder, folder.parent / "partial")
     (folder.parent / "partial" / "metrics.json").unlink()
-    train(*overrides, "run_name=partial", "--mode", "test")
+    train_here(*overrides, "run_name=partial", mode="test")
     assert metrics_of(folder.parent / "partial")["test"] == metrics_of(folder)["test"]
     assert "interrupted" in (folder.parent / "partial" / "best" / "README.md").read_text()
 
@@ -115,23 +123,23 @@ def test_an_interrupted_run_can_be_tested(undisturbed):
 def test_a_finished_run_is_not_repeated_and_not_overwritten(undisturbed):
     overrides, folder = undisturbed
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert "finished: nothing was done again" in train(*overrides, "run_name=run").stdout
-    assert "other settings (train_config.epochs: 3 -> 4)" in train(
+    assert "finished: nothing was done again" in train_here(*overrides, "run_name=run").stdout
+    assert "other settings (train_config.epochs: 3 -> 4)" in train_here(
         *overrides, "run_name=run", "train_config.epochs=4", code=2).stderr
-    assert "train_config.overwrite=true" in train(
+    assert "train_config.overwrite=true" in train_here(
         *overrides, "run_name=run", "train_config.resume=never", code=2).stderr
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_testing_on_other_data_than_the_training_split_left_out_is_refused(undisturbed):
     overrides, _ = undisturbed
-    result = train(*overrides, "run_name=run", "--mode", "test", "data_config.split_seed=1", code=2)
+    result = train_here(*overrides, "run_name=run", "data_config.split_seed=1", mode="test", code=2)
     assert "data_config.split_seed: 42 -> 1" in result.stderr
 
 
 def test_testing_a_run_that_does_not_exist(undisturbed):
     overrides, folder = undisturbed
-    result = train(*overrides, "run_name=absent", "--mode", "test", code=2)
+    result = train_here(*overrides, "run_name=absent", mode="test", code=2)
     assert "train this run first" in result.stderr
     assert not (folder.parent / "absent").exists()
 
@@ -172,7 +180,7 @@ def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed):
             if run.progress.step < steps:
                 main.validate_epoch(run)
         run.save()  # as a signal in the last optimizer step would
-        train(*arguments)
+        train_here(*arguments)
         measured, history = metrics_of(folder.parent / name), history_of(folder.parent / name)
         assert measured["train"]["optimizer_steps"] == steps
         assert [record["step"] for record in history if "valid/loss" in record] == sorted({10, min(20, steps), steps})
@@ -193,17 +201,17 @@ def test_a_typing_mistake_destroys_no_finished_run(undisturbed):
     overrides, folder = undisturbed
     before = bits_of(folder)
     arguments = ["run_name=run", "train_config.resume=never", "train_config.overwrite=true"]
-    train(*overrides, *arguments, "data_config.dataset=typo.csv", code=2)
+    train_here(*overrides, *arguments, "data_config.dataset=typo.csv", code=2)
     assert bits_of(folder) == before
     assert "for one process" in train(*overrides, "run_name=run", environment={"WORLD_SIZE": "2"}, code=2).stderr
 
 
 def test_early_stopping_and_max_steps(undisturbed):
     overrides, folder = undisturbed
-    train(*overrides, "run_name=early", "train_config.optimizer=sgd", "train_config.learning_rate=1e-30",
+    train_here(*overrides, "run_name=early", "train_config.optimizer=sgd", "train_config.learning_rate=1e-30",
           "train_config.early_stopping_patience=2", "train_config.epochs=9")
     assert metrics_of(folder.parent / "early")["train"]["optimizer_steps"] == 30  # the best, and two more
-    train(*overrides, "run_name=short", "train_config.max_steps=13")
+    train_here(*overrides, "run_name=short", "train_config.max_steps=13")
     assert metrics_of(folder.parent / "short")["train"]["optimizer_steps"] == 13
 
 
@@ -308,19 +316,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
     assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
     state = saved_states(run.folder / "last")[0]
     assert state.name.endswith("step-00000004")  # the last good one, untouched
+    assert f"(last saved state: {state})" in str(stopped.value)
 
 
 def test_a_damaged_state_is_found_and_the_one_before_it_is_taken(undisturbed):
     overrides, folder = undisturbed
     run = folder.parent / "run_damaged"
-    train(*overrides, "run_name=run_damaged")
+    train_here(*overrides, "run_name=run_damaged")
     for name in ("metrics.json", "best/README.md"):
         (run / name).unlink()
     newest = saved_states(run / "last")[0] / "state.pt"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    result = train(*overrides, "run_name=run_damaged")
+    result = train_here(*overrides, "run_name=run_damaged")
     assert f"{newest} is damaged" in result.stdout
     damaged = bits_of(run)
     damaged["best/README.md"] = damaged["best/README.md"].replace(b"run_damaged", b"run")

@@ -1,0 +1,64 @@
+"""What it costs to save: the state that a run goes on from, and the best model.
+
+    python benchmarks/saving.py                             MiniLM's shape: about two minutes on two CPU cores
+    python benchmarks/saving.py --shape bert-base --batch 64         for a GPU
+
+Optimizer steps and saves are timed in turn in one run, everything that a save does included: gathering, writing,
+SHA-256 sums, and waiting until all of it is on the disk. The shares are of a run at the default settings, which saves
+every `train_config.save_every_steps` steps and, with the best model, at the end of an epoch of 40,000 reviews.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from workload import SHAPES, describe_machine, settings, workload
+
+STEPS, SAVES, EPOCH_REVIEWS = 3, 5, 40_000
+
+
+def measure(work: Path, arguments: argparse.Namespace) -> None:
+    from devices import SingleDevice
+    from main import train_epoch
+    from run import Run
+
+    config = settings(work, arguments.tokens, arguments.batch)
+    run = Run(config, SingleDevice(config))
+    run.start(None)
+    run.total_steps = 1  # the first step is not counted: it allocates
+    train_epoch(run)
+    run.progress.seconds, run.start_step = 0.0, 1
+    state, best = [], []
+    for _ in range(SAVES):
+        run.total_steps += STEPS
+        train_epoch(run)
+        for save, times in ((run.save, state), (run.save_best, best)):
+            started = time.perf_counter()
+            save()
+            times.append(time.perf_counter() - started)
+    step = run.progress.seconds / (SAVES * STEPS)
+    interval = config.train_config.save_every_steps
+    state_seconds, best_seconds = map(statistics.median, (state, best))
+    epoch_steps = EPOCH_REVIEWS / arguments.batch
+    print(f"an optimizer step: {step:.3f} s; a state of {run.state_bytes / 1e6:,.0f} MB: {state_seconds:.2f} s "
+          f"({min(state):.2f} to {max(state):.2f}); the best model of {run.model_bytes / 1e6:,.0f} MB: "
+          f"{best_seconds:.2f} s ({min(best):.2f} to {max(best):.2f})")
+    whole = (epoch_steps // interval + 1) * state_seconds + best_seconds
+    print(f"saving adds {state_seconds / (interval * step):.2%} at every {interval} steps, and {whole:.1f} s "
+          f"({whole / (epoch_steps * step):.2%}) to an epoch of {EPOCH_REVIEWS:,} reviews")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="minilm")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32, help="reviews an optimizer step (default: 32)")
+    arguments = parser.parse_args()
+    print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {describe_machine()}", flush=True)
+    with workload(arguments.shape, arguments.batch * (1 + SAVES * STEPS)) as work:
+        measure(work, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What the benchmarks train: encoders of real shapes with random weights, on random words as long as IMDB's reviews."""
+
+import csv
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+SMALL = {"hidden_size": 384, "num_hidden_layers": 6}
+# ModernBERT's small shape alternates its attention as the base shape does: every third layer is global.
+SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_size": 1536}),
+          "modernbert-small": ("modernbert", {**SMALL, "num_attention_heads": 6, "intermediate_size": 576}),
+          "bert-base": ("bert", {}), "modernbert-base": ("modernbert", {})}
+WARM_UP_STEPS = 2
+EVALUATED = 1 / 3  # reviews, as a share of those that are trained on
+LOG_MEAN, LOG_STD = 5.53, 0.65  # of the lengths of IMDB's reviews in BERT's tokens, fitted to every fifth of train
+
+
+@contextmanager
+def workload(shape: str, reviews: int):
+    """A folder with an encoder of this shape and with reviews, of which `settings` trains on the given number."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
+        from transformers import AutoTokenizer
+
+        from hub import quiet_libraries
+
+        quiet_libraries()
+        work = Path(folder)
+        write_encoder(work / "encoder", shape)
+        write_reviews(work / "reviews.csv", round(reviews * (1 + 2 * EVALUATED)),
+                      AutoTokenizer.from_pretrained(work / "encoder"))
+        yield work
+
+
+
+def write_encoder(folder: Path, shape: str) -> None:
+    """config.json of the shape, and the demo's tokenizer, whose tokens are a part of the encoder's vocabulary."""
+    from transformers import AutoTokenizer, BertConfig, ModernBertConfig
+
+    kind, sizes = SHAPES[shape]
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo" / kind)
+    special = {"pad_token_id": tokenizer.pad_token_id}
+    if kind == "modernbert":
+        special |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id,
+                    "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes, **special).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_reviews(path: Path, count: int, tokenizer: Any) -> None:
+    """Reviews of random words that are one token each, as long as IMDB's."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    vocabulary = {token.removeprefix("\u0120") for token in tokenizer.get_vocab()}  # byte-level BPE's mark of a space
+    words = np.array([word for word in sorted(vocabulary) if word.isalpha() and word.islower()
+                      and len(tokenizer.tokenize(f"a {word}")) == 1 + len(tokenizer.tokenize("a"))])
+    lengths = np.maximum(random.lognormal(LOG_MEAN, LOG_STD, count).astype(int) - 2, 8)  # without [CLS] and [SEP]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for number, length in enumerate(lengths):
+            writer.writerow([" ".join(random.choice(words, length)), number % 2])
+
+
+def settings(work: Path, tokens: int, batch: int, *more: str) -> Any:
+    """The suite's configuration for this workload, with the defaults of config.yaml."""
+    from utils import load_config
+
+    shares = 1 / (1 + 2 * EVALUATED)
+    return load_config(PROJECT / "config.yaml", [
+        f"output_dir={work / 'runs'}", f"model_config.model_name={work / 'encoder'}", "model_config.pretrained=false",
+        f"data_config.dataset={work / 'reviews.csv'}", f"data_config.max_len={tokens}",
+        f"data_config.split=[{shares},{shares * EVALUATED},{shares * EVALUATED}]",
+        f"data_config.batch_size={batch}", "log_config.wandb_mode=disabled", *more])
+
+
+def describe_machine() -> str:
+    import torch
+    import transformers
+
+    from devices import SingleDevice
+    from utils import Config
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return f"{SingleDevice(Config())}, {name}, torch {torch.__version__}, transformers {transformers.__version__}"
