@@ -8,6 +8,8 @@
     python main_accumulation.py data_config.batch_size=64 train_config.gradient_accumulation_steps=4
                                                                         large batches: gradient accumulation
     accelerate launch --num_processes 2 main_accumulation.py            several devices
+    python experiment.py experiments/exp2.yaml                          a grid of settings and seeds, and its report
+    python compare.py checkpoints/RUN checkpoints/RUN                   finished runs side by side
 """
 
 import cli
