@@ -143,7 +143,7 @@ def plot_accuracies(summary: dict[str, Any], heading: str) -> Figure:
                       markersize=9, markeredgewidth=1.5, linestyle="none", **label)
         for source, marker in zip(sources, "DsvP^<>X*" * len(sources), strict=False):
             if source in row["published"]:
-                known = source in axis.get_legend_handles_labels()[1]
+                known = f"published: {source}" in axis.get_legend_handles_labels()[1]
                 axis.plot(100 * row["published"][source], place + 0.2, marker, color=ORANGE, markersize=6,
                           markerfacecolor="none", linestyle="none", label=None if known else f"published: {source}")
     axis.set_yticks(range(len(rows)), [plain(row["setting"]) for row in rows])

@@ -151,7 +151,7 @@ def sentence(pair: Pair) -> str:
     if pair.p_holm != pair.p_value:
         test += f", corrected {_p(pair.p_holm)}"
     if sum(pair.better_on) == 0:
-        return f"{pair.first} and {pair.second} give the same answers on all {pair.reviews:,} reviews."
+        return f"{pair.first} and {pair.second} get the same of the {pair.reviews:,} reviews right, at {basis}."
     if pair.is_shown:
         better, worse, sign = (pair.second, pair.first, 1) if points > 0 else (pair.first, pair.second, -1)
         ends = sorted((sign * low, sign * high))
