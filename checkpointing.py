@@ -170,7 +170,8 @@ def newest_good_state(folder: Path) -> Path | None:
             return state
         say(f"{problem}: going back to the state before it")
     if states:
-        raise UserError(f"{folder}: every saved state is damaged: start afresh with train_config.resume=never")
+        raise UserError(f"{folder}: every saved state is damaged ({problem}): put back what was saved, or start afresh "
+                        "with train_config.resume=never")
     return None
 
 
@@ -178,7 +179,9 @@ def best_model(run_folder: Path) -> Path:
     """The folder of a run's best model. Raises UserError if there is none, or it is not what was saved."""
     folder = run_folder / "best"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; train this run first, or name one that has a model by run_name=")
+        raise UserError(f"{folder}: no such folder; train this run first, or name one with a model by run_name=; if "
+                        "it was lost, train afresh with train_config.resume=never (and train_config.overwrite=true if "
+                        "the run is finished)")
     refuse_damage(folder)
     return folder
 

@@ -132,6 +132,10 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     splits = {"train": train, "valid": valid, "test": test}
     if empty := [split for split, rows in splits.items() if len(rows) == 0]:
         raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
+    other = set(labels[np.concatenate([valid, test])].tolist())
+    if lacking := other - set(labels[train].tolist()):  # only an official split can
+        raise UserError(f"{name}: no row to train on has the class {min(lacking)}, counted from 0: add some, or give "
+                        "shares such as data_config.split=[0.8,0.1,0.1]")
 
     if kept_on_one_side:
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
@@ -159,6 +163,9 @@ def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
 def _draw(rows: np.ndarray, labels: np.ndarray, count: int, data_config: Any, key: str = "split"
           ) -> tuple[np.ndarray, np.ndarray]:
     """`count` of the rows at random, stratified by label, and the others."""
+    if key == "limit" and len(rows) - count < len(np.unique(labels[rows])):  # too few go for each class to lose one
+        order = np.random.default_rng(data_config.split_seed).permutation(rows)
+        return order[:count], order[count:]
     try:
         return train_test_split(rows, train_size=count, stratify=labels[rows], random_state=data_config.split_seed)
     except ValueError:

@@ -19,7 +19,7 @@ PROBE_SECONDS = 8  # the libraries' own retries can take minutes before they giv
 WAYS_ON = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
            "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
 LIBRARIES = {"datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "pyarrow", "safetensors", "tokenizers",
-             "transformers"}
+             "transformers", "yaml"}
 
 
 def is_hub_name(name: str) -> bool:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from encoders import attention_masks, is_known, read_only_first_token
-from hub import explained
+from hub import explained, is_hub_name
 from storage import MANIFEST, refuse_damage
 from utils import UserError, atomic_write, write_json
 
@@ -142,6 +142,8 @@ def load_encoder_config(model_config: Any) -> PretrainedConfig:
     Raises UserError if it describes no text encoder, or one that cannot be built.
     """
     name = model_config.model_name
+    if not is_hub_name(name) and not Path(name).is_dir():
+        raise UserError(f"model_config.model_name: no such folder: {name}")
     with explained("model_config.model_name", name):
         encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = encoder_config.model_type

@@ -161,7 +161,7 @@ def _read_parquet(path: str) -> Iterator[dict]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -184,6 +184,8 @@ def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
     found = [path for path in sorted(Path(name).rglob("*")) if path.suffix in FILE_TYPES and path.is_file()
              and not any(part.startswith(".") for part in path.relative_to(name).parts)]
     kinds = sorted({path.suffix for path in found})
+    if not any(path.is_file() and path.suffix not in ("", ".md") for path in Path(name).rglob("*")):
+        raise UserError(f"data_config.dataset: {name} holds no .csv, .jsonl or .parquet files: name a folder with some")
     if len(kinds) > 1:
         raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, of which only one kind can be "
                         "read at once: move the others elsewhere, or name one file")
@@ -200,7 +202,11 @@ def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
 
 def _load_with_library(name: str) -> list[Part]:
     with explained("data_config.dataset", name):
-        splits = load_dataset(name)
+        try:
+            splits = load_dataset(name)
+        except RuntimeError as error:  # "Dataset scripts are no longer supported": code, which is never run here
+            raise UserError(f"data_config.dataset: {name}: {str(error).splitlines()[0]}: name a folder of .csv, .jsonl "
+                            "or .parquet files") from None
     return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
             for split, table in splits.items()]
 
@@ -222,7 +228,7 @@ def _read_stamped(path: str, columns: tuple[str, ...], stamp: str) -> Iterator[d
         empty = False
         yield row
     if empty:
-        raise UserError(f"{path}: holds no labelled rows")
+        raise UserError(f"{path}: holds no labelled rows: add some, or name another file")
 
 
 def _select(table: Dataset, columns: tuple[str, str], name: str) -> Dataset:
@@ -290,6 +296,9 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
                         f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}")
     counts = np.bincount(labels, minlength=len(names))
     rare = counts.argmin()
+    if counts[rare] == 0:
+        raise UserError(f"{name}: no row has the class {names[rare]!r}: set model_config.num_labels to the number of "
+                        f"classes that there are ({(counts > 0).sum()}), or add rows of this one")
     if counts[rare] < 3:
         raise UserError(f"{name}: the class {names[rare]!r} has {counts[rare]} rows, and each of the three splits "
                         "needs one: add rows of this class or remove it")

@@ -60,13 +60,13 @@ def damage(folder: Path) -> str | None:
             return f"{path} is damaged: it is not what was saved"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     foreign = found - set(expected) - NOT_SEALED
-    return f"{folder / min(foreign)} was not saved by this run" if foreign else None
+    return f"{folder / min(foreign)} was not saved by this run: remove it" if foreign else None
 
 
 def refuse_damage(folder: Path) -> None:
     """Raises UserError if a model folder is not what was saved."""
     if problem := damage(folder):
-        raise UserError(f"{problem}: put back a copy of {folder}, or train the run afresh with "
+        raise UserError(f"{problem}; or put back a copy of {folder}, or train the run afresh with "
                         "train_config.resume=never (and train_config.overwrite=true if it is finished)")
 
 

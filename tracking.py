@@ -31,7 +31,9 @@ class History:
     def __init__(self, path: Path, keep_lines: int = 0):
         """Go on after the first `keep_lines` lines: what an interrupted run wrote after its last saved state goes."""
         self.path = path
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines] if path.exists() else []
+        read_history(path, keep_lines)  # damage is found now, not when training is over
+        written = path.read_text(encoding="utf-8") if keep_lines and path.exists() else ""
+        kept = written.splitlines(keepends=True)[:keep_lines]
         if len(kept) < keep_lines or any(not line.endswith("\n") for line in kept):
             raise UserError(f"{path} has lost lines that the saved state counts on: start the run afresh with "
                             "train_config.resume=never")
@@ -49,12 +51,16 @@ class History:
         os.fsync(self.file.fileno())
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The records of a run. Raises UserError if a line is damaged."""
+def read_history(path: Path, lines: int | None = None) -> list[dict[str, Any]]:
+    """The records of a run, or its first `lines`. Raises UserError naming the line if one is damaged."""
+    records: list[dict[str, Any]] = []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove its last line") from None
+        for line in path.read_bytes().splitlines()[:lines] if path.exists() else []:
+            records.append(json.loads(line))
+    except ValueError:
+        raise UserError(f"{path}: line {len(records) + 1} is damaged: put back what was saved, or start the run afresh "
+                        "with train_config.resume=never") from None
+    return records
 
 
 class Wandb:

@@ -52,7 +52,7 @@ def option(default: Any, meaning: str, **bounds: Any) -> Any:
 class ModelConfig:
     model_name: str = option("bert-base-uncased", "the pretrained encoder: Hub id or local folder")
     pretrained: bool = option(True, "false: the same architecture with fresh weights")
-    num_labels: int = option(2, "classes", at_least=2)
+    num_labels: int = option(2, "classes", at_least=2, at_most=100_000)
     pooling: str = option("cls", "`cls`: the first token's hidden state; `mean`: over real tokens, never over padding",
                           choices=("cls", "mean"))
     dropout_rate: float = option(0.1, "dropout before the classification head", at_least=0, below=1)
@@ -86,7 +86,7 @@ class TrainConfig:
     max_steps: int | None = option(None, "optimizer steps; ends earlier than epochs", at_least=1)
     optimizer: str = option("adam", "adam applies weight decay as L2 inside its moments, adamw apart from them",
                             choices=("adam", "adamw", "sgd"))
-    learning_rate: float = option(5e-5, "at the end of the warm-up", above=0)
+    learning_rate: float = option(5e-5, "at the end of the warm-up", above=0, at_most=1e30)
     weight_decay: float = option(0.0, "on all weights but biases and norms", at_least=0)
     scheduler: str = option("constant", "of the learning rate, counted in optimizer steps",
                             choices=("constant", "linear", "cosine"))

@@ -82,6 +82,10 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
     ("a comma too many", lines("fine,good\nso, so,bad\n"), CSV, "{}: row 2 (line 3) has 3 fields"),
     ("an open quote", lines('fine,good\n"so so,bad\n'), CSV, "{}: line"),
     ("bad JSON", raw(b'{"review": "a", "verdict": 1}\n{"review": \n', JSONL), JSONL, "{}: line 2 is not JSON"),
+    ("text that is not UTF-8 in parquet", lambda folder: pyarrow.parquet.write_table(pa.table({
+        "review": pa.array([b"\xff", b"b"]).view(pa.string()), "verdict": [0, 1]}), folder / PARQUET), PARQUET, "{}"),
+    ("no data in a folder", tree(README__md="---\n: [\n---\n"), MANY, "holds no .csv, .jsonl or .parquet files"),
+    ("a broken README", tree(README__md="---\na: [\n---\n", train__parquet=""), MANY, "{}"),
     ("half a character", raw(b'{"review": "a \\uD83D", "verdict": 1}\n', JSONL), JSONL, "{}: line 1 holds half of a"),
     ("two labels for a text", lines(GOOD + "a dull film number 3,good\n"), CSV, "{}: rows 8 and 41 are the same text"),
     ("another file type", raw(b"text", "reviews.txt"), "reviews.txt", "a file must end in .csv, .jsonl, .parquet"),

@@ -334,3 +334,17 @@ def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
     texts = splits["train"].texts["text"][:]
     by_split = [{texts[i] for i in dataset.ids} for dataset in splits.values()]
     assert len(set.union(*by_split)) == sum(map(len, by_split)) == 50_000 - 418
+
+
+@pytest.mark.parametrize("kept", [2, 3, 58, 59])
+def test_any_limit_keeps_that_many_rows(kept):
+    rows, rest = data._draw(np.arange(60), np.arange(60) % 2, kept, DataConfig(limit=kept), "limit")
+    assert len(rows) == kept
+    assert sorted([*rows, *rest]) == list(range(60))
+
+
+def test_an_official_split_with_a_class_that_is_not_trained_on_is_refused():
+    digests = np.array([bytes([row]) * 16 for row in range(60)], dtype="V16")
+    names, labels = np.where(np.arange(60) < 40, "train", "test"), np.where(np.arange(60) < 50, 0, 1)
+    with pytest.raises(UserError, match="no row to train on has the class 1"):
+        data.split_reviews(digests, labels, names, DataConfig(split="official"))

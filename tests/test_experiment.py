@@ -254,11 +254,12 @@ def test_killed_in_the_middle_it_goes_on_without_repeating_a_finished_run(tmp_pa
     assert ((first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns) == finished
     assert (second / "metrics.json").exists()
     last = output.splitlines()[-1]
-    assert last.startswith(f"failed: run 1, {failing}: error: {tmp_path / 'absent'} is neither")
+    problem = f"error: model_config.model_name: no such folder: {tmp_path / 'absent'}"
+    assert last == f"failed: run 1, {failing}: {problem}"
     summary = json.loads((tmp_path / "runs" / "study-report" / "comparison.json").read_text())
     assert [row["setting"] for row in summary["settings"]] == [Path(encoder_folder(name)).name
                                                                for name in ("bert", "modernbert")]
-    assert summary["notes"][0].startswith(f"1 of 3 runs are missing here: run 1 failed: error: {tmp_path / 'absent'}")
+    assert summary["notes"][0].startswith(f"1 of 3 runs are missing here: run 1 failed: {problem}")
 
 
 @pytest.mark.long

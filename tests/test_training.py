@@ -336,6 +336,17 @@ def test_a_damaged_state_is_found_and_the_one_before_it_is_taken(undisturbed):
     assert damaged == bits_of(folder)
 
 
+def test_a_damaged_history_is_found_before_anything_is_trained(undisturbed):
+    overrides, folder = undisturbed
+    run = shutil.copytree(folder, folder.parent / "run_history")
+    (run / "metrics.json").unlink()
+    lines = (run / "history.jsonl").read_bytes().splitlines(keepends=True)
+    for damage in (b"XX" + lines[1][2:], b"\xff\xfe" + lines[1][2:]):
+        (run / "history.jsonl").write_bytes(b"".join([lines[0], damage, *lines[2:]]))
+        refused = train_here(*overrides, "run_name=run_history", code=2)
+        assert f"{run / 'history.jsonl'}: line 2 is damaged" in refused.stderr
+
+
 def test_plain_lines_where_the_output_is_no_terminal(tmp_path):
     result = train("--config", "demo.yaml", f"output_dir={tmp_path}", "data_config.limit=900", "train_config.epochs=1",
                    "log_config.log_every_steps=5")
