@@ -45,6 +45,7 @@ class Progress:
     wandb_id: str | None = None
     reviews: int = 0
     recorded_reviews: int = 0  # those before the last training record
+    unrecorded_weight: float = 0.0  # of the reviews since then, see train_step
     tokens: int = 0
     flops: float = 0.0  # of the whole model, padding not counted
     executed_flops: float = 0.0  # of what is computed of it

@@ -6,18 +6,25 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hub import usable_cache
 from stopping import SIGNALS
 from utils import Config, UserError, load_config, num_processes
 
-MODES = ("train", "test")
+MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
+         "explain": ("model", "text", "output")}  # with the options that each takes beside the configuration
+ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 
 @dataclass
 class Command:
     mode: str
     config: Config
+    model: str | None = None  # the folder of a trained model; None: the run's best
+    text: str | None = None
+    input: str | None = None  # a file, or - for standard input
+    output: str | None = None  # a file; None: standard output, or the mode's own place
 
 
 def read_command(description: str, accumulates: bool) -> Command:
@@ -30,6 +37,13 @@ def read_command(description: str, accumulates: bool) -> Command:
                                      allow_abbrev=False)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
     parser.add_argument("--mode", default="train", metavar="{" + ",".join(MODES) + "}", help="default: train")
+    parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain: a trained model (default: the "
+                        "best one of the run)")
+    parser.add_argument("--text", metavar="TEXT", help="predict, explain: one review")
+    parser.add_argument("--input", metavar="FILE", help="predict: reviews in a .csv, .jsonl, .parquet or .txt file (a "
+                        "review a line), or - for lines from standard input")
+    parser.add_argument("--output", metavar="FILE", help="predict: a .csv, .jsonl or, from .parquet, .parquet file "
+                        "(default: standard output); export: a folder; explain: an .html file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="replaces a value of the configuration; README.md has the table")
     parser.error = lambda message: leave(UserError(f"command line: {message}; see --help"))
@@ -37,6 +51,7 @@ def read_command(description: str, accumulates: bool) -> Command:
     try:
         if arguments.mode not in MODES:
             raise UserError(f"--mode {arguments.mode}: choose one of {', '.join(MODES)}")
+        check_options(arguments)
         config = load_config(arguments.config, [*unknown, *arguments.overrides])
         if num_processes() > 1 and not accumulates:
             raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py "
@@ -49,7 +64,54 @@ def read_command(description: str, accumulates: bool) -> Command:
     except UserError as error:
         leave(error)
     usable_cache()
-    return Command(arguments.mode, config)
+    output = None if arguments.output == "-" else arguments.output
+    return Command(arguments.mode, config, arguments.model, arguments.text, arguments.input, output)
+
+
+def check_options(given: argparse.Namespace) -> None:
+    """Raises UserError for what cannot work with this mode, before anything is loaded."""
+    for option in ("model", "text", "input", "output"):
+        modes = [mode for mode in MODES if option in MODES[mode]]
+        if getattr(given, option) is not None and given.mode not in modes:
+            raise UserError(f"--{option} is for --mode {' and '.join(modes)}, not for {given.mode}: leave it out")
+    if given.model is not None and not Path(given.model).is_dir():
+        raise UserError(f"--model: no such folder: {given.model}")
+    if given.text is not None and not given.text.strip():
+        raise UserError("--text is empty: give a review")
+    if given.mode == "predict":
+        if (given.text is None) == (given.input is None):
+            raise UserError('--mode predict: give either --text "..." or --input FILE')
+        if given.input is None and given.output is not None:
+            raise UserError("--output is for the rows of --input FILE: leave it out, the label of --text is printed")
+        if given.input is not None:
+            check_files(given.input, given.output)
+    elif given.output is not None and Path(given.output).exists():
+        raise UserError(f"--output: {given.output} exists already: choose another name, or remove it")
+    elif given.mode == "explain" and given.output is not None and Path(given.output).suffix != ".html":
+        raise UserError(f"--output: {given.output}: the file must end in .html")
+
+
+def check_files(path: str, output: str | None) -> None:
+    """Raises UserError if the rows of `path` cannot be predicted into `output`."""
+    kind = Path(path).suffix
+    if path != "-":
+        if not Path(path).is_file():
+            raise UserError(f"--input: no such file: {path}")
+        if kind not in ROW_FILES:
+            raise UserError(f"--input: {path}: a file must end in {', '.join(ROW_FILES)}")
+    if output in (None, "-"):
+        if num_processes() > 1:
+            raise UserError("--output: several processes cannot share standard output: give a file")
+        return
+    kinds = [".csv", ".jsonl"] + [".parquet"] * (kind == ".parquet")
+    if Path(output).suffix not in kinds:
+        raise UserError(f"--output: {output}: from {'standard input' if path == '-' else kind}, the file must end in "
+                        f"{', '.join(kinds)}")
+    for name in (output, output + ".rejected.csv"):
+        if Path(name).exists():
+            raise UserError(f"--output: {name} exists already: choose another name, or remove it")
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
 
 
 def run(work: Callable[[], None]) -> None:

@@ -17,9 +17,9 @@ import torch
 from datasets import Dataset, Features, List, Value
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from hub import explained
+from loading import load_tokenizer
 from sampling import LengthSampler, WindowSampler
 from sources import Reviews, load_reviews, locate
 from stopping import EXIT_CODES
@@ -180,16 +180,6 @@ def _draw(rows: np.ndarray, labels: np.ndarray, count: int, data_config: Any, ke
 # Tokenize
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The encoder's tokenizer, from the Hub or a folder. Raises UserError if it cannot pad."""
-    with explained("model_config.model_name", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"model_config.model_name: the tokenizer of {name} has no padding token: set pad_token in its "
-                        "tokenizer_config.json")
-    return tokenizer
-
-
 def truncate(tokens: list[int], room: int, truncation: str) -> list[int]:
     """At most `room` of a review's tokens: its head, its tail, or half from each end (Sun et al. 2019)."""
     if len(tokens) <= room:
@@ -253,8 +243,11 @@ def prepare_data(config: Any, tokenizer_name: str | None = None) -> PreparedData
 
     `tokenizer_name` is a trained model's folder; None means the encoder of the configuration.
     """
-    name = tokenizer_name or config.model_config.model_name
-    return _prepare_data(config.data_config, config.model_config.num_labels, name)
+    if tokenizer_name is None:
+        tokenizer_name, line_breaks = config.model_config.model_name, config.data_config.line_breaks
+    else:
+        line_breaks = "keep"  # a trained model's tokenizer has learnt what to do with them
+    return _prepare_data(config.data_config, config.model_config.num_labels, tokenizer_name, line_breaks)
 
 
 def _once(function):
@@ -273,12 +266,12 @@ def _once(function):
 
 
 @_once
-def _prepare_data(data_config: Any, num_labels: int, tokenizer_name: str) -> PreparedData:
+def _prepare_data(data_config: Any, num_labels: int, tokenizer_name: str, line_breaks: str) -> PreparedData:
     reviews = load_reviews(data_config, num_labels)
     digests = text_digests(reviews.table)
     refuse_contradictions(digests, reviews)
     splits = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = load_tokenizer(tokenizer_name, line_breaks)
     used = np.sort(np.concatenate(list(splits.values())))  # with a limit, only these rows are tokenized
     encode = Encode(tokenizer, data_config.max_len, data_config.truncation)
     tokens, offsets = tokenize(reviews.table.select(used), encode, digests[used])

@@ -42,7 +42,7 @@ class Work:
 def work_of(model: nn.Module, executed: bool) -> Work:
     """The work of an EncoderForClassification: the whole encoder's, or what is executed with the last layer read at the
     first token alone. Embeddings and head are not counted."""
-    config = model.config
+    config = model.encoder.config
     linear = [(name, module) for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
     total, windows = sum(module.weight.numel() for _, module in linear), _attention_windows(config)
     if not (executed and model.reads_first_token):

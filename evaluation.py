@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import binomtest
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score
 
 from utils import UserError, atomic_write
 
@@ -53,9 +53,9 @@ class Predictions:
 def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] | int | None]:
     """The metrics of metrics.json.
 
-    `loss`: mean cross-entropy in nats. `accuracy_ci95`: see `wilson_interval`. `precision`, `recall`,
-    `f1`: of class 1 with two classes, else the unweighted mean over classes. `roc_auc`: one against the rest, mean over
-    classes; None where a class does not occur. `ece`: see `calibration`.
+    `loss`: mean cross-entropy in nats. `accuracy_ci95`: see `wilson_interval`. `precision`, `recall`, `f1`: of class 1
+    with two classes, else the unweighted mean over classes, which `macro_f1` always is. `roc_auc`: one against the
+    rest, mean over classes; None where a class does not occur. `ece`: see `calibration`.
     """
     if not np.isfinite(predictions.logits).all():
         raise FloatingPointError("the model's logits are not finite: lower train_config.learning_rate or set "
@@ -66,6 +66,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     log_probabilities = log_softmax(predictions.logits.astype(np.float64), axis=1)
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
+    macro_f1 = f1_score(labels, predicted, labels=range(num_labels), average="macro", zero_division=0)
     scores = predictions.probabilities[:, 1] if num_labels == 2 else predictions.probabilities
     roc_auc = roc_auc_score(labels, scores, multi_class="ovr") if len(set(labels)) == num_labels else None
     _, accuracies, confidences, counts = calibration(predictions)
@@ -76,6 +77,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),
+        "macro_f1": float(macro_f1),
         "roc_auc": None if roc_auc is None else float(roc_auc),
         "ece": float((counts * np.abs(accuracies - confidences)).sum() / n),
         "n": n,

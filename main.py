@@ -39,7 +39,9 @@ from devices import SingleDevice, make_deterministic
 from efficiency import environment, peak_flops, peak_memory_mb, training_flops
 from evaluation import Predictions, compute_metrics, mistakes, read_metrics, write_mistakes, write_predictions
 from hub import check_hub, quiet_libraries
+from loading import load_model
 from model import EncoderForClassification
+from predict import predict
 from reporting import try_plots, write_model_card
 from run import Run, place_model
 from stopping import SIGNALS, StopRequested
@@ -52,9 +54,11 @@ from utils import Config, UserError, say, write_json
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[dict[str, torch.Tensor]],
-               reviews: int, devices: Any, max_grad_norm: float | None) -> tuple[torch.Tensor, bool]:
-    """One optimizer step on the mean loss over a window: `reviews` reviews, over all micro-batches and processes.
+               weight: float, devices: Any, max_grad_norm: float | None, class_weights: torch.Tensor | None = None
+               ) -> tuple[torch.Tensor, bool]:
+    """One optimizer step on the mean loss over a window, over all its micro-batches and processes.
 
+    `weight`: the window's reviews or, with `class_weights` (num_labels,), the sum of the weights of their classes.
     Returns the window's [summed loss, correct reviews] of this process, a tensor (2,) on the device, and whether the
     weights were updated: never where the gradient is not finite, nor in any later step, see `settle`.
     """
@@ -63,11 +67,11 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, window: list[
         _, labels, inputs = to_device(batch, devices.device)
         with devices.accumulate(model, is_last=number == len(window)):
             with devices.autocast():
-                loss, logits = model(**inputs, labels=labels, reduction="sum")
-            # Each micro-batch's sum over the window's count: their gradients add up to the mean's. DDP averages over
+                output = model(**inputs, labels=labels, reduction="sum", class_weights=class_weights)
+            # Each micro-batch's sum over the window's weight: their gradients add up to the mean's. DDP averages over
             # processes, which the factor undoes.
-            devices.backward(loss * (devices.num_processes / reviews))
-        sums += torch.stack([loss.detach(), (logits.argmax(dim=1) == labels).sum()])
+            devices.backward(output.loss * (devices.num_processes / weight))
+        sums += torch.stack([output.loss.detach(), (output.logits.argmax(dim=1) == labels).sum()])
     norm = devices.clip_gradients(model, optimizer, max_grad_norm)
     updated = devices.step(optimizer, norm, sums[0])
     optimizer.zero_grad(set_to_none=True)
@@ -90,7 +94,7 @@ def evaluate(model: nn.Module, loader: DataLoader, devices: Any, name: str) -> P
             raise StopRequested
         batch_ids, batch_labels, inputs = to_device(batch, devices.device)
         with devices.autocast():
-            _, batch_logits = model(**inputs)
+            batch_logits = model(**inputs).logits
         place = slice(start, start := start + len(batch_ids))
         ids[place], labels[place], logits[place] = batch_ids, batch_labels, batch_logits
         bar.update()
@@ -170,12 +174,15 @@ def train_windows(run: Run, bar: ProgressBar) -> None:
         if progress.step == run.total_steps:
             break
         window = [next(batches) for _ in run.sampler.cut(rows)]
-        sums, updated = train_step(run.model, run.optimizer, window, len(rows), devices, train_config.max_grad_norm)
+        weight = float(run.weights[rows].sum())
+        sums, updated = train_step(run.model, run.optimizer, window, weight, devices, train_config.max_grad_norm,
+                                   run.class_weights)
         if updated:
             run.scheduler.step()
         run.sums += sums
         progress.step, progress.windows = progress.step + 1, progress.windows + 1
         progress.reviews += len(rows)
+        progress.unrecorded_weight += weight
         progress.tokens += int(lengths[rows].sum())
         progress.flops += training_flops(run.work, lengths[rows])
         progress.executed_flops += training_flops(run.executed_work, lengths[rows])
@@ -200,10 +207,11 @@ def log_training(run: Run, bar: ProgressBar) -> None:
     loss, correct = run.devices.total(run.sums).tolist()
     count = progress.reviews - progress.recorded_reviews
     speed = progress.reviews / progress.seconds
-    run.record({"train/loss": loss / count, "train/accuracy": correct / count,
+    loss /= progress.unrecorded_weight
+    run.record({"train/loss": loss, "train/accuracy": correct / count,
                 "train/learning_rate": run.scheduler.get_last_lr()[0]}, {"train/samples_per_second": speed})
-    bar.show(loss=loss / count, accuracy=correct / count, reviews_per_second=speed)
-    progress.recorded_reviews = progress.reviews
+    bar.show(loss=loss, accuracy=correct / count, reviews_per_second=speed)
+    progress.recorded_reviews, progress.unrecorded_weight = progress.reviews, 0.0
     run.sums.zero_()
 
 
@@ -268,7 +276,7 @@ def finish(run: Run) -> None:
         },
         "valid": progress.best_metrics | {"epoch": progress.best_epoch},
     }
-    model = EncoderForClassification.from_pretrained(run.folder / "best")
+    model = load_model(run.folder / "best")
     test(run.config, run.devices, model, get_dataloader(run.config, "test"), figures, run.wandb)
 
 
@@ -277,7 +285,7 @@ def test_again(config: Config, devices: Any) -> None:
     folder = config.run_folder
     open_run(folder)
     devices.barrier()
-    model = EncoderForClassification.from_pretrained(best_model(folder))
+    model = load_model(best_model(folder))
     # With another split, the model would be tested on reviews that it was trained on.
     refuse_differences(config, ignored=("train_config", "log_config", "data_config.batch_size"))
     loader = get_dataloader(config, "test", tokenizer_name=str(folder / "best"))
@@ -322,12 +330,18 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
 
 
 def main(command: cli.Command, devices_class: type = SingleDevice) -> None:
-    check_hub(command.config)
+    if command.mode in ("train", "test"):  # the others need no more than a model's folder
+        check_hub(command.config)
     quiet_libraries()
     make_deterministic()
     devices = devices_class(command.config)
     with room_for(command.config.run_folder):
-        {"train": train, "test": test_again}[command.mode](command.config, devices)
+        if command.mode == "train":
+            train(command.config, devices)
+        elif command.mode == "test":
+            test_again(command.config, devices)
+        elif command.mode == "predict":
+            predict(command, devices)
     devices.close()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from transformers import get_scheduler
 
@@ -26,7 +27,8 @@ from checks import position_limit, too_long
 from cpu_kernels import use_cpu_kernels
 from data import get_dataloader, prepare_data
 from efficiency import PASS_FLOPS, work_of
-from model import EncoderForClassification, load_encoder_config, save_pretrained
+from loading import load_encoder_config, new_model, save_model
+from model import EncoderForClassification
 from storage import replace_folder, room_for
 from tracking import History, Wandb
 from utils import Config, UserError, process_rank, save_config, say, set_seed
@@ -48,13 +50,21 @@ class Run:
         if config.train_config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train_config.max_steps)
 
-        model = EncoderForClassification.from_encoder(config.model_config, self.data.label_names)
+        model = new_model(config.model_config, self.data.label_names)
         place_model(model, config, devices)
-        self.encoder_config = model.config
+        self.model_config = model.config
+        self.model_config.update({"max_len": config.data_config.max_len, "truncation": config.data_config.truncation,
+                                  "data_fingerprint": self.data.fingerprint})
         self.work, self.executed_work = work_of(model, executed=False), work_of(model, executed=True)
         self.sampler.pass_tokens = PASS_FLOPS[devices.device.type] / (6 * self.work.token_weights)
         self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
-        refuse_misfit(config, model.config, self.train_loader.dataset.tokens)
+        refuse_misfit(config, model.config.encoder, self.train_loader.dataset.tokens)
+        labels = self.train_loader.dataset.labels
+        self.class_weights, self.weights = None, np.ones(len(labels))  # of each class, of each training review
+        if config.train_config.class_weights == "balanced":
+            weights = compute_class_weight("balanced", classes=np.arange(len(self.data.label_names)), y=labels)
+            self.class_weights = torch.tensor(weights, dtype=torch.float32, device=devices.device)
+            self.weights = weights[labels]
         if config.train_config.compile:
             model.encoder.compile(dynamic=True)
         self.model, self.optimizer = devices.prepare(model, build_optimizer(model, config.train_config))
@@ -63,7 +73,6 @@ class Run:
             torch.manual_seed(config.train_config.seed + process_rank())  # no two processes draw the same dropout
 
         self.progress = Progress(data_fingerprint=self.data.fingerprint)
-        self.encoder_config.data_fingerprint = self.data.fingerprint
         self.sums = torch.zeros(2, device=devices.device)  # loss and correct reviews since the last record
         self.clock = time.perf_counter()
 
@@ -125,8 +134,7 @@ class Run:
         weights = self.devices.weights(self.model)
 
         def write(folder: Path) -> None:
-            self.data.tokenizer.save_pretrained(folder)
-            save_pretrained(folder, self.encoder_config, weights)
+            save_model(folder, self.model_config, weights, self.data.tokenizer)
 
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
@@ -149,10 +157,10 @@ class Run:
                 or patience is not None and self.progress.epochs_without_improvement >= patience)
 
 
-def place_model(model: EncoderForClassification, config: Config, devices: Any) -> None:
+def place_model(model: nn.Module, config: Config, devices: Any) -> None:
     """Move a model to its device, and let it use what is fast there."""
     model.to(devices.device)
-    if devices.device.type == "cpu" and not config.train_config.compile:
+    if devices.device.type == "cpu" and isinstance(model, EncoderForClassification) and not config.train_config.compile:
         use_cpu_kernels(model)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
 
 from hub import explained, is_hub_name
+from rows import Row, read_rows
 from utils import UserError, say
 
 FILE_TYPES = (".csv", ".jsonl", ".parquet")
@@ -79,90 +78,34 @@ def load_reviews(data_config: Any, num_labels: int) -> Reviews:
     return Reviews(table, labels, label_names, split_names, parts)
 
 
-def read_rows(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | None]]:
+def read_columns(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | None]]:
     """The wanted columns of a .csv, .jsonl or .parquet file, row by row, every value as text.
 
     Raises UserError with the row for anything that cannot be read. Rows are counted from 1, without a header.
     """
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for number, row in enumerate(readers[Path(path).suffix](path), start=1):
-        if missing := [column for column in columns if column not in row]:
-            raise UserError(f"{path}: row {number} has no column {missing[0]!r}; found {', '.join(map(str, row))}: "
-                            "set data_config.text_column and data_config.label_column")
-        for column in columns:
-            if isinstance(row[column], bytes | list | dict):
-                raise UserError(f"{path}: row {number} holds {type(row[column]).__name__} in the column {column!r}: "
-                                "convert it to text, or set data_config.text_column and data_config.label_column")
-        yield {column: _as_text(row[column]) for column in columns}
+    for row in read_rows(path):
+        if problem := row.problem or misfit(row, columns):
+            raise UserError(f"{path}: {problem}")
+        yield {column: as_text(row.values[column]) for column in columns}
 
 
-def _as_text(value: Any) -> str | None:
+def misfit(row: Row, columns: tuple[str, ...]) -> str | None:
+    """Why this row's values in these columns can be no texts; None if they can."""
+    for column in columns:
+        if column not in row.values:
+            return (f"row {row.number} has no column {column!r}; found {', '.join(map(str, row.values))}: set "
+                    + " and ".join(f"data_config.{key}" for key in ("text_column", "label_column")[:len(columns)]))
+    for column in columns:
+        if isinstance(row.values[column], bytes | list | dict):
+            return (f"row {row.number} holds {type(row.values[column]).__name__} in the column {column!r}: convert it "
+                    "to text, or set data_config.text_column and data_config.label_column")
+    return None
+
+
+def as_text(value: Any) -> str | None:
     if isinstance(value, float):
         return None if value != value else str(int(value)) if value.is_integer() else str(value)
     return value if value is None or isinstance(value, str) else str(value)
-
-
-def _read_csv(path: str) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        header, number = None, 0
-        try:
-            for row in reader:
-                if header is None:
-                    header = row
-                    if len(set(header)) < len(header):
-                        raise UserError(f"{path}: two columns have the same name in {', '.join(header)}: rename one")
-                elif row:  # a blank line is no row
-                    number += 1
-                    if len(row) != len(header):
-                        raise UserError(f"{path}: row {number} (line {reader.line_num}) has {len(row)} fields, the "
-                                        f"header has {len(header)}: put quotes around a text with commas")
-                    yield dict(zip(header, row, strict=True))
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: line {_first_line_not_utf8(path)} is not UTF-8: save it as UTF-8") from None
-        except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: {error}: mend the quotes there") from None
-
-
-def _first_line_not_utf8(path: str) -> int:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 1
-
-
-def _read_jsonl(path: str) -> Iterator[dict]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                if b"\\ud" in line.lower():  # JSON can name half a character, which no text can hold
-                    json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{path}: line {number} holds half of a \\ud... pair: write the character itself"
-                                ) from None
-            except UnicodeDecodeError:
-                raise UserError(f"{path}: line {number} is not UTF-8: save it as UTF-8") from None
-            except ValueError as error:
-                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number} is no JSON object such as {{\"text\": ..., \"label\": ...}}")
-            yield row
-
-
-def _read_parquet(path: str) -> Iterator[dict]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
 
 
 def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
@@ -191,7 +134,7 @@ def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
                         "read at once: move the others elsewhere, or name one file")
     if kinds == [".parquet"]:
         for path in found:
-            next(_read_parquet(str(path)), None)  # the library's error would not name the file
+            next(read_rows(str(path)), None)  # the library's error would not name the file
     if kinds not in ([".csv"], [".jsonl"]):
         return _load_with_library(name)
     with explained("data_config.dataset", name):
@@ -224,7 +167,7 @@ def _load_file(path: str, columns: tuple[str, str]) -> Dataset:
 
 def _read_stamped(path: str, columns: tuple[str, ...], stamp: str) -> Iterator[dict[str, str | None]]:
     empty = True
-    for row in read_rows(path, columns):
+    for row in read_columns(path, columns):
         empty = False
         yield row
     if empty:

@@ -73,6 +73,8 @@ class DataConfig:
     limit: int | None = option(None, "use only this many rows, for a quick look", at_least=1)
     max_len: int = option(128, "tokens a review, special tokens included", at_least=4)
     truncation: str = option("head", "the part of a long review that is read", choices=("head", "tail", "head_tail"))
+    line_breaks: str = option("keep", "`<br />` in a text: read as it is written, or as a space",
+                              choices=("keep", "space"))
     batch_size: int = option(64, "reviews a forward pass on one device: the micro-batch", at_least=1)
     eval_batch_size: int = option(256, "reviews a forward pass in evaluation", at_least=1, shapes_result=False)
     num_workers: int = option(0, "processes that prepare batches; a batch takes 0.15 ms without any", at_least=0,
@@ -88,6 +90,8 @@ class TrainConfig:
                             choices=("adam", "adamw", "sgd"))
     learning_rate: float = option(5e-5, "at the end of the warm-up", above=0, at_most=1e30)
     weight_decay: float = option(0.0, "on all weights but biases and norms", at_least=0)
+    class_weights: str | None = option(None, "`balanced`: the rarer a review's class in training, the more the review "
+                                       "counts in the loss; null: all alike", choices=("balanced",))
     scheduler: str = option("constant", "of the learning rate, counted in optimizer steps",
                             choices=("constant", "linear", "cosine"))
     warmup_ratio: float = option(0.0, "share of the optimizer steps", at_least=0, at_most=1)

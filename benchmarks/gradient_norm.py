@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig, Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from data import IMDBDataset
 from devices import SingleDevice
@@ -54,9 +55,10 @@ class SuiteModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, labels: torch.Tensor, reduction: str, **inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, labels: torch.Tensor, reduction: str, class_weights: torch.Tensor | None,
+                **inputs: torch.Tensor) -> SequenceClassifierOutput:
         logits = self.model(**inputs).logits  # (batch, 2)
-        return F.cross_entropy(logits, labels, reduction=reduction), logits
+        return SequenceClassifierOutput(F.cross_entropy(logits, labels, class_weights, reduction=reduction), logits)
 
 
 def random_reviews() -> IMDBDataset:

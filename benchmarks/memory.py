@@ -27,8 +27,8 @@ from data import IMDBDataset
 from devices import SingleDevice
 from efficiency import peak_memory_mb
 from main import train_step
-from model import EncoderForClassification
-from run import build_optimizer
+from model import ClassifierConfig, EncoderForClassification
+from run import build_optimizer, place_model
 from sampling import cut_window
 from utils import Config
 
@@ -49,9 +49,9 @@ def random_reviews(reviews: int, vocabulary: int) -> IMDBDataset:
 def measure(shape: str, micro_batch: int, window: int) -> float:
     """Peak memory in MB."""
     config, encoder_config = Config(), SHAPES[shape]
-    encoder_config.pooling, encoder_config.head_dropout = "cls", 0.1
     devices = SingleDevice(config)
-    model = EncoderForClassification(encoder_config).to(devices.device)
+    model = EncoderForClassification(ClassifierConfig(encoder_config))
+    place_model(model, config, devices)
     optimizer = build_optimizer(model, config.train_config)
     dataset = random_reviews(window, encoder_config.vocab_size)
     pieces = cut_window(np.arange(window), dataset.lengths, micro_batch, processes=1)

@@ -167,10 +167,10 @@ def model_flops(work: Path, tokens: int, batch: int) -> float:
     """FLOPs to train on one review, on average."""
     from data import prepare_data
     from efficiency import training_flops, work_of
-    from model import EncoderForClassification
+    from loading import new_model
 
     config = settings(work, tokens, batch)
-    model = EncoderForClassification.from_encoder(config.model_config)
+    model = new_model(config.model_config)
     lengths = prepare_data(config).splits["train"].lengths
     return training_flops(work_of(model, executed=False), lengths) / len(lengths)
 

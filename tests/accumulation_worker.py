@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from data import IMDBDataset
 from devices import SingleDevice
+from loading import new_model
 from main import train_step
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
@@ -42,7 +43,7 @@ def explicit_data() -> IMDBDataset:
 def build_model(folder: str, dtype: torch.dtype = torch.float32) -> EncoderForClassification:
     torch.manual_seed(0)
     settings = ModelConfig(model_name=folder, pooling="mean", dropout_rate=0.0, encoder_dropout=0.0)
-    return EncoderForClassification.from_encoder(settings).to(dtype).train()
+    return new_model(settings).to(dtype).train()
 
 
 def single_device() -> SingleDevice:

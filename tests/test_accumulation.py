@@ -52,7 +52,7 @@ def test_against_the_gradient_of_the_whole_batch_in_float64(encoder_folder, micr
     parameters = dict(model.named_parameters())
     for window in WindowSampler(dataset.lengths, 64, 64, seed=3).windows():  # the short last one included
         batch = dataset.__getitems__(window)
-        logits = model(batch["input_ids"], batch.get("attention_mask"))[1]
+        logits = model(batch["input_ids"], batch.get("attention_mask")).logits
         loss = -torch.log_softmax(logits, dim=1)[torch.arange(len(window)), batch["labels"]].mean()
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2Config, T5Config, ViTConfig
 import cli
 import data
 import hub
-import main
+import run
 import sources
 from utils import DataConfig, UserError, load_config
 
@@ -182,7 +182,7 @@ def refused(tmp_path, overrides):
 def test_bad_data(tmp_path, refused, monkeypatch, write, name, words):
     (tmp_path / "data").mkdir()
     write(tmp_path / "data")
-    monkeypatch.setattr(main.EncoderForClassification, "from_encoder", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run, "new_model", lambda *_: pytest.fail("a model was loaded"))
     path = tmp_path / "data" / name
     assert words.format(path) in refused(f"data_config.dataset={path}")
 

@@ -12,6 +12,7 @@ from conftest import PROJECT, SHARED, write_reviews
 from transformers import AutoTokenizer
 
 import data
+from loading import load_tokenizer
 from sampling import WindowSampler, cut_window
 from sources import load_reviews
 from utils import DataConfig, UserError, load_config
@@ -228,7 +229,7 @@ def test_tail_and_head_tail(encoder_folder):
 
 def test_tokens_are_cached(config, monkeypatch):
     first = data.prepare_data(config)
-    data._prepare_data(DataConfig(dataset="demo/reviews.csv"), 2, "demo/bert")  # forget the remembered result
+    data._prepare_data(DataConfig(dataset="demo/reviews.csv"), 2, "demo/bert", "keep")  # forget the remembered result
     monkeypatch.setattr(data.Encode, "__call__", lambda *_: pytest.fail("tokenized again"))
     again = data.prepare_data(config)
     assert again is not first
@@ -240,7 +241,7 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no padding token"):
-        data.load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

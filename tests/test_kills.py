@@ -26,7 +26,7 @@ from conftest import PROJECT, run_here, write_reviews
 from test_training import RESULTS, bits_of, train, train_here
 
 from checkpointing import newest_good_state, saved_states
-from model import EncoderForClassification
+from loading import load_model
 from storage import damage, seal
 from utils import UserError
 
@@ -285,7 +285,7 @@ def test_a_damaged_best_model_is_refused_by_everything_that_reads_it(undisturbed
     before = content_of(folder)
     assert f"error: {weights} is damaged" in refusal_here(arguments, "test")
     with pytest.raises(UserError, match="model.safetensors is damaged"):
-        EncoderForClassification.from_pretrained(folder / "best")
+        load_model(folder / "best")
     assert content_of(folder) == before
     (folder / "metrics.json").unlink()
     assert f"error: {weights} is damaged" in refusal_here(arguments)
@@ -309,7 +309,7 @@ def test_a_model_from_elsewhere_needs_no_manifest(undisturbed, tmp_path):
     _, whole = undisturbed("main.py")
     folder = shutil.copytree(whole / "best", tmp_path / "model")
     (folder / "manifest.json").unlink()
-    assert EncoderForClassification.from_pretrained(folder)
+    assert load_model(folder)
 
 
 def test_model_files_can_be_read_by_whom_the_umask_allows(undisturbed):

@@ -12,13 +12,18 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel
 
 from cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
+from loading import load_model, load_tokenizer, new_model, save_model
 from model import EncoderForClassification, mean_over_tokens
 from utils import ModelConfig, UserError
 
 
 def build(folder: str, **settings) -> EncoderForClassification:
     torch.manual_seed(1)
-    return EncoderForClassification.from_encoder(ModelConfig(model_name=folder, **settings), ["bad", "good"])
+    return new_model(ModelConfig(model_name=folder, **settings), ["bad", "good"])
+
+
+def save(model: EncoderForClassification, folder, tokenizer: str) -> None:
+    save_model(folder, model.config, model.state_dict(), load_tokenizer(tokenizer))
 
 
 def weights_of(path) -> dict[str, torch.Tensor]:
@@ -38,21 +43,21 @@ def batch(pad: int = 0):
 def test_every_family(encoder_folder, name, pooling, tmp_path):
     model = build(encoder_folder(name), pooling=pooling, dropout_rate=0.0, encoder_dropout=0.0)
     inputs, labels = batch(ENCODERS[name].pad_token_id or 0)
-    loss, logits = model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"]), labels=labels)
+    loss, logits = model(**inputs, token_type_ids=torch.zeros_like(inputs["input_ids"]), labels=labels).to_tuple()
     assert logits.shape == (4, 2)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
-    torch.testing.assert_close(model(**inputs, labels=labels, reduction="sum")[0], 4 * loss)
+    torch.testing.assert_close(model(**inputs, labels=labels, reduction="sum").loss, 4 * loss)
     loss.backward()
     assert [weight for weight, p in model.named_parameters() if p.grad is None] == []  # DDP needs every gradient
 
     # A review's logits do not know how much padding stands beside it.
     model.eval()
     with torch.no_grad():
-        alone = model(inputs["input_ids"][1:2, :12], None)[1]
-        torch.testing.assert_close(model(**inputs)[1][1:2], alone, atol=1e-6, rtol=1e-5)
+        alone = model(inputs["input_ids"][1:2, :12]).logits
+        torch.testing.assert_close(model(**inputs).logits[1:2], alone, atol=1e-6, rtol=1e-5)
 
-        model.save_pretrained(tmp_path)
-        assert torch.equal(EncoderForClassification.from_pretrained(tmp_path).eval()(**inputs)[1], model(**inputs)[1])
+        save(model, tmp_path, encoder_folder(name))
+        assert torch.equal(load_model(tmp_path).eval()(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -66,7 +71,7 @@ def test_the_last_layer_at_the_first_token_alone_is_exact(encoder_folder, name, 
     assert model.reads_first_token
     hidden = model.encoder(inputs["input_ids"]).last_hidden_state
     assert hidden.shape[:2] == (4, 1)  # the other tokens are not computed
-    loss, logits = model(**inputs, labels=labels)
+    loss, logits = model(**inputs, labels=labels).to_tuple()
     loss.backward()
 
     plain = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=0.0).double()
@@ -86,24 +91,24 @@ def test_the_last_layer_at_the_first_token_alone_is_exact(encoder_folder, name, 
 def test_the_cpu_kernels_change_nothing_but_the_draw(encoder_folder, name):
     inputs, labels = batch(ENCODERS[name].pad_token_id or 0)
     model = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2)
-    expected = model.eval()(**inputs)[1]
+    expected = model.eval()(**inputs).logits
     use_cpu_kernels(model)
     assert not any(type(module) is torch.nn.Dropout for module in model.modules())
-    torch.testing.assert_close(model(**inputs)[1], expected)
+    torch.testing.assert_close(model(**inputs).logits, expected)
     torch.manual_seed(3)
-    first = model.train()(**inputs)[1]
+    first = model.train()(**inputs).logits
     torch.manual_seed(3)
-    assert torch.equal(first, model(**inputs)[1])  # the draw comes from torch's generator, which a run saves
-    assert not torch.equal(first, model(**inputs)[1])
+    assert torch.equal(first, model(**inputs).logits)  # the draw comes from torch's generator, which a run saves
+    assert not torch.equal(first, model(**inputs).logits)
     # The layers above a dropout are not linear, so its mean is compared with that of torch's own.
     own = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2).train()
-    ours, torchs = (torch.stack([each(**inputs)[1].detach() for _ in range(500)]) for each in (model, own))
+    ours, torchs = (torch.stack([each(**inputs).logits.detach() for _ in range(500)]) for each in (model, own))
     errors = ((ours.var(dim=0) + torchs.var(dim=0)) / 500).sqrt()
     assert ((ours.mean(dim=0) - torchs.mean(dim=0)).abs() < 5 * errors).all()
     torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.2, atol=0)
     tiny = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=1e-9).train()  # rounds to no dropout at all
     use_cpu_kernels(tiny)
-    torch.testing.assert_close(tiny(**inputs)[1], tiny.eval()(**inputs)[1])
+    torch.testing.assert_close(tiny(**inputs).logits, tiny.eval()(**inputs).logits)
 
 
 @pytest.mark.parametrize("tokens", [20, SHORT + 1])  # written out, and left to torch
@@ -146,7 +151,7 @@ def test_compiled_for_few_shapes_whatever_the_batches_are(encoder_folder, name):
         mask = torch.ones(reviews, tokens, dtype=torch.int64)
         mask[0, -3:] = 0
         ids = torch.randint(5, 100, (reviews, tokens))
-        loss, _ = model(ids, mask if padded else None, labels=torch.zeros(reviews, dtype=torch.int64))
+        loss = model(ids, mask if padded else None, labels=torch.zeros(reviews, dtype=torch.int64)).loss
         loss.backward()
     assert counter.frame_count == 2  # with a mask and without one
 
@@ -187,24 +192,24 @@ def test_ignored_labels_weigh_nothing(encoder_folder):
     model = build(encoder_folder("bert")).eval()
     inputs, labels = batch()
     all_ignored = torch.full_like(labels, -100)
-    assert model(**inputs, labels=all_ignored, reduction="sum")[0] == 0
+    assert model(**inputs, labels=all_ignored, reduction="sum").loss == 0
     some = torch.where(torch.tensor([True, False, True, False]), labels, -100)
     two = {name: values[::2] for name, values in inputs.items()}
-    torch.testing.assert_close(model(**inputs, labels=some, reduction="sum")[0],
-                               model(**two, labels=labels[::2], reduction="sum")[0])
+    torch.testing.assert_close(model(**inputs, labels=some, reduction="sum").loss,
+                               model(**two, labels=labels[::2], reduction="sum").loss)
 
 
 def test_saved_model_is_readable_by_others_and_names_its_classes(encoder_folder, tmp_path):
-    build(encoder_folder("bert")).save_pretrained(tmp_path)
+    save(build(encoder_folder("bert")), tmp_path, encoder_folder("bert"))
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) & 0o044 == 0o044
     assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
-    assert AutoConfig.from_pretrained(tmp_path).label2id == {"bad": 0, "good": 1}
+    assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).label2id == {"bad": 0, "good": 1}
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("harm", ["no weights", "cut short", "another shape", "a pickle", "no config"])
 def test_a_broken_model_folder_is_named(encoder_folder, tmp_path, harm):
-    build(encoder_folder("bert")).save_pretrained(tmp_path)
+    save(build(encoder_folder("bert")), tmp_path, encoder_folder("bert"))
     weights = tmp_path / "model.safetensors"
     if harm == "no weights":
         weights.unlink()
@@ -217,7 +222,7 @@ def test_a_broken_model_folder_is_named(encoder_folder, tmp_path, harm):
     else:
         (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=str(tmp_path)):
-        EncoderForClassification.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 def test_an_encoder_without_or_with_half_of_its_weights_is_refused(encoder_folder, tmp_path):
