@@ -65,6 +65,9 @@ class EncoderForClassification(PreTrainedModel):
             nn.init.normal_(module.weight, std=getattr(self.encoder.config, "initializer_range", 0.02))
             nn.init.zeros_(module.bias)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
     @classmethod
     def from_pretrained(cls, *arguments, **settings):
         """PreTrainedModel's, with the weights in memory of their own: left in the mapped file, they lie at addresses

@@ -27,6 +27,7 @@ def test_against_scikit_learn(classes):
         "precision": reference.precision_score(labels, predicted, average=average),
         "recall": reference.recall_score(labels, predicted, average=average),
         "f1": reference.f1_score(labels, predicted, average=average),
+        "macro_f1": reference.f1_score(labels, predicted, average="macro"),
         "roc_auc": reference.roc_auc_score(labels, p[:, 1] if classes == 2 else p, multi_class="ovr"), "n": 500}
     assert {name: computed[name] for name in expected} == pytest.approx(expected, rel=1e-12)
     assert set(computed) == set(expected) | {"accuracy_ci95", "ece"}
