@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def save_figures(folder: Path, figures: dict[str, Figure]) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         path = folder / f"{name}.png"
-        with atomic_write(path, "wb") as file:
+        with atomic_write(path, "wb") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a class named in a script that the font lacks
             figure.savefig(file, format="png", dpi=150)
         paths.append(path)
     return paths

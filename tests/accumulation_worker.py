@@ -51,19 +51,21 @@ def single_device() -> SingleDevice:
 
 
 def train_windows(model, optimizer, devices, dataset, window: int, micro_batch: int, windows: int | None = None,
-                  max_grad_norm: float | None = None) -> torch.Tensor:
+                  max_grad_norm: float | None = None, class_weights: torch.Tensor | None = None) -> torch.Tensor:
     """The first `windows` optimizer steps of an epoch (None: all); returns [summed loss, correct] of this process."""
     sampler = WindowSampler(dataset.lengths, window, micro_batch, 3, process_rank(), devices.num_processes)
     batches = iter(sampler)
     sums = torch.zeros(2)
     for rows in sampler.windows()[:windows]:
         cut = [dataset.__getitems__(next(batches)) for _ in sampler.cut(rows)]
-        sums += train_step(model, optimizer, cut, len(rows), devices, max_grad_norm)[0]
+        weight = len(rows) if class_weights is None else float(class_weights[dataset.labels[rows]].sum())
+        sums += train_step(model, optimizer, cut, weight, devices, max_grad_norm, class_weights)[0]
     return sums
 
 
 def main():
     folder, result, window, micro_batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    class_weights = torch.tensor([float(weight) for weight in sys.argv[5:]]) if sys.argv[5:] else None
     torch.set_num_threads(1)
     devices = AcceleratedDevices(CONFIG)
     model = build_model(folder)
@@ -75,7 +77,8 @@ def main():
         return allreduce_hook(state, bucket)
 
     model.register_comm_hook(None, counting)
-    sums = train_windows(model, optimizer, devices, explicit_data(), window, micro_batch)
+    sums = train_windows(model, optimizer, devices, explicit_data(), window, micro_batch,
+                         class_weights=class_weights)
     totals = devices.total(sums).tolist()
     if devices.is_main:
         torch.save(devices.weights(model), result)

@@ -116,8 +116,9 @@ def run_script(*arguments: str, environment: dict | None = None, timeout: float 
                           env={**os.environ, **(environment or {})}, check=False, **options)
 
 
-def run_here(*arguments: str, mode: str = "train") -> subprocess.CompletedProcess:
-    """What `python main.py --mode MODE ARGUMENTS` does, in this process, which has paid for its imports already."""
+def run_here(*arguments: str, mode: str = "train", **options) -> subprocess.CompletedProcess:
+    """What `python main.py --mode MODE --OPTION VALUE ARGUMENTS` does, in this process, which has paid for its imports
+    already."""
     import cli
     import main
     from utils import load_config
@@ -125,7 +126,7 @@ def run_here(*arguments: str, mode: str = "train") -> subprocess.CompletedProces
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(lambda: main.main(cli.Command(mode, load_config(PROJECT / "config.yaml", arguments))))
+            cli.run(lambda: main.main(cli.Command(mode, load_config(PROJECT / "config.yaml", arguments), **options)))
         except SystemExit as left:
             code = left.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

@@ -45,20 +45,25 @@ def test_any_micro_batch_gives_the_same_parameters(encoder_folder, encoder, wind
     assert distance(whole, after(folder, micro_batch, windows)) < 1e-6
 
 
+@pytest.mark.parametrize("class_weights", [None, [0.5, 3.0]])
 @pytest.mark.parametrize("micro_batch", [64, 13])
-def test_against_the_gradient_of_the_whole_batch_in_float64(encoder_folder, micro_batch):
+def test_against_the_gradient_of_the_whole_batch_in_float64(encoder_folder, micro_batch, class_weights):
     folder, dataset = encoder_folder("bert"), explicit_data()
+    class_weights = class_weights and torch.tensor(class_weights, dtype=torch.float64)
     model = build_model(folder, torch.float64)
     parameters = dict(model.named_parameters())
     for window in WindowSampler(dataset.lengths, 64, 64, seed=3).windows():  # the short last one included
         batch = dataset.__getitems__(window)
         logits = model(batch["input_ids"], batch.get("attention_mask")).logits
-        loss = -torch.log_softmax(logits, dim=1)[torch.arange(len(window)), batch["labels"]].mean()
+        log_likelihoods = torch.log_softmax(logits, dim=1)[torch.arange(len(window)), batch["labels"]]
+        weights = torch.ones(len(window)) if class_weights is None else class_weights[batch["labels"]]
+        loss = -(weights * log_likelihoods).sum() / weights.sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():
             for parameter, gradient in zip(parameters.values(), gradients, strict=True):
                 parameter -= 0.1 * gradient
-    assert distance(model.state_dict(), after(folder, micro_batch, dtype=torch.float64)) < 1e-12
+    trained = after(folder, micro_batch, dtype=torch.float64, class_weights=class_weights)
+    assert distance(model.state_dict(), trained) < 1e-12
 
 
 def test_the_gradient_is_clipped_once_a_window(encoder_folder):
@@ -81,18 +86,23 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     return run_script(*launcher(processes), *arguments, timeout=300)
 
 
-@pytest.mark.parametrize(("processes", "micro_batch"), [(2, 32), (2, 9), (3, 16)])
-def test_several_processes_give_the_same_parameters(encoder_folder, tmp_path, processes, micro_batch):
+@pytest.mark.parametrize(("processes", "micro_batch", "class_weights"),
+                         [(2, 32, None), (2, 9, [0.5, 3.0]), (3, 16, None)])
+def test_several_processes_give_the_same_parameters(encoder_folder, tmp_path, processes, micro_batch, class_weights):
     folder, result = encoder_folder("bert"), tmp_path / "weights.pt"
-    finished = launch(processes, "tests/accumulation_worker.py", folder, str(result), "64", str(micro_batch))
+    finished = launch(processes, "tests/accumulation_worker.py", folder, str(result), "64", str(micro_batch),
+                      *map(str, class_weights or []))
     assert finished.returncode == 0, finished.stderr
-    assert distance(after(folder, 64), torch.load(result, weights_only=True)) < 1e-6
+    class_weights = class_weights and torch.tensor(class_weights)
+    alone = after(folder, 64, class_weights=class_weights)
+    assert distance(alone, torch.load(result, weights_only=True)) < 1e-6
+    assert class_weights is None or distance(alone, after(folder, 64)) > 1e-4  # the weights matter
     record = json.loads(result.with_suffix(".json").read_text())
     assert record["processes"] == processes
     assert record["exchanges"] == 4  # one a window: none before its last micro-batch
     model = build_model(folder)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = train_windows(model, optimizer, single_device(), explicit_data(), 64, 64)
+    expected = train_windows(model, optimizer, single_device(), explicit_data(), 64, 64, class_weights=class_weights)
     assert record["totals"] == pytest.approx(expected.tolist(), rel=1e-5)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -205,6 +207,51 @@ def test_saved_model_is_readable_by_others_and_names_its_classes(encoder_folder,
     assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).label2id == {"bad": 0, "good": 1}
     assert not list(tmp_path.glob(".*"))
+
+
+ELSEWHERE = """
+import sys, torch
+from transformers import pipeline
+classify = pipeline("text-classification", model=sys.argv[1], trust_remote_code=True)
+assert not {"loading", "utils"} & set(sys.modules), "this is to work without the project"
+texts = sys.stdin.read().splitlines()
+logits = []
+for text in texts:
+    inputs = classify.tokenizer(text, truncation=True, return_tensors="pt")
+    logits.append((inputs["input_ids"], classify.model(**inputs).logits.detach()))
+torch.save([logits, classify(texts, truncation=True)], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_the_same_bits_in_a_pipeline_that_knows_nothing_of_this_project(encoder_folder, tmp_path, name, pooling):
+    model = build(encoder_folder(name), pooling=pooling).eval()
+    tokenizer = load_tokenizer(encoder_folder(name), "space")
+    model.config.update({"max_len": 16})
+    save_model(tmp_path / "best", model.config, model.state_dict(), tokenizer)
+    texts = ["A great film.", "dull<br /><br />and dreary", "moving " * 30, "x"]
+    child = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path / "best", tmp_path / "logits"], cwd=tmp_path,
+                           input="\n".join(texts), text=True, capture_output=True, check=False)
+    assert child.returncode == 0, child.stderr
+    logits, answers = torch.load(tmp_path / "logits", weights_only=True)
+    trained = load_model(tmp_path / "best").eval()
+    for (input_ids, found), answer, text in zip(logits, answers, texts, strict=True):
+        assert input_ids.tolist() == tokenizer([text], max_length=16, truncation=True)["input_ids"]
+        for each in (model, trained):
+            assert torch.equal(each(input_ids, torch.ones_like(input_ids)).logits, found)
+        assert answer["label"] == ["bad", "good"][int(found.argmax())]
+    assert logits[2][0].shape == (1, 16)
+    assert "<" not in tokenizer.decode(logits[1][0][0])
+
+
+def test_without_its_code_the_folder_is_refused_rather_than_misread(encoder_folder, tmp_path):
+    save(build(encoder_folder("bert")), tmp_path / "best", encoder_folder("bert"))
+    distrusting = ELSEWHERE.replace("trust_remote_code=True", "trust_remote_code=False")
+    child = subprocess.run([sys.executable, "-c", distrusting, tmp_path / "best"], cwd=tmp_path,
+                           stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert child.returncode == 1
+    assert "trust_remote_code=True" in child.stderr
 
 
 @pytest.mark.parametrize("harm", ["no weights", "cut short", "another shape", "a pickle", "no config"])

@@ -1,0 +1,270 @@
+"""--mode predict: the rows of a file in their order, the broken ones put aside, stopped and continued."""
+
+import csv
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import PROJECT, run_here, run_script, write_reviews
+from test_accumulation import launch
+from test_training import expect, train_here
+from transformers import BertForSequenceClassification
+
+import predict
+from devices import SingleDevice
+from utils import load_config
+
+ADDED = ["predicted", "probability_bad", "probability_good"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, encoder_folder):
+    """(overrides, run folder) of a finished run on reviews whose words give their class away."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_reviews(folder / "reviews.csv")
+    overrides = [
+        f"output_dir={folder / 'runs'}", "run_name=run", f"model_config.model_name={encoder_folder('bert')}",
+        "model_config.pooling=mean", f"data_config.dataset={folder / 'reviews.csv'}",
+        "data_config.text_column=review", "data_config.label_column=verdict", "data_config.max_len=32",
+        "data_config.batch_size=16", "train_config.epochs=3", "train_config.learning_rate=0.01",
+        "train_config.mixed_precision=no", "train_config.device=cpu", "log_config.wandb_mode=disabled"]
+    train_here(*overrides)
+    return overrides, folder / "runs" / "run"
+
+
+@pytest.fixture
+def predicting(trained, tmp_path, monkeypatch):
+    """predicting(input, output) -> the rows that are written, with windows of 16 rows."""
+    monkeypatch.setattr(predict, "WINDOW", 16)
+
+    def run(path, name: str = "out.csv", code: int = 0, **options):
+        result = expect(code, run_here(*trained[0], mode="predict", input=str(path), output=str(tmp_path / name),
+                                       **options))
+        return result, tmp_path / name
+
+    return run
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_text(trained):
+    printed = expect(0, run_here(*trained[0], mode="predict", text="gripping moving delightful film")).stdout
+    label, *probabilities = printed.split("\n")[:3]
+    assert label == "good"
+    assert [line.split()[0] for line in probabilities] == ["bad", "good"]
+    assert sum(float(line.split()[1]) for line in probabilities) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_input_s_columns_and_order_with_the_probabilities_of_the_test(trained, predicting):
+    overrides, folder = trained
+    source = folder.parent.parent / "reviews.csv"
+    _, output = predicting(source)
+    rows, given = rows_of(output), rows_of(source)
+    assert list(rows[0]) == ["review", "verdict", *ADDED]
+    assert [(row["review"], row["verdict"]) for row in rows] == [(row["review"], row["verdict"]) for row in given]
+    tested = rows_of(folder / "test_predictions.csv")
+    assert len(tested) == 20
+    for row in tested:  # other reviews share the batch, so sums round in another order
+        again = rows[int(row["id"])]
+        assert again["predicted"] == row["predicted"]
+        assert float(again["probability_good"]) == pytest.approx(float(row["probability_good"]), abs=1e-6)
+    assert not list(output.parent.glob("*rejected*"))
+    assert not list(output.parent.glob("*.parts"))
+
+
+def test_every_kind_of_file_says_the_same(trained, predicting, tmp_path, monkeypatch):
+    rows = rows_of(trained[1].parent.parent / "reviews.csv")[:50]
+    texts = [row["review"] for row in rows]
+    with open(tmp_path / "in.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {"n": {"at": i}} if i else row) + "\n"
+                                               for i, row in enumerate(rows)))
+    table = pa.table({"review": texts, "n": pa.array(range(50), pa.int16()), "when": pa.array(range(50), pa.date32())})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    (tmp_path / "in.txt").write_text("".join(text + "\n" for text in texts))
+
+    expected = [{name: row[name] for name in ADDED} for row in rows_of(predicting(tmp_path / "in.csv")[1])]
+    for source, target in (("in.jsonl", "a.csv"), ("in.parquet", "b.csv"), ("in.txt", "c.csv")):
+        found = rows_of(predicting(tmp_path / source, target)[1])
+        assert [{name: row[name] for name in ADDED} for row in found] == expected
+    lines = predicting(tmp_path / "in.jsonl", "out.jsonl")[1].read_text().splitlines()
+    assert json.loads(lines[7])["n"] == {"at": 7}
+    assert json.loads(lines[7])["predicted"] == expected[7]["predicted"]
+    found = pyarrow.parquet.read_table(predicting(tmp_path / "in.parquet", "out.parquet")[1])
+    assert found.schema.field("when").type == pa.date32()
+    assert found.schema.field("n").type == pa.int16()
+    assert found.column("when").to_pylist() == table.column("when").to_pylist()
+    assert [str(p) for p in found.column("probability_good").to_pylist()] == [row[ADDED[2]] for row in expected]
+
+    class Stdin:
+        buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
+
+    monkeypatch.setattr(predict.sys, "stdin", Stdin)
+    printed = list(csv.DictReader(io.StringIO(expect(0, run_here(*trained[0], mode="predict", input="-")).stdout)))
+    assert [{name: row[name] for name in ADDED} for row in printed] == expected
+    Stdin.buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
+    assert rows_of(predicting("-", "d.csv")[1]) == printed
+
+
+BROKEN = [  # name, file, rejected rows, words of their problems, texts that stay
+    ("too many fields", b"review,n\none,1\ntwo,2,3\nthree,3\n", [2], ["quotes around"], ["one", "three"]),
+    ("empty text", b"review,n\none,1\n ,2\n", [2], ["no text"], ["one"]),
+    ("quote never closed", b'review,n\none,1\n"two,2\nthree,3\n"four",4\n', [2], ["mend the quotes"],
+     ["one", "three", "four"]),
+    ("quote never closed, to the end", b'review,n\none,1\n"two,2\nthree,3\nfour,4\n', [2], ["mend the quotes"],
+     ["one", "three", "four"]),
+    ("not UTF-8", b"review,n\none,1\ntw\xf6,2\nthree,3\n", [2], ["line 3 is not UTF-8"], ["one", "three"]),
+    ("two of them", b"review,n\n,1\n\ntwo,2\n,3\n", [1, 3], ["no text", "no text"], ["two"])]
+
+
+@pytest.mark.parametrize(("content", "rejected", "words", "texts"), [row[1:] for row in BROKEN],
+                         ids=[row[0] for row in BROKEN])
+def test_broken_rows_are_put_aside_and_nothing_else(predicting, tmp_path, content, rejected, words, texts):
+    (tmp_path / "in.csv").write_bytes(content)
+    result, output = predicting(tmp_path / "in.csv")
+    assert [row["review"] for row in rows_of(output)] == texts
+    aside = rows_of(f"{output}.rejected.csv")
+    assert [int(row["row"]) for row in aside] == rejected
+    assert all(word in row["problem"] for word, row in zip(words, aside, strict=True))
+    assert words[0] in result.stdout
+    assert f"{len(rejected)} broken rows" in result.stdout
+
+
+def test_broken_json_lines(predicting, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'{"review": "one"}\n{"review": \n\n["x"]\n{"text": "y"}\n{"review": ["z"]}\n'
+                                        b'{"review": null}\n{"review": "\\ud83d"}\n\xff\n' + b"[" * 100_000
+                                        + b'\n{"review": 5}\n')
+    _, output = predicting(tmp_path / "in.jsonl", "out.jsonl")
+    assert [json.loads(line)["review"] for line in output.read_text().splitlines()] == ["one", 5]
+    aside = rows_of(f"{output}.rejected.csv")
+    assert [int(row["row"]) for row in aside] == list(range(2, 10))
+    for row, word in zip(aside, ("not JSON", "no JSON object", "no column 'review'", "holds list", "no text", "half of",
+                                 "not UTF-8", "not JSON"), strict=True):
+        assert word in row["problem"]
+    assert aside[2]["content"] == '{"text": "y"}'
+
+
+def test_a_file_without_the_column_or_with_the_added_ones_is_refused(predicting, tmp_path):
+    (tmp_path / "in.csv").write_text("text,n\none,1\n")
+    result, output = predicting(tmp_path / "in.csv", code=2)
+    assert result.stderr == (f"error: {tmp_path / 'in.csv'}: no column 'review'; found text, n: set "
+                             "data_config.text_column\n")
+    assert not output.exists()
+    (tmp_path / "in.csv").write_text("review,predicted\none,1\n")
+    assert "has a column 'predicted' already" in predicting(tmp_path / "in.csv", "b.csv", code=2)[0].stderr
+
+
+@pytest.fixture
+def interrupted(trained, predicting, tmp_path, monkeypatch):
+    """(input, number of windows that were labelled before the stop) of a job that was stopped in its fourth window."""
+    source = write_reviews(tmp_path / "many.csv", 200, seed=3)
+    with open(source, "a") as file:
+        file.write('"never closed,bad\n,empty\n')
+    calls, whole = Counter(), predict.Classifier.probabilities
+
+    def stopping(self, texts):
+        calls["windows"] += 1
+        if calls["windows"] == 4:
+            raise SystemExit(130)
+        return whole(self, texts)
+
+    monkeypatch.setattr(predict.Classifier, "probabilities", stopping)
+    result, _ = predicting(source, "stopped.csv", code=130)
+    assert "the same command goes on" in result.stdout
+    assert not (tmp_path / "stopped.csv").exists()
+    return source, calls
+
+
+def test_a_stopped_job_goes_on_where_it_stopped(predicting, interrupted, tmp_path):
+    source, calls = interrupted
+    result, output = predicting(source, "stopped.csv")
+    assert "going on: 3 times 16 rows" in result.stdout
+    assert calls["windows"] == 4 + 10  # of 13 windows, the first three are not labelled again
+    _, whole = predicting(source, "whole.csv")
+    assert output.read_bytes() == whole.read_bytes()
+    assert len(rows_of(whole)) == 200
+    assert (tmp_path / "stopped.csv.rejected.csv").read_bytes() == (tmp_path / "whole.csv.rejected.csv").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("changed", ["input", "setting", "damaged"])
+def test_what_another_job_has_left_is_not_mixed_in(predicting, interrupted, trained, tmp_path, changed):
+    source, _ = interrupted
+    if changed == "input":
+        source.write_text(source.read_text() + "one more,good\n")
+    elif changed == "setting":
+        trained = ([*trained[0], "data_config.eval_batch_size=7"], trained[1])
+    else:
+        (tmp_path / "stopped.csv.parts" / "job.json").write_text("{")
+    before = sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir())
+    result = expect(2, run_here(*trained[0], mode="predict", input=str(source), output=str(tmp_path / "stopped.csv")))
+    assert "remove this folder" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir()) == before
+
+
+def test_several_processes_write_the_same_file(trained, tmp_path):
+    source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three windows, the last one shorter
+    arguments = [*trained[0], "--mode", "predict", "--input", str(source), "--output"]
+    expect(0, launch(2, "main_accumulation.py", *arguments, str(tmp_path / "two.csv")))
+    expect(0, run_script("main.py", *arguments, str(tmp_path / "one.csv")))
+    assert len(rows_of(tmp_path / "one.csv")) == 5000
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+def test_any_model_folder(trained, encoder_folder, tmp_path):
+    copy = tmp_path / "elsewhere"
+    copy.symlink_to(trained[1] / "best")
+    said = [expect(0, run_here(mode="predict", text="dull dreary film", model=str(folder))).stdout
+            for folder in (trained[1] / "best", copy)]
+    assert said[0] == said[1]
+    assert said[0].startswith("bad\n")
+    torch.manual_seed(0)
+    foreign = BertForSequenceClassification.from_pretrained(
+        encoder_folder("bert"), id2label={0: "no", 1: "yes", 2: "?"}, label2id={"no": 0, "yes": 1, "?": 2})
+    foreign.save_pretrained(tmp_path / "foreign")
+    predict.load_tokenizer(encoder_folder("bert")).save_pretrained(tmp_path / "foreign")
+    said = expect(0, run_here("data_config.max_len=32", mode="predict", text="a film", model=str(tmp_path / "foreign")))
+    assert {line.split()[0] for line in said.stdout.splitlines()} == {"no", "yes", "?"}
+    bare = run_here("data_config.max_len=32", mode="predict", text="a film", model=encoder_folder("bert"))
+    assert bare.returncode == 2
+    assert "no weights for classifier" in bare.stderr
+    assert "no such folder" in refusal("--mode", "predict", "--text", "x", "--model", str(tmp_path / "nowhere"))
+
+
+def refusal(*arguments: str) -> str:
+    result = expect(2, run_script("main.py", *arguments))
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path):
+    source = str(write_reviews(tmp_path / "in.csv", 6))
+    (tmp_path / "there.csv").touch()
+    for words, arguments in [
+            ("either --text", ()), ("either --text", ("--text", "a", "--input", source)), ("is empty", ("--text", " ")),
+            ("no such file", ("--input", str(tmp_path / "none.csv"))), ("must end in", ("--input", "config.yaml")),
+            ("exists already", ("--input", source, "--output", str(tmp_path / "there.csv"))),
+            ("must end in .csv, .jsonl", ("--input", source, "--output", "out.parquet")),
+            ("no such folder", ("--input", source, "--output", str(tmp_path / "no" / "out.csv")))]:
+        assert words in refusal("--mode", "predict", *arguments)
+    assert "is for --mode predict and explain, not for train" in refusal("--text", "a")
+
+
+def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_window(trained):
+    overrides, folder = trained
+    config = load_config(PROJECT / "config.yaml", overrides)
+    classifier = predict.Classifier(folder / "best", config, SingleDevice(config))
+    texts = [row["review"] for row in rows_of(folder.parent.parent / "reviews.csv")]
+    alone = np.concatenate([classifier.probabilities([text]) for text in texts[:20]])
+    np.testing.assert_allclose(classifier.probabilities(texts)[:20], alone, atol=1e-6)
