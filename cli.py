@@ -33,6 +33,7 @@ def read_command(description: str, accumulates: bool) -> Command:
     Fast, for it imports no torch: scripts call it before their other imports.
     """
     SIGNALS.install()
+    SIGNALS.importing = True
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
@@ -118,6 +119,7 @@ def run(work: Callable[[], None]) -> None:
     """Call `work` and leave with the exit code that its outcome means."""
     # The reviews are tokenized by several threads of one process already; forked loaders must not start their own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    SIGNALS.importing = False
     code = 1  # that of a traceback
 
     def leave_without_finalization() -> None:

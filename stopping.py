@@ -19,6 +19,7 @@ class StopSignals:
 
     def __init__(self):
         self.received: str | None = None
+        self.importing = False  # C++ modules abort on an exception in their midst, and there is nothing to tidy up yet
         self._deferring = False
 
     def install(self) -> None:
@@ -30,7 +31,7 @@ class StopSignals:
         name = signal.Signals(number).name
         # A launcher passes on the Ctrl-C that the terminal has sent to this process already: no second one there.
         again = name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ
-        if again:
+        if again or self.importing:
             os._exit(EXIT_CODES[name])  # at once: in the middle of a save, torch would turn an exception into its own
         if not self._deferring:
             raise SystemExit(EXIT_CODES[name])

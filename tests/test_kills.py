@@ -163,6 +163,20 @@ def test_killed_again_and_again(undisturbed, script, sent):
         run_until_done(script, f"{sent.name}-{number}", undisturbed, sent, chance, kills=chance.randint(1, 3))
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda sent: sent.name)
+def test_a_signal_among_the_imports_leaves_without_a_word(undisturbed, sent):
+    # torch's C++ aborts the process when an exception comes up in the middle of its import.
+    arguments, _ = undisturbed("main.py")
+    for seconds in (0.1, 0.3, 0.6, 1, 1.5):
+        process = start("-c", [f"import sys; sys.argv = ['main.py', *{arguments}]; "
+                               "import cli; cli.read_command('', False); print('reading', flush=True); import main"])
+        assert process.stdout.readline() == "reading\n"
+        time.sleep(seconds)
+        process.send_signal(sent)
+        output = process.communicate(timeout=60)[0]
+        assert (process.returncode, output) in (({signal.SIGTERM: 143, signal.SIGINT: 130}[sent], ""), (0, ""))
+
+
 def test_a_second_ctrl_c_leaves_at_once(undisturbed):
     arguments, whole = undisturbed("main.py")
     # Evaluating takes long enough for two signals: the first one waits for the end of a batch.
