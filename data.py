@@ -19,12 +19,14 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from devices import pick_device
 from loading import load_tokenizer
 from sampling import LengthSampler, WindowSampler
 from sources import Reviews, load_reviews, locate
 from stopping import EXIT_CODES
 from utils import UserError, num_processes, process_rank, say
 
+CPU_BATCH = 64
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
 
 
@@ -293,6 +295,12 @@ def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch  # IMDBDataset.__getitems__ has padded it already
 
 
+def eval_batch_size(config: Any) -> int:
+    """Reviews a forward pass without a backward one: on a CPU, whose caches hold no larger pass, at most CPU_BATCH."""
+    size = config.data_config.eval_batch_size
+    return min(size, CPU_BATCH) if pick_device(config.train_config.device).type == "cpu" else size
+
+
 def get_dataloader(config: Any, split: str, tokenizer_name: str | None = None) -> DataLoader:
     """Batches of one split, `train`, `valid` or `test`, as IMDBDataset.__getitems__ describes them.
 
@@ -308,7 +316,7 @@ def get_dataloader(config: Any, split: str, tokenizer_name: str | None = None) -
         window = data_config.batch_size * train_config.gradient_accumulation_steps * processes
         sampler = WindowSampler(dataset.lengths, window, data_config.batch_size, train_config.seed, rank, processes)
     else:
-        sampler = LengthSampler(dataset.lengths, data_config.eval_batch_size, rank, processes)
+        sampler = LengthSampler(dataset.lengths, eval_batch_size(config), rank, processes)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=data_config.num_workers,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=_ignore_signals,
                       generator=torch.Generator())  # its own: the loader must not advance the generator of dropout

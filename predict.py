@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from checkpointing import best_model
 from checks import position_limit, too_long
-from data import Encode, IMDBDataset
+from data import Encode, IMDBDataset, eval_batch_size
 from efficiency import PASS_FLOPS
 from loading import WEIGHTS, load_model, load_tokenizer
 from rows import Row, read_rows, size_of
@@ -52,8 +52,9 @@ class Classifier:
     """A trained model with its tokenizer, from texts to probabilities."""
 
     def __init__(self, folder: Path, config: Config, devices: Any):
+        self.folder = folder
         self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder))
-        self.devices, self.batch_size = devices, config.data_config.eval_batch_size
+        self.devices, self.batch_size = devices, eval_batch_size(config)
         own = self.model.config  # a model of this suite says how its reviews were cut, others follow the settings
         max_len = getattr(own, "max_len", None) or config.data_config.max_len
         encoder = getattr(own, "encoder", own)
@@ -106,7 +107,7 @@ def predict(command: Any, devices: Any) -> None:
     elif command.output is None:
         print_rows(Classifier(folder, config, devices), command.input, config.data_config.text_column)
     else:
-        Job(command.input, Path(command.output), Classifier(folder, config, devices), folder / WEIGHTS, config).run()
+        Job(command.input, Path(command.output), Classifier(folder, config, devices), config).run()
 
 
 def show(classifier: Classifier, text: str) -> None:
@@ -199,8 +200,8 @@ def print_rows(classifier: Classifier, path: str, column: str) -> None:
 class Job:
     """The labelling of one file into another."""
 
-    def __init__(self, path: str, output: Path, classifier: Classifier, weights: Path, config: Config):
-        self.path, self.output, self.classifier, self.weights, self.config = path, output, classifier, weights, config
+    def __init__(self, path: str, output: Path, classifier: Classifier, config: Config):
+        self.path, self.output, self.classifier, self.config = path, output, classifier, config
         self.devices = classifier.devices
         self.parts = output.with_name(output.name + ".parts")
         self.rejected = output.with_name(output.name + ".rejected.csv")
@@ -244,7 +245,7 @@ class Job:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         status = os.stat(self.source)
         data = self.config.data_config
-        with open(self.weights, "rb") as file:
+        with open(self.classifier.folder / WEIGHTS, "rb") as file:
             model = hashlib.file_digest(file, "sha256").hexdigest()
         job = {"input": str(Path(self.source).resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns,
                "model": model, "text_column": data.text_column, "max_len": data.max_len, "truncation": data.truncation,
@@ -303,8 +304,7 @@ class Job:
         if broken:
             with atomic_write(self.rejected) as file:
                 csv.writer(file).writerow(["row", "problem", "content"])
-                for part in broken:
-                    file.write(part.read_text(encoding="utf-8"))
+                append(file, broken)
         parts = sorted(self.parts.glob(f"*{self.kind}"))
         if self.kind == ".parquet":
             with atomic_write(self.output, "wb") as file, ExitStack() as stack:
@@ -316,8 +316,7 @@ class Job:
         else:
             with atomic_write(self.output) as file:
                 if self.output.suffix == ".jsonl":
-                    for part in parts:
-                        file.write(part.read_text(encoding="utf-8"))
+                    append(file, parts)
                 else:
                     columns = dict.fromkeys(name for row in read_parts(parts) for name in row)
                     writer = csv.DictWriter(file, list(columns))
@@ -325,6 +324,12 @@ class Job:
                     writer.writerows({name: json.dumps(value) if isinstance(value, dict | list) else value
                                       for name, value in row.items()} for row in read_parts(parts))
         shutil.rmtree(self.parts)
+
+
+def append(file: TextIO, parts: list[Path]) -> None:
+    for part in parts:
+        with open(part, encoding="utf-8", newline="") as content:
+            shutil.copyfileobj(content, file)
 
 
 def read_parts(parts: list[Path]) -> Iterator[dict]:

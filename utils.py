@@ -76,7 +76,8 @@ class DataConfig:
     line_breaks: str = option("keep", "`<br />` in a text: read as it is written, or as a space",
                               choices=("keep", "space"))
     batch_size: int = option(64, "reviews a forward pass on one device: the micro-batch", at_least=1)
-    eval_batch_size: int = option(256, "reviews a forward pass in evaluation", at_least=1, shapes_result=False)
+    eval_batch_size: int = option(256, "reviews a forward pass in evaluation and prediction; "
+                                  "at most 64 on a CPU", at_least=1, shapes_result=False)
     num_workers: int = option(0, "processes that prepare batches; a batch takes 0.15 ms without any", at_least=0,
                               shapes_result=False)
 

@@ -1,0 +1,136 @@
+"""Labelling reviews: this suite against transformers' pipeline, and its memory against the number of rows.
+
+    python benchmarks/prediction.py --model FOLDER --reviews FILE [--rows 25000]    speed; FILE as for --mode predict
+    python benchmarks/prediction.py --memory 1000 100000 1000000                    memory: the demo's BERT, short texts
+
+Both label the same reviews with the same model in turn, a fifth of them at a time. The pipeline runs in its default
+precision (fp32) at the batch size that was fastest on the first 512 reviews, and once more in bf16; this suite as
+`--mode predict` does, from the file's rows to the written file. Prints medians over the five parts, ratios part by part
+with the least and the most, and on how many reviews the two disagree.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from growth import memory_mb
+from transformers import pipeline
+from workload import PROJECT
+
+from devices import SingleDevice
+from hub import quiet_libraries
+from predict import Classifier, Job, read_windows
+from utils import Config
+
+PARTS, BATCH_SIZES, TRIED = 5, (1, 8, 16, 32, 64), 512
+
+
+def read_texts(path: str, column: str, rows: int) -> list[str]:
+    texts = []
+    for window in read_windows(path, column, []):
+        texts += [row.text for row in window if row.problem is None]
+        if len(texts) >= rows:
+            break
+    return texts[:rows]
+
+
+def timed(call) -> tuple[float, list]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def suite(classifier: Classifier, texts: list[str], folder: Path) -> list[str]:
+    """The labels, by way of files, as --mode predict."""
+    source, output = folder / "part.jsonl", folder / "labelled.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    Job(str(source), output, classifier, Config()).run()
+    with open(output, encoding="utf-8") as file:
+        labels = [json.loads(line)["predicted"] for line in file]
+    output.unlink()
+    return labels
+
+
+def compare(model: str, texts: list[str]) -> None:
+    config = Config()
+    classifier = Classifier(Path(model), config, SingleDevice(config))
+    contenders = {name: pipeline("text-classification", model=model, dtype=dtype, device=classifier.devices.device)
+                  for name, dtype in (("pipeline", torch.float32), ("pipeline-bf16", torch.bfloat16))}
+    sizes = {}
+    for name, classify in contenders.items():
+        seconds = {size: timed(lambda c=classify, s=size: c(texts[:TRIED], batch_size=s, truncation=True))[0]
+                   for size in BATCH_SIZES}
+        sizes[name] = min(seconds, key=seconds.get)
+        print(f"{name}: reviews/s by batch size: "
+              + ", ".join(f"{size}: {len(texts[:TRIED]) / s:.1f}" for size, s in seconds.items()), flush=True)
+    speeds, labels = {name: [] for name in ("suite", *contenders)}, {name: [] for name in ("suite", *contenders)}
+    step = -(-len(texts) // PARTS)
+    with tempfile.TemporaryDirectory() as folder:
+        for start in range(0, len(texts), step):
+            part = texts[start:start + step]
+            for name in speeds:
+                if name == "suite":
+                    seconds, found = timed(lambda p=part: suite(classifier, p, Path(folder)))
+                else:
+                    seconds, found = timed(lambda n=name, p=part: [answer["label"] for answer in contenders[n](
+                        p, batch_size=sizes[n], truncation=True)])
+                speeds[name].append(len(part) / seconds)
+                labels[name] += found
+                print(f"{start:6}  {name:14} {speeds[name][-1]:8.1f} reviews/s", flush=True)
+    print(f"\n{len(texts):,} reviews, {classifier.devices}, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}\n\n| | batch | reviews/s | suite / it | other labels than the suite |\n"
+          "| --- | --- | --- | --- | --- |")
+    for name, found in speeds.items():
+        ratios = [ours / theirs for ours, theirs in zip(speeds["suite"], found, strict=True)]
+        other = sum(a != b for a, b in zip(labels["suite"], labels[name], strict=True))
+        print(f"| `{name}` | {sizes.get(name, '-')} | {statistics.median(found):.1f} | {statistics.median(ratios):.2f} "
+              f"({min(ratios):.2f} to {max(ratios):.2f}) | {other} |")
+
+
+def memory(rows: int, model: Path, folder: Path) -> float:
+    """The most memory of its own, in MB, that `--mode predict` on this many short texts held."""
+    source = folder / f"{rows}.csv"
+    with open(source, "w", encoding="utf-8") as file:
+        file.write("id,text\n")
+        file.writelines(f"{row},a film that number {row % 9973} liked\n" for row in range(rows))
+    process = subprocess.Popen([sys.executable, "main.py", "--mode", "predict", "--model", str(model), "--input",
+                                str(source), "--output", str(folder / f"{rows}.out.csv")], cwd=PROJECT,
+                               stdout=subprocess.DEVNULL)
+    most = 0.0
+    while process.poll() is None:
+        most = max(most, memory_mb(process.pid).get("own", 0.0))
+        time.sleep(0.02)
+    assert process.returncode == 0
+    return most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a trained model's folder")
+    parser.add_argument("--reviews", help="a .csv, .jsonl, .parquet or .txt file")
+    parser.add_argument("--column", default="text")
+    parser.add_argument("--rows", type=int, default=25_000)
+    parser.add_argument("--memory", type=int, nargs="+", metavar="ROWS")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    if not arguments.memory:
+        compare(arguments.model, read_texts(arguments.reviews, arguments.column, arguments.rows))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "main.py", "--config", "demo.yaml", f"output_dir={folder}", "run_name=model",
+                        "train_config.max_steps=10", "log_config.wandb_mode=disabled"], cwd=PROJECT, check=True,
+                       stdout=subprocess.DEVNULL)
+        print("| rows | peak memory of its own (MB) |\n| --- | --- |")
+        for rows in arguments.memory:
+            print(f"| {rows:,} | {memory(rows, Path(folder) / 'model' / 'best', Path(folder)):,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
