@@ -133,12 +133,14 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
                tokenizer: PreTrainedTokenizerBase) -> None:
     """What the Hugging Face ecosystem expects of a model folder: tokenizer, code, config.json, and the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.model_max_length = config.max_len or tokenizer.model_max_length
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["truncation_side"] = "left" if config.truncation == "tail" else "right"
+    settings["model_max_length"] = config.max_len or settings.get("model_max_length")
     if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
-        path = folder / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, settings)
     for name in ("encoders.py", "model.py"):
         code = (PROJECT / name).read_text(encoding="utf-8")
         with atomic_write(folder / name) as file:

@@ -35,7 +35,8 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         dataset = Path(dataset).name  # nobody else has this machine's folders
     card_data = ModelCardData(
         language="en" if config.is_demo or on_hub and dataset.endswith("imdb") else None,
-        library_name="pytorch", tags=["text-classification", "sentiment-analysis"] + ["demo"] * config.is_demo,
+        library_name="transformers", pipeline_tag="text-classification",
+        tags=["sentiment-analysis"] + ["demo"] * config.is_demo,
         base_model=encoder if encoder_on_hub else None, datasets=[dataset] if on_hub else None,
         model_name=config.run_name,
         eval_results=[EvalResult(task_type="text-classification", dataset_type=dataset, dataset_name=dataset,
@@ -45,6 +46,10 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
     origin = "fine-tuned" if config.model_config.pretrained else "trained from scratch"
     split = data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split)
     steps = f"{metrics['train']['optimizer_steps']:,} optimizer steps" if "train" in metrics else "interrupted"
+    breaks = ", `<br />` read as a space" if data.line_breaks == "space" else ""
+    weights = ", the loss weighted by how rare a class is" if train.class_weights else ""
+    cut = (" The pipeline reads the head of a long review, where training read its head and its tail."
+           if data.truncation == "head_tail" else "")
     card = f"""---
 {card_data.to_yaml()}
 ---
@@ -57,29 +62,31 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
 | --- | --- |
 | accuracy | {test["accuracy"]:.4f} (95 % interval {low:.4f} to {high:.4f}, {test["n"]:,} reviews) |
 | F1 | {test["f1"]:.4f} |
+| macro F1 | {test["macro_f1"]:.4f} |
 | ROC AUC | {"-" if test["roc_auc"] is None else format(test["roc_auc"], ".4f")} |
 | expected calibration error | {test["ece"]:.4f} |
 | cross-entropy (nats) | {test["loss"]:.4f} |
 
 Data: {dataset}, split {split} (split_seed {data.split_seed}); tested with the weights that were best on validation.
-Input: at most {data.max_len} tokens ({data.truncation}).
+Input: at most {data.max_len} tokens ({data.truncation}){breaks}.
 Training: {train.optimizer}, learning rate {train.learning_rate:g}, {train.scheduler} schedule,
-effective batch {train.effective_batch_size}, seed {train.seed}, {steps}.
+effective batch {train.effective_batch_size}, seed {train.seed}, {steps}{weights}.
 
-In the folder of the suite that trained it:
+## How to use it
 
 ```python
-import torch
-from transformers import AutoTokenizer
-from model import EncoderForClassification
+from transformers import pipeline
 
-folder = "{folder}"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = EncoderForClassification.from_pretrained(folder).eval()
-inputs = tokenizer(["A film to remember."], truncation=True, max_length={data.max_len}, return_tensors="pt")
-with torch.inference_mode():
-    _, logits = model(**inputs)
-print(logits.softmax(-1), model.config.id2label)
+classify = pipeline("text-classification", model="FOLDER", trust_remote_code=True)
+print(classify("A film to remember.", truncation=True))
+```
+
+`FOLDER` is where this file lies. The code to be trusted is `model.py` and `encoders.py` beside it, two short files
+that run nothing else.{cut} In the suite that trained it, no code from here is run:
+
+```bash
+python main.py --mode predict --model FOLDER --text "A film to remember."
+python main.py --mode predict --model FOLDER --input reviews.csv --output labelled.csv
 ```
 """
     with atomic_write(folder / "README.md") as file:

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel
 
 from cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
+from data import Encode
 from loading import load_model, load_tokenizer, new_model, save_model
 from model import EncoderForClassification, mean_over_tokens
 from utils import ModelConfig, UserError
@@ -243,6 +244,17 @@ def test_the_same_bits_in_a_pipeline_that_knows_nothing_of_this_project(encoder_
         assert answer["label"] == ["bad", "good"][int(found.argmax())]
     assert logits[2][0].shape == (1, 16)
     assert "<" not in tokenizer.decode(logits[1][0][0])
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail"])
+def test_the_tokenizer_of_a_trained_model_cuts_as_in_training(encoder_folder, tmp_path, truncation):
+    model, tokenizer = build(encoder_folder("bert")), load_tokenizer(encoder_folder("bert"))
+    model.config.update({"max_len": 8, "truncation": truncation})
+    text = "one two three four five six seven eight nine ten"
+    expected = Encode(tokenizer, 8, truncation)({"text": [text]})["input_ids"][0]
+    save_model(tmp_path, model.config, model.state_dict(), tokenizer)
+    assert load_tokenizer(tmp_path)(text, truncation=True)["input_ids"] == expected
+    assert len(expected) == 8
 
 
 def test_without_its_code_the_folder_is_refused_rather_than_misread(encoder_folder, tmp_path):
