@@ -205,6 +205,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
         key = error.full_key or "an interpolation"  # a ${...} whose value is missing or of the wrong type
         raise UserError(f"{origins.get(key, path)}: {key}: {str(error).splitlines()[0]}: give a value that fits"
                         ) from None
+    for section, key in ((config, "output_dir"), (config.model_config, "model_name"), (config.data_config, "dataset")):
+        if (value := getattr(section, key)).startswith("~"):  # in key=~/folder, no shell expands it
+            setattr(section, key, os.path.expanduser(value))
     for key, text in impossible_values(config, known, num_processes()).items():
         problems.setdefault(key, f"{origins.get(key, path)}: {text}")
     if problems:

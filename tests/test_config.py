@@ -168,3 +168,10 @@ def test_the_two_ways_to_ask_for_a_batch_agree():
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the MiniLM encoder")
 def test_max_len_of_a_real_encoder():
     assert checks.max_positions(str(SHARED / "models/all-MiniLM-L6-v2")) == 512
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(PROJECT / "config.yaml", ["output_dir=~/runs", "data_config.dataset=~/reviews.csv"])
+    assert config.output_dir == "/home/somebody/runs"
+    assert config.data_config.dataset == "/home/somebody/reviews.csv"
