@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from scipy.special import softmax
+from torch import nn
 from tqdm import tqdm
 
 from checkpointing import best_model
@@ -66,6 +67,10 @@ class Classifier:
         self.pass_tokens = PASS_FLOPS[devices.device.type] / (6 * weights)
         place_model(self.model, config, devices)
         self.model.eval()
+        if (dtype := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(devices.precision)) is not None:
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)  # once, as autocast would in each forward pass: the same bits
 
     @property
     def added(self) -> list[str]:
