@@ -108,7 +108,8 @@ def check_files(path: str, output: str | None) -> None:
     if Path(output).suffix not in kinds:
         raise UserError(f"--output: {output}: from {'standard input' if path == '-' else kind}, the file must end in "
                         f"{', '.join(kinds)}")
-    for name in (output, output + ".rejected.csv"):
+    is_interrupted = Path(output + ".parts").is_dir()  # perhaps after its rejected rows were written
+    for name in (output, *(() if is_interrupted else (output + ".rejected.csv",))):
         if Path(name).exists():
             raise UserError(f"--output: {name} exists already: choose another name, or remove it")
     if not Path(output).absolute().parent.is_dir():
