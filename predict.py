@@ -67,10 +67,13 @@ class Classifier:
         self.pass_tokens = PASS_FLOPS[devices.device.type] / (6 * weights)
         place_model(self.model, config, devices)
         self.model.eval()
-        if (dtype := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(devices.precision)) is not None:
+
+    def cast_weights(self) -> None:
+        """Cast once what autocast would cast in each forward pass: the same bits."""
+        if (dtype := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.devices.precision)) is not None:
             for module in self.model.modules():
                 if isinstance(module, nn.Linear):
-                    module.to(dtype)  # once, as autocast would in each forward pass: the same bits
+                    module.to(dtype)
 
     @property
     def added(self) -> list[str]:
@@ -107,12 +110,14 @@ def predict(command: Any, devices: Any) -> None:
     """Label `command.text`, or the rows of the file `command.input`."""
     config = command.config
     folder = Path(command.model) if command.model else best_model(config.run_folder)
+    classifier = Classifier(folder, config, devices)
+    classifier.cast_weights()
     if command.text is not None:
-        show(Classifier(folder, config, devices), command.text)
+        show(classifier, command.text)
     elif command.output is None:
-        print_rows(Classifier(folder, config, devices), command.input, config.data_config.text_column)
+        print_rows(classifier, command.input, config.data_config.text_column)
     else:
-        Job(command.input, Path(command.output), Classifier(folder, config, devices), config).run()
+        Job(command.input, Path(command.output), classifier, config).run()
 
 
 def show(classifier: Classifier, text: str) -> None:

@@ -61,6 +61,7 @@ def suite(classifier: Classifier, texts: list[str], folder: Path) -> list[str]:
 def compare(model: str, texts: list[str]) -> None:
     config = Config()
     classifier = Classifier(Path(model), config, SingleDevice(config))
+    classifier.cast_weights()
     contenders = {name: pipeline("text-classification", model=model, dtype=dtype, device=classifier.devices.device)
                   for name, dtype in (("pipeline", torch.float32), ("pipeline-bf16", torch.bfloat16))}
     sizes = {}
