@@ -38,6 +38,8 @@ from data import get_dataloader, prepare_data
 from devices import SingleDevice, make_deterministic
 from efficiency import environment, peak_flops, peak_memory_mb, training_flops
 from evaluation import Predictions, compute_metrics, mistakes, read_metrics, write_mistakes, write_predictions
+from explain import explain
+from export import export
 from hub import check_hub, quiet_libraries
 from loading import load_model
 from model import EncoderForClassification
@@ -342,6 +344,10 @@ def main(command: cli.Command, devices_class: type = SingleDevice) -> None:
             test_again(command.config, devices)
         elif command.mode == "predict":
             predict(command, devices)
+        elif command.mode == "export":
+            export(command, devices)
+        elif command.mode == "explain":
+            explain(command, devices)
     devices.close()
 
 

@@ -1,0 +1,209 @@
+"""The explanation: it adds up, it finds the words that decide, and any text can be shown without harm."""
+
+import csv
+import re
+
+import pytest
+import torch
+from conftest import ENCODERS, run_here, write_reviews
+
+import cli
+import explain
+import main
+from attribution import TOLERANCE, attribute
+from devices import SingleDevice
+from evaluation import write_mistakes
+from loading import load_model, load_tokenizer, new_model, save_model
+from predict import Classifier
+from utils import ModelConfig, UserError, load_config
+
+TELLING = {"good": {"gripping", "moving", "delightful"}, "bad": {"dull", "dreary", "pointless"}}
+ODD_TEXTS = ["word", "a dull film 😀🎬 👨\u200d👩\u200d👧 great", "これは素晴らしい映画です。最高！", "فيلم رائع جدا",
+             "½ ﬁne ①", "x<br /><br />y &amp; <b>z</b> @@TITLE@@ </script>", "\u200b", "[SEP] [MASK] <s>",
+             "a\x00b\x1b[31mred\x07", "  lead\n\n\ttail  ", "x" * 3000, "dull " * 100_000]
+
+
+def classifier(folder) -> Classifier:
+    config = load_config("config.yaml", ["train_config.device=cpu", "train_config.mixed_precision=no"])
+    return Classifier(folder, config, SingleDevice(config))
+
+
+@pytest.fixture
+def random_model(encoder_folder, tmp_path):
+    """random_model(name, ...): a classifier of fresh weights whose logits differ from text to text."""
+    def build(name: str, pooling: str = "cls", truncation: str = "head", labels=("bad", "good"), max_len: int = 24):
+        torch.manual_seed(1)
+        model = new_model(ModelConfig(model_name=encoder_folder(name), pooling=pooling), list(labels))
+        model.head.weight.data *= 50
+        model.config.max_len, model.config.truncation = max_len, truncation
+        folder = tmp_path / f"{name}-{pooling}-{truncation}-{len(labels)}"
+        save_model(folder, model.config, model.state_dict(), load_tokenizer(encoder_folder(name)))
+        return classifier(folder)
+    return build
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, encoder_folder):
+    """The overrides of a finished run on reviews whose words give their class away."""
+    folder = tmp_path_factory.mktemp("explained")
+    reviews = write_reviews(folder / "reviews.csv")
+    overrides = [f"output_dir={folder / 'runs'}", "run_name=run", f"model_config.model_name={encoder_folder('bert')}",
+                 f"data_config.dataset={reviews}", "data_config.text_column=review",
+                 "data_config.label_column=verdict", "data_config.max_len=32", "data_config.batch_size=16",
+                 "model_config.pooling=mean", "train_config.epochs=10", "train_config.learning_rate=0.001",
+                 "train_config.mixed_precision=no", "train_config.device=cpu", "log_config.wandb_mode=disabled"]
+    result = run_here(*overrides)
+    assert result.returncode == 0, result.stderr
+    return overrides
+
+
+def command(overrides, **options):
+    config = load_config("config.yaml", overrides)
+    main.main(cli.Command("explain", config, **options))
+    return config.run_folder
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_attributions_sum_to_the_difference(random_model, name, pooling):
+    each = random_model(name, pooling, labels=("bad", "so so", "good"))
+    explanation = attribute(each, "a gripping and moving film, if dreary")
+    assert explanation.is_complete
+    assert explanation.error <= TOLERANCE * 2 * explanation.total
+
+    # The same two logits without hooks: word embeddings are given, at the same positions.
+    model, encode = each.model, each.encode
+    ids = torch.tensor(encode({"text": [explanation.text]})["input_ids"])
+    padding = torch.tensor([encode.prefix + [each.tokenizer.pad_token_id] * (ids.shape[1] - 2) + encode.suffix])
+    embeddings = model.encoder.get_input_embeddings()
+    with torch.no_grad():
+        scores = []
+        for inputs in (ids, padding):
+            hidden = model.encoder(inputs_embeds=embeddings(inputs)).last_hidden_state
+            logits = model.head(hidden[0, 0] if pooling == "cls" else hidden[0].mean(dim=0))
+            own = each.label_names.index(explanation.predicted)
+            scores.append(logits[own] - (logits.sum() - logits[own]) / 2)
+    assert abs(scores[0] - scores[1]) > 1e-3
+    assert [explanation.score, explanation.baseline] == pytest.approx([float(score) for score in scores], abs=1e-4)
+    assert [explanation.text[word.start:word.end] for word in explanation.words][:3] == ["a", "gripping", "and"]
+
+
+def test_the_words_that_give_the_class_away_are_the_strongest(run):
+    each = classifier(load_config("config.yaml", run).run_folder / "best")
+    with open(load_config("config.yaml", run).data_config.dataset, newline="", encoding="utf-8") as file:
+        reviews = list(csv.DictReader(file))[:20]
+    for review in reviews:
+        explanation = attribute(each, review["review"])
+        assert explanation.predicted == review["verdict"]
+        telling, others = [], []
+        for word in explanation.words:
+            is_telling = review["review"][word.start:word.end] in TELLING[review["verdict"]]
+            (telling if is_telling else others).append(word.attribution)
+        assert max(telling) > max(map(abs, others))
+        assert sum(telling) > 2 * sum(map(abs, others))
+
+
+def test_words_for_the_other_class_count_against(run):
+    each = classifier(load_config("config.yaml", run).run_folder / "best")
+    text = "a story that was gripping, moving and delightful with some dull people, gripping and moving"
+    explanation = attribute(each, text)
+    assert explanation.predicted == "good"
+    against = min(explanation.words, key=lambda word: word.attribution)
+    assert text[against.start:against.end] == "dull"
+    assert re.search(r"-\d+\.\d %  dull", explain.as_plain_text(explanation))
+
+
+@pytest.mark.parametrize("truncation", ["head", "tail", "head_tail"])
+@pytest.mark.parametrize("name", ["bert", "modernbert"])  # WordPiece, and bytes, in whose middle a cut can be
+def test_any_text(random_model, tmp_path, name, truncation):
+    each = random_model(name, truncation=truncation)
+    explanations = [(text[:20], attribute(each, text)) for text in ODD_TEXTS]
+    for text, (_, explanation) in zip(ODD_TEXTS, explanations, strict=True):
+        assert "".join(piece for piece, *_ in explanation.pieces()) == text
+        assert (explanation.unread is None) == (len(each.encode._tokens([text])[0]) <= each.encode.room)
+        coloured = explain.in_colour(explanation)
+        assert len(coloured) < 5000  # what was not read is counted, not printed
+        assert not re.search("[\0-\x08\x0b-\x1f]", re.sub("\x1b\\[(0|2|30;48;5;[0-9]+)m", "", coloured))
+    explain.write_page(tmp_path / "page.html", "odd <texts>", "", explanations)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<title>odd &lt;texts&gt;</title>" in page
+    body = page[page.index("<body>"):]
+    assert not set(re.findall(r"</?(\w+)", body)) - {"body", "h1", "h2", "p", "span", "html"}
+    assert not set(page) & set(map(chr, explain.CONTROLS))
+
+
+def test_the_cut_part_is_where_it_was_cut(random_model):
+    text = " ".join(f"film{place:03d}" if place % 10 else "end." for place in range(200))
+    unread = {}
+    for truncation in ("head", "tail", "head_tail"):
+        explanation = attribute(random_model("bert", truncation=truncation), text)
+        unread[truncation] = explanation.unread
+        assert re.search("not read: 1.. of 200 words", "\n".join(explain.remarks(explanation)))
+    assert unread["head"][0] > 0
+    assert unread["head"][1] == len(text)
+    assert unread["tail"][0] == 0
+    assert unread["tail"][1] < len(text)
+    assert 0 < unread["head_tail"][0] < unread["head_tail"][1] < len(text)
+
+
+def test_one_review(run, tmp_path, capsys, monkeypatch):
+    text = "a gripping film & <i>moving</i> 😀"
+    command(run, text=text, output=str(tmp_path / "one.html"))
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"predicted good \(0\.\d{4}\)", printed[0])
+    assert re.fullmatch(r" +\+\d+\.\d %  (gripping|moving)", printed[2])
+    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    assert re.search(r'<span class="for" style="--strength: [\d.]+" title="\+[\d.]+ % \(\+[\d.]+ logits\)">gripping<',
+                     page)
+    assert "<i>" not in page
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    command(run, text=text)
+    coloured = capsys.readouterr().out
+    assert re.search(r"\x1b\[30;48;5;(46|83)m(gripping|moving)\x1b\[0m", coloured)
+    monkeypatch.setenv("NO_COLOR", "1")
+    command(run, text=text)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_the_most_confident_mistakes_of_a_run(run, capsys):
+    folder = load_config("config.yaml", run).run_folder
+    rows = [{"id": number, "text": f"a dull, dreary story number {number}", "label": "good", "predicted": "bad",
+             "confidence": 0.9} for number in range(100, 125)]
+    write_mistakes(folder / "misclassified.csv", rows)
+    command(run)
+    printed = capsys.readouterr().out
+    assert printed.count("labelled good") == 3
+    page = (folder / "misclassified.html").read_text(encoding="utf-8")
+    assert re.findall(r"<h2>review (\d+): labelled good, predicted bad", page) == [str(n) for n in range(100, 120)]
+    command(run)  # again, over its own page
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    (None, "misclassified.csv is missing: .*--mode test"),
+    (b"", "misclassified.csv is damaged .*columns are missing.*--mode test"),
+    (b"id,text\n1,a\n", "misclassified.csv is damaged .*columns are missing"),
+    (b"id,text,label,predicted,confidence\n1,a,good\n", "misclassified.csv is damaged .*fields are missing"),
+    (b"id,text,label,predicted,confidence\n1,\xff,good,bad,1\n", "misclassified.csv is damaged .*utf-8"),
+    (b"id,text,label,predicted,confidence\n1,\"a,good,bad,1\n", "misclassified.csv is damaged"),
+    (b"id,text,label,predicted,confidence\n", "misclassified.csv holds no mistakes"),
+])
+def test_a_bad_file_of_mistakes_is_one_line(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "misclassified.csv").write_bytes(content)
+    with pytest.raises(UserError, match=expected) as caught:
+        explain.read_mistakes(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_page_needs_its_folder(run):
+    with pytest.raises(UserError, match="--output: no such folder: /nowhere"):
+        command(run, text="a film", output="/nowhere/page.html")
+
+
+def test_explaining_changes_no_weight(run):
+    folder = load_config("config.yaml", run).run_folder / "best"
+    each = classifier(folder)
+    attribute(each, "a gripping film")
+    fresh = load_model(folder).state_dict()
+    assert all(torch.equal(weights, fresh[name]) for name, weights in each.model.state_dict().items())
+    assert not any(hooks for module in each.model.modules() for hooks in [module._forward_hooks])

@@ -1,0 +1,134 @@
+"""The exported model: PyTorch's logits from ONNX Runtime for every family, checked or not there at all."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENCODERS
+from transformers import AutoTokenizer
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+import cli
+import export
+import main
+from loading import load_tokenizer, new_model, save_model
+from utils import ModelConfig, UserError, load_config
+
+TEXTS = ["word", "a gripping and moving film", "dull dreary pointless " * 40]
+
+
+def save(folder, encoder: str, pooling: str = "cls"):
+    """A model folder; returns the model in eval mode."""
+    torch.manual_seed(1)
+    model = new_model(ModelConfig(model_name=encoder, pooling=pooling), ["bad", "good"]).eval()
+    model.head.weight.data *= 100  # these reviews' hidden states are much alike
+    model.config.max_len, model.config.truncation = 40, "head"
+    save_model(folder, model.config, model.state_dict(), load_tokenizer(encoder))
+    return model
+
+
+def run_export(model, output=None):
+    config = load_config("config.yaml", ["train_config.device=cpu"])
+    main.main(cli.Command("export", config, str(model), output=output and str(output)))
+
+
+@pytest.fixture
+def bert(tmp_path, encoder_folder):
+    save(tmp_path / "model", encoder_folder("bert"))
+    return tmp_path / "model"
+
+
+def cases():
+    usual = {"bert-cls", "modernbert-mean"}
+    for name in ENCODERS:
+        for pooling in ("cls", "mean"):
+            case = f"{name}-{pooling}"
+            yield pytest.param(name, pooling, id=case, marks=() if case in usual else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("name", "pooling"), list(cases()))
+def test_a_program_without_pytorch_computes_the_same(encoder_folder, tmp_path, name, pooling, capfd):
+    model = save(tmp_path / "model", encoder_folder(name), pooling)
+    capfd.readouterr()
+    run_export(tmp_path / "model")
+    printed = capfd.readouterr()
+    assert printed.err == ""  # none of the exporter's remarks
+    assert len(printed.out.splitlines()) == 2
+    folder = tmp_path / "model-onnx"
+    config = json.loads((folder / "config.json").read_text())
+    assert config == {"id2label": {"0": "bad", "1": "good"}, "truncation": "head", "max_len": 40}
+    assert len(list(folder.glob("model.onnx*"))) == 1  # the weights are in it
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(TEXTS, truncation=True, max_length=config["max_len"], padding=True, return_tensors="np")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert inputs["input_ids"].shape == (3, 40)
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert [axis.shape for axis in session.get_inputs()] == [["batch", "tokens"]] * 2
+    logits, = session.run(["logits"], inputs)
+    with torch.no_grad():
+        expected = model(**{name: torch.from_numpy(values) for name, values in inputs.items()}).logits.numpy()
+    assert np.ptp(expected, axis=0).max() > 0.01
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_a_model_that_differs_gets_no_name(bert, monkeypatch):
+    session = export.session
+
+    class Drifting:
+        def __init__(self, path):
+            self.session = session(path)
+
+        def run(self, names, inputs):  # right for everything but long inputs
+            return [logits + 2e-4 * (inputs["input_ids"].shape[1] == 40) for logits in self.session.run(names, inputs)]
+
+    monkeypatch.setattr(export, "session", Drifting)
+    before = sorted(bert.parent.rglob("*"))
+    with pytest.raises(RuntimeError, match="differs from PyTorch's by 2.0e-04 in a logit.* x 40 tokens"):
+        run_export(bert)
+    assert sorted(bert.parent.rglob("*")) == before
+
+
+def test_the_check_reads_every_size_and_length(bert):
+    config = load_config("config.yaml", ["train_config.device=cpu"])
+    from devices import SingleDevice
+    from predict import Classifier
+
+    encode = Classifier(bert, config, SingleDevice(config)).encode
+    batches = list(export.check_batches(encode))
+    assert {len(rows) for rows in batches} == set(export.BATCHES)
+    lengths = {len(row) - 2 for rows in batches for row in rows}
+    assert {1, 2, 4, 8, 16, 32, 38} <= lengths
+    assert max(lengths) == encode.room == 38
+    assert any(len({len(row) for row in rows}) > 3 for rows in batches)  # ragged
+
+
+@pytest.mark.parametrize("problem", ["exists", "parent is a file", "no packages", "not exportable"])
+def test_what_cannot_be_exported_is_one_line(bert, tmp_path, monkeypatch, problem):
+    output = None
+    if problem == "exists":
+        (tmp_path / "model-onnx").mkdir()
+        expected = "model-onnx exists already: remove it, or choose another folder with --output"
+    elif problem == "parent is a file":
+        output, expected = bert / "config.json" / "onnx", "cannot be made .*: choose another folder with --output"
+    elif problem == "no packages":
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        expected = "--mode export needs onnxruntime: pip install -r requirements-onnx.txt"
+    else:
+        forward = export.Classifier.__init__
+
+        def branching(self, *arguments):
+            forward(self, *arguments)
+            head = self.model.head.forward
+            self.model.head.forward = lambda hidden: head(hidden) if hidden.sum() > 0 else -head(hidden)
+
+        monkeypatch.setattr(export.Classifier, "__init__", branching)
+        expected = r"torch 2\S+ cannot export a bert model \(.*\): use it in PyTorch, or train another encoder"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=expected) as caught:
+        run_export(bert, output)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
