@@ -1,0 +1,95 @@
+"""How fast is a trained model's answer: PyTorch, as --mode predict runs it, against the exported ONNX.
+
+    python benchmarks/inference.py                          MiniLM's shape: about two minutes on two CPU cores
+    python benchmarks/inference.py --shape bert-base        or any other shape
+    python benchmarks/inference.py --rounds 1 --seconds 0.1     a quick look
+
+Random reviews of exactly 128 tokens, random weights, on the CPU, with torch's number of threads for both (set
+OMP_NUM_THREADS). The contenders run in turn, each for some seconds a round, after calls that are not counted. Printed
+is a Markdown table: medians of the rounds, ratios round by round, with the least and the most.
+
+    pytorch         fp32
+    pytorch-bf16    under autocast, where the CPU computes in bf16
+    onnxruntime     the file of --mode export, fp32
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, ModernBertConfig
+from workload import SHAPES, describe_machine
+
+from devices import pick_precision
+from export import session, write_onnx
+from model import ClassifierConfig, EncoderForClassification
+from run import place_model
+from utils import Config
+
+TOKENS, BATCHES, UNCOUNTED = 128, (1, 32), 3
+
+
+class CPU:
+    device = torch.device("cpu")
+
+
+def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
+    """{name: what takes input_ids (batch, tokens) to logits}."""
+    kind, sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    encoder = {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes)
+    model = EncoderForClassification(ClassifierConfig(encoder))
+    place_model(model.eval(), Config(), CPU)
+    write_onnx(model, folder / "model.onnx")
+    exported = session(folder / "model.onnx")
+
+    def in_bf16(input_ids: torch.Tensor) -> object:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(input_ids)
+
+    found = {"pytorch": model}
+    if pick_precision("auto", CPU.device) == "bf16":
+        found["pytorch-bf16"] = in_bf16
+    return found | {"onnxruntime": lambda input_ids: exported.run(["logits"], {
+        "input_ids": input_ids.numpy(), "attention_mask": torch.ones_like(input_ids).numpy()})}
+
+
+@torch.inference_mode()
+def seconds_a_call(run: Callable[[torch.Tensor], object], batch: int, seconds: float) -> float:
+    input_ids = torch.randint(1000, 30_000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
+    for _ in range(UNCOUNTED):
+        run(input_ids)
+    calls, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        run(input_ids)
+        calls += 1
+    return elapsed / calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="minilm")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4, help="of a contender in a round (default: 4)")
+    arguments = parser.parse_args()
+    print(f"{arguments.shape}, {TOKENS} tokens, {describe_machine()}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = contenders(arguments.shape, Path(folder))
+        times = {(batch, name): [] for batch in BATCHES for name in runs}
+        for _ in range(arguments.rounds):
+            for batch, name in times:
+                times[batch, name].append(seconds_a_call(runs[name], batch, arguments.seconds))
+    print("\n| batch | | ms a batch | reviews/s | of pytorch's speed |\n| --- | --- | --- | --- | --- |")
+    for (batch, name), own in times.items():
+        ratios = [base / mine for base, mine in zip(times[batch, "pytorch"], own, strict=True)]
+        print(f"| {batch} | `{name}` | {1000 * statistics.median(own):,.1f} ({1000 * min(own):,.1f} to "
+              f"{1000 * max(own):,.1f}) | {batch / statistics.median(own):,.1f} | {statistics.median(ratios):.2f} "
+              f"({min(ratios):.2f} to {max(ratios):.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
