@@ -113,8 +113,9 @@ def refuse_other_data(config: Config, then: str, now: str) -> None:
 
 def remove_run(folder: Path) -> None:
     """Remove what a run left, first of all what calls it finished."""
-    (folder / "metrics.json").unlink(missing_ok=True)
-    for name in ("last", "best", "best" + PARTIAL, "best" + OLD):
+    for name in ("metrics.json", "misclassified.html"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("last", "best", "best" + PARTIAL, "best" + OLD, "onnx"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

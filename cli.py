@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hub import usable_cache
 from stopping import SIGNALS
+from storage import refuse_existing
 from utils import Config, UserError, load_config, num_processes
 
 MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
@@ -52,7 +53,10 @@ def read_command(description: str, accumulates: bool) -> Command:
     try:
         if arguments.mode not in MODES:
             raise UserError(f"--mode {arguments.mode}: choose one of {', '.join(MODES)}")
-        check_options(arguments)
+        try:
+            check_options(arguments)
+        except OSError as error:  # such as a name that is too long
+            raise UserError(f"command line: {error.filename}: {error.strerror}") from None
         config = load_config(arguments.config, [*unknown, *arguments.overrides])
         if num_processes() > 1 and not accumulates:
             raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py "
@@ -64,7 +68,8 @@ def read_command(description: str, accumulates: bool) -> Command:
                             "main.py takes one micro-batch a step; run main_accumulation.py with the same arguments")
     except UserError as error:
         leave(error)
-    usable_cache()
+    if arguments.mode in ("train", "test"):
+        usable_cache()
     output = None if arguments.output == "-" else arguments.output
     return Command(arguments.mode, config, arguments.model, arguments.text, arguments.input, output)
 
@@ -79,6 +84,8 @@ def check_options(given: argparse.Namespace) -> None:
         raise UserError(f"--model: no such folder: {given.model}")
     if given.text is not None and not given.text.strip():
         raise UserError("--text is empty: give a review")
+    if given.text is not None and given.text != given.text.encode(errors="replace").decode():
+        raise UserError("--text is not UTF-8: set the terminal to it, or give a file with --input")
     if given.mode == "predict":
         if (given.text is None) == (given.input is None):
             raise UserError('--mode predict: give either --text "..." or --input FILE')
@@ -96,6 +103,8 @@ def check_files(path: str, output: str | None) -> None:
     """Raises UserError if the rows of `path` cannot be predicted into `output`."""
     kind = Path(path).suffix
     if path != "-":
+        if Path(path).is_dir():
+            raise UserError(f"--input: {path} is a folder: name one file in it")
         if not Path(path).is_file():
             raise UserError(f"--input: no such file: {path}")
         if kind not in ROW_FILES:
@@ -108,10 +117,10 @@ def check_files(path: str, output: str | None) -> None:
     if Path(output).suffix not in kinds:
         raise UserError(f"--output: {output}: from {'standard input' if path == '-' else kind}, the file must end in "
                         f"{', '.join(kinds)}")
-    is_interrupted = Path(output + ".parts").is_dir()  # perhaps after its rejected rows were written
-    for name in (output, *(() if is_interrupted else (output + ".rejected.csv",))):
-        if Path(name).exists():
-            raise UserError(f"--output: {name} exists already: choose another name, or remove it")
+    if len(os.fsencode(Path(output).name)) > 235:
+        raise UserError(f"--output: {output}: the name is too long, for others are made from it: choose a shorter one")
+    if not Path(output + ".parts").is_dir():  # what an interrupted job has left decides later
+        refuse_existing(output, output + ".rejected.csv")
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
 
@@ -121,6 +130,9 @@ def run(work: Callable[[], None]) -> None:
     # The reviews are tokenized by several threads of one process already; forked loaders must not start their own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     SIGNALS.importing = False
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the work
+            stream.reconfigure(errors="backslashreplace")
     code = 1  # that of a traceback
 
     def leave_without_finalization() -> None:
@@ -138,6 +150,10 @@ def run(work: Callable[[], None]) -> None:
     except UserError as error:
         code = 2
         leave(error)
+    except BrokenPipeError:  # whoever read the output has gone: as `SIGPIPE` would
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+        raise SystemExit(code) from None
     except FloatingPointError as error:  # the training went astray, not the program: its message says all
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
@@ -148,5 +164,5 @@ def run(work: Callable[[], None]) -> None:
 
 def leave(error: UserError) -> None:
     """Print the one line and exit with code 2."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2) from None

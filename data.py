@@ -273,7 +273,7 @@ def _prepare_data(data_config: Any, num_labels: int, tokenizer_name: str, line_b
     digests = text_digests(reviews.table)
     refuse_contradictions(digests, reviews)
     splits = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
-    tokenizer = load_tokenizer(tokenizer_name, line_breaks)
+    tokenizer = load_tokenizer(tokenizer_name, line_breaks=line_breaks)
     used = np.sort(np.concatenate(list(splits.values())))  # with a limit, only these rows are tokenized
     encode = Encode(tokenizer, data_config.max_len, data_config.truncation)
     tokens, offsets = tokenize(reviews.table.select(used), encode, digests[used])

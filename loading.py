@@ -105,15 +105,19 @@ def set_encoder_dropout(encoder_config: PreTrainedConfig, rate: float) -> None:
             setattr(encoder_config, name, rate)
 
 
-def load_tokenizer(name: str, line_breaks: str = "keep") -> PreTrainedTokenizerBase:
-    """The encoder's tokenizer, from the Hub or a folder. Raises UserError if it cannot pad.
+def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks: str = "keep"
+                   ) -> PreTrainedTokenizerBase:
+    """The encoder's tokenizer, from the Hub or a folder, as `key` gives it. Raises UserError if it cannot pad.
 
     With line_breaks="space" it reads `<br />` as a space, also wherever it is loaded from a trained model's folder.
     """
-    with explained("model_config.model_name", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    with explained(key, name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (AttributeError, KeyError, TypeError) as error:  # from a tokenizer.json that is none
+            raise ValueError(f"its tokenizer files: {type(error).__name__}: {error}") from error
     if tokenizer.pad_token_id is None:
-        raise UserError(f"model_config.model_name: the tokenizer of {name} has no padding token: set pad_token in its "
+        raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
                         "tokenizer_config.json")
     if line_breaks == "space":
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -169,7 +173,7 @@ def load_model(folder: str | Path) -> nn.Module:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         is_ours = settings.pop("model_type") == ClassifierConfig.model_type
-        model = EncoderForClassification(ClassifierConfig(**settings)) if is_ours else None
+        model = EncoderForClassification(_sensible(ClassifierConfig(**settings))) if is_ours else None
     except Exception as error:  # of whatever kind: each architecture trips over nonsense in its own way
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / 'config.json'}: not a trained model: {reason}") from error
@@ -183,6 +187,18 @@ def load_model(folder: str | Path) -> nn.Module:
     return model
 
 
+def _sensible(config: ClassifierConfig) -> ClassifierConfig:
+    """The configuration itself. Raises ValueError for values that would be read as something else."""
+    names = config.id2label
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names) or len(names) < 2:
+        raise ValueError(f"id2label is {names}: two or more different names, numbered from 0, are needed")
+    if config.pooling not in ("cls", "mean") or config.truncation not in ("head", "tail", "head_tail"):
+        raise ValueError(f"pooling is {config.pooling!r} and truncation {config.truncation!r}")
+    if config.max_len is not None and not (isinstance(config.max_len, int) and config.max_len >= 4):
+        raise ValueError(f"max_len is {config.max_len!r}, not a number of tokens from 4")
+    return config
+
+
 def _load_foreign(folder: Path) -> nn.Module:
     with explained("--model", str(folder)):
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -191,4 +207,7 @@ def _load_foreign(folder: Path) -> nn.Module:
     lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if lacking:
         raise UserError(f"{folder / WEIGHTS}: no weights for {lacking[0]}: take a trained classifier, not an encoder")
+    if model.config.num_labels < 2 or model.config.problem_type not in (None, "single_label_classification"):
+        raise UserError(f"{folder / 'config.json'}: the model gives no probabilities of two or more classes, one of "
+                        "which is right: take another")
     return model

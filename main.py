@@ -337,13 +337,15 @@ def main(command: cli.Command, devices_class: type = SingleDevice) -> None:
     quiet_libraries()
     make_deterministic()
     devices = devices_class(command.config)
+    if command.mode == "predict":
+        predict(command, devices)
+        devices.close()
+        return
     with room_for(command.config.run_folder):
         if command.mode == "train":
             train(command.config, devices)
         elif command.mode == "test":
             test_again(command.config, devices)
-        elif command.mode == "predict":
-            predict(command, devices)
         elif command.mode == "export":
             export(command, devices)
         elif command.mode == "explain":

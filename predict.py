@@ -21,7 +21,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,13 +36,14 @@ from checkpointing import best_model
 from checks import position_limit, too_long
 from data import Encode, IMDBDataset, eval_batch_size
 from efficiency import PASS_FLOPS
-from loading import WEIGHTS, load_model, load_tokenizer
-from rows import Row, read_rows, size_of
+from loading import load_model, load_tokenizer
+from rows import Row, columns_of, read_rows, size_of
 from run import place_model
 from sampling import cut_window
 from sources import as_text, misfit
-from storage import lock, room_for
-from utils import Config, UserError, atomic_write, num_processes, process_rank, say, write_json
+from stopping import SIGNALS
+from storage import NOT_SEALED, lock, refuse_existing, room_for
+from utils import Config, UserError, atomic_write, num_processes, process_rank, say, sync_folder, write_json
 
 WINDOW = 2048  # rows that are read, sorted by length and labelled together
 SHOWN = 3  # broken rows that are shown; the file of rejected rows has them all
@@ -54,13 +54,16 @@ class Classifier:
 
     def __init__(self, folder: Path, config: Config, devices: Any):
         self.folder = folder
-        self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder))
+        self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder), "--model")
         self.devices, self.batch_size = devices, eval_batch_size(config)
         own = self.model.config  # a model of this suite says how its reviews were cut, others follow the settings
         max_len = getattr(own, "max_len", None) or config.data_config.max_len
         encoder = getattr(own, "encoder", own)
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
+        if len(self.tokenizer) > encoder.vocab_size:
+            raise UserError(f"{folder}: its tokenizer has {len(self.tokenizer)} tokens, its encoder knows only "
+                            f"{encoder.vocab_size}: they do not belong together")
         self.encode = Encode(self.tokenizer, max_len, getattr(own, "truncation", config.data_config.truncation))
         self.label_names = [str(own.id2label[label]) for label in range(len(own.id2label))]
         weights = sum(p.numel() for name, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in name)
@@ -136,20 +139,23 @@ def show(classifier: Classifier, text: str) -> None:
 def read_windows(path: str, column: str, added: list[str]) -> Iterator[list[Row]]:
     """The rows of a file, or of standard input for `-`, WINDOW at a time; one without a usable text is a broken one.
 
-    Raises UserError if the first whole row has no text column, or has one of the columns that will be `added`.
+    Raises UserError if there is no text column, or if there is one of the columns that will be `added`.
     """
-    rows = read_rows("-.txt", sys.stdin.buffer) if path == "-" else read_rows(path)
-    column = "text" if Path(path).suffix in (".txt", "") else column
-    window, is_first = [], True
+    if path == "-":
+        if sys.stdin is None:
+            raise UserError("--input -: standard input is closed: give a file")
+        rows, columns = read_rows("-.txt", sys.stdin.buffer), []
+    else:
+        rows, columns = read_rows(path), columns_of(path)
+    if Path(path).suffix in (".txt", ""):
+        column = "text"
+    elif columns and column not in columns:
+        raise UserError(f"{path}: no column {column!r}; found {', '.join(columns)}: set data_config.text_column")
+    if taken := set(added) & set(columns):
+        raise UserError(f"{path}: it has a column {min(taken)!r} already: rename or remove it")
+    window = []
     for row in rows:
-        if row.problem is None and is_first:
-            is_first = False
-            if column not in row.values:
-                raise UserError(f"{path}: no column {column!r}; found {', '.join(map(str, row.values))}: set "
-                                "data_config.text_column")
-            if taken := [name for name in added if name in row.values]:
-                raise UserError(f"{path}: it has a column {taken[0]!r} already: rename or remove it")
-        window.append(checked(row, column))
+        window.append(checked(row, column, added))
         if len(window) == WINDOW:
             yield window
             window = []
@@ -157,13 +163,15 @@ def read_windows(path: str, column: str, added: list[str]) -> Iterator[list[Row]
         yield window
 
 
-def checked(row: Row, column: str) -> Row:
+def checked(row: Row, column: str, added: list[str]) -> Row:
     """The row with its text as a text, or as a broken row if it has none."""
     if row.problem is None:
         problem = misfit(row, (column,))
         text = None if problem else as_text(row.values[column])
         if problem is None and not (text and text.strip()):
             problem = f"row {row.number} has no text: fill it or remove the row"
+        if taken := row.values.keys() & added:
+            problem = f"row {row.number} has a column {min(taken)!r} already: rename or remove it"
         if problem:
             return Row(row.number, row.position, problem=problem, content=json.dumps(row.values, default=str))
         row.text = text
@@ -182,6 +190,8 @@ def label(classifier: Classifier, window: list[Row]) -> list[dict[str, Any]]:
 def print_rows(classifier: Classifier, path: str, column: str) -> None:
     """To standard output as they come: as JSON lines if the input is .jsonl, else as CSV."""
     writer, broken = None, 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")  # as in a file
     try:
         for window in read_windows(path, column, classifier.added):
             for row in window:
@@ -193,14 +203,20 @@ def print_rows(classifier: Classifier, path: str, column: str) -> None:
                     print(json.dumps(values, ensure_ascii=False))
                     continue
                 if writer is None:
-                    writer = csv.DictWriter(sys.stdout, list(values), lineterminator="\n")
+                    writer = csv.DictWriter(sys.stdout, list(values))
                     writer.writeheader()
-                writer.writerow(values)
+                writer.writerow(cells(values))
             sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter write at its end
     if broken:
         print(f"{broken:,} broken rows were left out", file=sys.stderr)
+
+
+def cells(row: dict[str, Any]) -> dict[str, Any]:
+    """The values of a row as a .csv file holds them."""
+    return {name: json.dumps(value, default=str) if isinstance(value, dict | list) else value
+            for name, value in row.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,10 +235,20 @@ class Job:
         self.kind = ".parquet" if output.suffix == ".parquet" else ".jsonl"
 
     def run(self) -> None:
+        if self.devices.any(self.devices.is_main and self.is_published()):
+            if self.devices.is_main:
+                self.clear()
+            say(f"{self.output} is done")
+            return
+        problem = None
         if self.devices.is_main:
-            self.open()
-        self.devices.barrier()
-        done = {int(part.stem) for part in self.parts.glob(f"*{self.kind}")}
+            try:
+                self.open()
+            except UserError as error:
+                problem = error
+        if self.devices.any(problem is not None):
+            raise problem or SystemExit(2)
+        done = {int(part.stem) for part in self.finished_parts()}
         self.devices.barrier()  # every process has seen what was done before any of them does more
         if done:
             say(f"going on: {len(done):,} times {WINDOW:,} rows are labelled already")
@@ -241,34 +267,83 @@ class Job:
         if counts["broken"]:
             say(f"{self.rejected}: {counts['broken']:,} broken rows that were left out")
 
+    def finished_parts(self) -> list[Path]:
+        return sorted(self.parts.glob(f"[0-9]*{self.kind}"))
+
     def open(self) -> None:
-        """Make the folder of the parts this job's own. Raises UserError if it is another job's, or in use."""
+        """Make the folder of the parts this job's own.
+
+        Raises UserError if it is another job's, in use, or not a job's at all, or if there is an output already.
+        """
+        path = self.parts / "job.json"
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.parts} cannot be written ({error.strerror}): choose another --output") from None
-        lock(self.parts / "job")
+        there = [each.name for each in self.parts.iterdir() if not each.name.startswith(".")]
+        if self.parts.is_symlink() or there and not path.exists():
+            raise UserError(f"{self.parts} holds other files than a job's: choose another --output, or move them")
+        lock(self.parts / "job", "choose another --output")
+        rejected = self.parts / "rejected.csv"
+        if rejected.exists() and self.rejected.exists() and rejected.samefile(self.rejected):
+            self.rejected.unlink()  # this job was stopped between its two outputs
+        refuse_existing(self.output, self.rejected)  # again: another job may have written them since
+        before = self.read_job(path)
         if self.path == "-":  # nobody can say it twice: a file stands for it
-            for part in self.parts.glob("[!.]*"):
-                part.unlink()
-            with atomic_write(self.source, "wb") as file:
+            if before and before.get("input") != self.input_name:
+                self.refuse(["input"])
+            self.clear(but_folder=True)
+            if sys.stdin is None:
+                raise UserError("--input -: standard input is closed: give a file")
+            with room_for(self.parts), atomic_write(self.source, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
-        status = os.stat(self.source)
-        data = self.config.data_config
-        with open(self.classifier.folder / WEIGHTS, "rb") as file:
-            model = hashlib.file_digest(file, "sha256").hexdigest()
-        job = {"input": str(Path(self.source).resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns,
-               "model": model, "text_column": data.text_column, "max_len": data.max_len, "truncation": data.truncation,
-               "eval_batch_size": data.eval_batch_size, "precision": self.devices.precision, "window": WINDOW}
-        path = self.parts / "job.json"
+        self.job = self.describe()
+        if self.finished_parts() and before != self.job:
+            self.refuse(sorted(key for key in self.job if before.get(key) != self.job[key]))
+        write_json(path, self.job)
+
+    @property
+    def input_name(self) -> str:
+        return str(Path(self.source).resolve())
+
+    def describe(self) -> dict[str, Any]:
+        """All that the labels depend on."""
+        status, data, folder = os.stat(self.source), self.config.data_config, self.classifier.folder
+        model = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.name not in NOT_SEALED:
+                with open(path, "rb") as file:
+                    model.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return {"input": self.input_name, "bytes": status.st_size, "changed": status.st_mtime_ns,
+                "model": model.hexdigest(), "text_column": data.text_column, "max_len": data.max_len,
+                "truncation": data.truncation, "eval_batch_size": data.eval_batch_size,
+                "precision": self.devices.precision, "window": WINDOW}
+
+    def read_job(self, path: Path) -> dict[str, Any]:
+        """What the job before this one was; {} if there was none, or nobody can tell."""
         try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else job
-        except ValueError:
-            before = {}
-        if differing := sorted(key for key in job if before.get(key) != job[key]):
-            raise UserError(f"{self.parts} holds what an interrupted job with another {', '.join(differing)} has "
-                            "labelled: give its command, choose another --output, or remove this folder")
-        write_json(path, job)
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def refuse(self, differing: list[str]) -> None:
+        raise UserError(f"{self.parts} holds what an interrupted job with another {', '.join(differing)} has labelled: "
+                        "give its command, choose another --output, or remove this folder")
+
+    def is_published(self) -> bool:
+        """Whether the output is that of this folder, whose job was stopped before it could tidy up."""
+        joined = self.parts / f"output{self.output.suffix}"
+        return joined.exists() and self.output.exists() and joined.samefile(self.output)
+
+    def clear(self, but_folder: bool = False) -> None:
+        """Remove what belongs to the job, the file that tells a finished one last."""
+        names = [*self.parts.glob("[0-9]*"), *self.parts.glob("input.txt"), *self.parts.glob("rejected.csv"),
+                 *self.parts.glob("job.json"), *self.parts.glob(".*"), *self.parts.glob("output.*")]
+        for path in names:
+            if not (but_folder and path.name == ".job.lock"):
+                path.unlink(missing_ok=True)
+        if not but_folder:
+            self.parts.rmdir()
 
     def label_windows(self, done: set[int], counts: Counter) -> None:
         processes, rank, open_windows = num_processes(), process_rank(), 0
@@ -288,6 +363,8 @@ class Job:
                 counts["labelled"] += len(window)
                 open_windows += 1
             bar.update(window[-1].position - bar.n)
+            if SIGNALS.received:
+                raise SystemExit(SIGNALS.exit_code)
         bar.close()
 
     def write_part(self, number: int, rows: list[dict], broken: list[Row]) -> None:
@@ -310,30 +387,47 @@ class Job:
 
     def join(self) -> None:
         """All parts, in order, as one file. It comes last, and stands for the job being done."""
-        broken = sorted(self.parts.glob("*.csv"))
-        if broken:
-            with atomic_write(self.rejected) as file:
+        if self.describe() != self.job:
+            raise UserError(f"{self.source}, or the model, has changed while it was labelled: remove {self.parts} and "
+                            "give the command again")
+        joined, rejected = self.parts / f"output{self.output.suffix}", self.parts / "rejected.csv"
+        if broken := sorted(self.parts.glob("[0-9]*.csv")):
+            with atomic_write(rejected) as file:
                 csv.writer(file).writerow(["row", "problem", "content"])
                 append(file, broken)
-        parts = sorted(self.parts.glob(f"*{self.kind}"))
+        parts = self.finished_parts()
         if self.kind == ".parquet":
-            with atomic_write(self.output, "wb") as file, ExitStack() as stack:
-                writer = None
+            schema = self.table([]).schema
+            with atomic_write(joined, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
                 for part in parts:
-                    table = pyarrow.parquet.read_table(part)
-                    writer = writer or stack.enter_context(pyarrow.parquet.ParquetWriter(file, table.schema))
-                    writer.write_table(table)
+                    writer.write_table(pyarrow.parquet.read_table(part))
+        elif self.output.suffix == ".jsonl":
+            with atomic_write(joined) as file:
+                append(file, parts)
         else:
-            with atomic_write(self.output) as file:
-                if self.output.suffix == ".jsonl":
-                    append(file, parts)
-                else:
-                    columns = dict.fromkeys(name for row in read_parts(parts) for name in row)
-                    writer = csv.DictWriter(file, list(columns))
-                    writer.writeheader()
-                    writer.writerows({name: json.dumps(value) if isinstance(value, dict | list) else value
-                                      for name, value in row.items()} for row in read_parts(parts))
-        shutil.rmtree(self.parts)
+            columns = dict.fromkeys(columns_of(self.source)) | dict.fromkeys(name for row in read_parts(parts)
+                                                                             for name in row)
+            with atomic_write(joined) as file:
+                writer = csv.DictWriter(file, [*columns, *(name for name in self.classifier.added
+                                                           if name not in columns)])
+                writer.writeheader()
+                writer.writerows(map(cells, read_parts(parts)))
+        if broken:
+            self.publish(rejected, self.rejected)
+        self.publish(joined, self.output)
+        self.clear()
+
+    def publish(self, path: Path, target: Path) -> None:
+        """Give a whole file its name, unless something has it by now."""
+        try:
+            os.link(path, target)
+        except FileExistsError:
+            if not path.samefile(target):
+                raise UserError(f"{target} has come into being meanwhile: move it, and give the same command again"
+                                ) from None
+        except OSError:  # a file system without hard links
+            os.rename(path, target)
+        sync_folder(target.parent)
 
 
 def append(file: TextIO, parts: list[Path]) -> None:
@@ -344,5 +438,8 @@ def append(file: TextIO, parts: list[Path]) -> None:
 
 def read_parts(parts: list[Path]) -> Iterator[dict]:
     for part in parts:
-        with open(part, encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        try:
+            with open(part, encoding="utf-8") as file:
+                yield from map(json.loads, file)
+        except ValueError:
+            raise UserError(f"{part} is damaged: remove it, and give the same command again") from None

@@ -23,6 +23,7 @@ import pyarrow.parquet
 from utils import UserError
 
 LONGEST_FIELD = 1 << 24  # characters of a .csv: a quote that is never closed would swallow the rest of the file
+DEEPEST = 100  # brackets within brackets in a line of .jsonl: Python's own limit depends on who asks
 
 
 @dataclass
@@ -41,8 +42,20 @@ def read_rows(path: str, file: BinaryIO | None = None) -> Iterator[Row]:
     if kind == ".parquet":
         yield from _read_parquet(path)
         return
-    with nullcontext(file) if file else open(path, "rb") as file:
+    with nullcontext(file) if file else _opened(path) as file:
         yield from {".csv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_txt}[kind](path, file)
+
+
+def columns_of(path: str) -> list[str]:
+    """The columns of a file, also where it holds no rows; [] for .jsonl, whose rows bring their own."""
+    kind = Path(path).suffix
+    if kind == ".parquet":
+        with _opened_parquet(path) as file:
+            return file.schema_arrow.names
+    if kind == ".csv":
+        with _opened(path) as file:
+            return _read_header(path, file)[2]
+    return ["text"] if kind == ".txt" else []
 
 
 def size_of(path: str) -> int:
@@ -59,7 +72,7 @@ class _Lines:
     def __init__(self, file: BinaryIO):
         self.file = file
         self.text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        self.number, self.since_mark, self.returned = 0, [], deque()
+        self.number, self.since_mark, self.characters, self.returned = 0, [], 0, deque()
 
     def __iter__(self) -> _Lines:
         return self
@@ -68,10 +81,13 @@ class _Lines:
         line = self.returned.popleft() if self.returned else next(self.text)
         self.number += 1
         self.since_mark.append(line)
+        self.characters += len(line)
+        if self.characters > LONGEST_FIELD and len(self.since_mark) > 1:
+            raise csv.Error(f"a row of more than {LONGEST_FIELD:,} characters")
         return line
 
     def mark(self) -> None:
-        self.since_mark = []
+        self.since_mark, self.characters = [], 0
 
     def give_back(self, kept: int) -> None:
         """Give back the lines since the mark but for the first `kept` of them."""
@@ -81,7 +97,8 @@ class _Lines:
 
     @property
     def content(self) -> str:
-        return "".join(self.since_mark).rstrip("\r\n").encode(errors="surrogateescape").decode(errors="replace")
+        content = "".join(self.since_mark).rstrip("\r\n")
+        return content.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
     def first_not_utf8(self) -> int | None:
         """The number of the first line since the mark that is not UTF-8."""
@@ -94,11 +111,25 @@ class _Lines:
         return self.file.tell() if self.file.seekable() else 0
 
 
-def _read_csv(path: str, file: BinaryIO) -> Iterator[Row]:
+def _read_header(path: str, file: BinaryIO) -> tuple[_Lines, Any, list[str]]:
+    """The lines of a .csv file, their csv.reader behind the header, and the header; [] of an empty file."""
     csv.field_size_limit(LONGEST_FIELD)
     lines = _Lines(file)
     reader = csv.reader(lines, strict=True)
-    header, number = None, 0
+    try:
+        header = next((values for values in reader if values), [])  # a blank line is none
+    except csv.Error as error:
+        raise UserError(f"{path}: line {lines.number}: {error}: mend the quotes there") from None
+    if line := lines.first_not_utf8():
+        raise UserError(f"{path}: line {line} is not UTF-8: save it as UTF-8")
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have the same name in {', '.join(header)}: rename one")
+    return lines, reader, header
+
+
+def _read_csv(path: str, file: BinaryIO) -> Iterator[Row]:
+    lines, reader, header = _read_header(path, file)
+    number = 0
     while True:
         lines.mark()
         problem, values = None, []
@@ -113,13 +144,6 @@ def _read_csv(path: str, file: BinaryIO) -> Iterator[Row]:
             problem = f"line {lines.number}: {error}: mend the quotes there"
         if (line := lines.first_not_utf8()) is not None:
             problem = f"line {line} is not UTF-8: save it as UTF-8"
-        if header is None:
-            header = values
-            if problem:
-                raise UserError(f"{path}: {problem}")
-            if len(set(header)) < len(header):
-                raise UserError(f"{path}: two columns have the same name in {', '.join(header)}: rename one")
-            continue
         number += 1
         if problem is None and len(values) != len(header):
             problem = (f"row {number} (line {lines.number}) has {len(values)} fields, the header has {len(header)}: "
@@ -148,11 +172,23 @@ def _read_jsonl(path: str, file: BinaryIO) -> Iterator[Row]:
                 problem = f"line {lines.number} is not UTF-8: save it as UTF-8"
             if problem is None and not isinstance(row, dict):
                 problem = f"line {lines.number} is no JSON object such as {{\"text\": ..., \"label\": ...}}"
+            if problem is None and _is_deep(row, line):
+                problem = f"line {lines.number} nests more than {DEEPEST} brackets: flatten it"
             if problem:
                 yield Row(number, lines.position(), problem=problem, content=lines.content)
             else:
                 yield Row(number, lines.position(), row)
         lines.mark()
+
+
+def _is_deep(row: dict, line: str) -> bool:
+    if line.count("[") + line.count("{") <= DEEPEST:
+        return False
+    level: list[Any] = [row]
+    for _ in range(DEEPEST):
+        level = [value for each in level for value in (each.values() if isinstance(each, dict) else each)
+                 if isinstance(value, dict | list)]
+    return bool(level)
 
 
 def _read_txt(path: str, file: BinaryIO) -> Iterator[Row]:
@@ -178,8 +214,15 @@ def _read_parquet(path: str) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(number, number, values)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise _unreadable(path, error) from None
+
+
+def _opened(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _opened_parquet(path: str) -> pyarrow.parquet.ParquetFile:

@@ -33,9 +33,9 @@ class StopSignals:
         again = name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ
         if again or self.importing:
             os._exit(EXIT_CODES[name])  # at once: in the middle of a save, torch would turn an exception into its own
+        self.received = name
         if not self._deferring:
             raise SystemExit(EXIT_CODES[name])
-        self.received = name
 
     @contextmanager
     def deferred(self):

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -107,6 +108,13 @@ def restore(folder: Path) -> None:
         os.replace(old, folder)
 
 
+def refuse_existing(*names: str | Path) -> None:
+    """Raises UserError if there is a file of one of these names."""
+    for name in names:
+        if os.path.lexists(name):
+            raise UserError(f"--output: {name} exists already: choose another name, or remove it")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Space, and one process at a time
 
@@ -121,10 +129,16 @@ def room_for(folder: Path, needed: float = MEGABYTE):
     except UserError:
         raise
     except Exception as error:
-        causes = list(chain(error))  # torch.save wraps what the disk said
-        if not any(isinstance(cause, OSError) and cause.errno in FULL for cause in causes):
+        if not any(map(_says_full, chain(error))):  # torch.save wraps what the disk said
             raise
         raise _full(folder, needed) from error
+
+
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    from_rust = re.search(r"\(os error (\d+)\)", str(error))  # all that tokenizers and safetensors tell
+    return from_rust is not None and int(from_rust[1]) in FULL
 
 
 def _full(folder: Path, needed: float) -> UserError:
@@ -145,7 +159,7 @@ def chain(error: BaseException | None):
         error = error.__cause__ or error.__context__
 
 
-def lock(folder: Path) -> None:
+def lock(folder: Path, otherwise: str = "choose another run_name") -> None:
     """Keep other processes from writing this run folder for as long as this one lives; the kernel ends it with us.
 
     The lock is a file beside the folder, which it outlives. It belongs to the process, so loaders that were forked from
@@ -162,8 +176,7 @@ def lock(folder: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder} is in use by another process: wait until it ends, or choose another run_name"
-                        ) from None
+        raise UserError(f"{folder} is in use by another process: wait until it ends, or {otherwise}") from None
     except OSError as error:  # a file system without locks
         say(f"{path}: cannot be locked ({error.strerror}): take care that no other process uses this run folder")
     _locks.append(file)

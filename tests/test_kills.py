@@ -26,8 +26,8 @@ from conftest import PROJECT, run_here, write_reviews
 from test_training import RESULTS, bits_of, train, train_here
 
 from checkpointing import newest_good_state, saved_states
-from loading import load_model
-from storage import damage, seal
+from loading import load_model, load_tokenizer
+from storage import damage, room_for, seal
 from utils import UserError
 
 SEED = int(os.environ.get("KILLS_SEED", random.randrange(2**32)))
@@ -237,6 +237,19 @@ def test_a_full_disk_again_and_again(undisturbed, script):
     print(f"KILLS_SEED={SEED}")
     for number in range(rounds(20)):
         fill_the_disk(script, f"full-{number}", undisturbed, random.Random(f"{SEED} {script} {number}"))
+
+
+def test_a_full_disk_is_also_known_by_what_a_library_in_rust_says(encoder_folder, tmp_path):
+    tokenizer = load_tokenizer(encoder_folder("bert"))
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path}: no room to write"), room_for(tmp_path):
+            tokenizer.save_pretrained(tmp_path)  # raises a plain Exception
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    with pytest.raises(Exception, match="os error 2"), room_for(tmp_path):
+        tokenizer.backend_tokenizer.save(str(tmp_path / "no" / "folder"))
 
 
 def test_a_disk_without_room_is_refused_before_the_first_step(undisturbed, monkeypatch):

@@ -228,7 +228,7 @@ torch.save([logits, classify(texts, truncation=True)], sys.argv[2])
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_the_same_bits_in_a_pipeline_that_knows_nothing_of_this_project(encoder_folder, tmp_path, name, pooling):
     model = build(encoder_folder(name), pooling=pooling).eval()
-    tokenizer = load_tokenizer(encoder_folder(name), "space")
+    tokenizer = load_tokenizer(encoder_folder(name), line_breaks="space")
     model.config.update({"max_len": 16})
     save_model(tmp_path / "best", model.config, model.state_dict(), tokenizer)
     texts = ["A great film.", "dull<br /><br />and dreary", "moving " * 30, "x"]

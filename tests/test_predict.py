@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -143,13 +145,15 @@ def test_broken_rows_are_put_aside_and_nothing_else(predicting, tmp_path, conten
 def test_broken_json_lines(predicting, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"review": "one"}\n{"review": \n\n["x"]\n{"text": "y"}\n{"review": ["z"]}\n'
                                         b'{"review": null}\n{"review": "\\ud83d"}\n\xff\n' + b"[" * 100_000
-                                        + b'\n{"review": 5}\n')
+                                        + b'\n{"review": 5}\n'
+                                        b'{"review": "x", "n": ' + b"[" * 101 + b"]" * 101 + b'}\n'
+                                        b'{"review": "x", "predicted": "mine"}\n')
     _, output = predicting(tmp_path / "in.jsonl", "out.jsonl")
     assert [json.loads(line)["review"] for line in output.read_text().splitlines()] == ["one", 5]
     aside = rows_of(f"{output}.rejected.csv")
-    assert [int(row["row"]) for row in aside] == list(range(2, 10))
+    assert [int(row["row"]) for row in aside] == [*range(2, 10), 11, 12]
     for row, word in zip(aside, ("not JSON", "no JSON object", "no column 'review'", "holds list", "no text", "half of",
-                                 "not UTF-8", "not JSON"), strict=True):
+                                 "not UTF-8", "not JSON", "nests more", "has a column 'predicted'"), strict=True):
         assert word in row["problem"]
     assert aside[2]["content"] == '{"text": "y"}'
 
@@ -197,19 +201,91 @@ def test_a_stopped_job_goes_on_where_it_stopped(predicting, interrupted, tmp_pat
     assert not list(tmp_path.glob("*.parts"))
 
 
-@pytest.mark.parametrize("changed", ["input", "setting", "damaged"])
+@pytest.mark.parametrize("point", range(1, 13))
+def test_stopped_at_any_point_of_the_joining(predicting, tmp_path, monkeypatch, point):
+    source = write_reviews(tmp_path / "many.csv", 40, seed=3)
+    with open(source, "a") as file:
+        file.write(",empty\n")
+    _, whole = predicting(source, "whole.csv")
+    reached = Counter()
+
+    def stopping(function):
+        def called(*arguments, **settings):
+            reached["calls"] += bool(reached["joining"])
+            if reached["calls"] == point:
+                raise SystemExit(143)
+            return function(*arguments, **settings)
+        return called
+
+    def joining(job, join=predict.Job.join):
+        reached["joining"] = 1
+        join(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.Job, "join", joining)
+        for module, name in ((os, "replace"), (os, "link"), (predict.Path, "unlink"), (predict.Path, "rmdir")):
+            patch.setattr(module, name, stopping(getattr(module, name)))
+        predicting(source, "stopped.csv", code=143)
+    predicting(source, "stopped.csv")
+    assert (tmp_path / "stopped.csv").read_bytes() == whole.read_bytes()
+    assert (tmp_path / "stopped.csv.rejected.csv").read_bytes() == (tmp_path / "whole.csv.rejected.csv").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("changed", ["input", "setting", "damaged", "tokenizer"])
 def test_what_another_job_has_left_is_not_mixed_in(predicting, interrupted, trained, tmp_path, changed):
-    source, _ = interrupted
+    (source, _), options = interrupted, {}
     if changed == "input":
         source.write_text(source.read_text() + "one more,good\n")
     elif changed == "setting":
         trained = ([*trained[0], "data_config.eval_batch_size=7"], trained[1])
+    elif changed == "tokenizer":
+        model = shutil.copytree(trained[1] / "best", tmp_path / "model")
+        (model / "manifest.json").unlink()
+        (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text().replace("gripping", "gropping"))
+        options["model"] = str(model)
     else:
         (tmp_path / "stopped.csv.parts" / "job.json").write_text("{")
     before = sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir())
-    result = expect(2, run_here(*trained[0], mode="predict", input=str(source), output=str(tmp_path / "stopped.csv")))
+    result = expect(2, run_here(*trained[0], mode="predict", input=str(source), output=str(tmp_path / "stopped.csv"),
+                                **options))
     assert "remove this folder" in result.stderr
     assert sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir()) == before
+
+
+def test_a_folder_that_is_no_job_s_is_left_alone(predicting, tmp_path):
+    source, parts = write_reviews(tmp_path / "few.csv", 6), tmp_path / "out.csv.parts"
+    parts.mkdir()
+    (parts / "thesis.jsonl").write_text("mine")
+    assert "holds other files" in predicting(source, code=2)[0].stderr
+    assert (parts / "thesis.jsonl").read_text() == "mine"
+
+
+def test_an_output_that_comes_into_being_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
+    source, join = write_reviews(tmp_path / "few.csv", 6), predict.Job.join
+    monkeypatch.setattr(predict.Job, "join", lambda job: (job.output.write_text("mine"), join(job)))
+    assert "come into being" in predicting(source, code=2)[0].stderr
+    assert (tmp_path / "out.csv").read_text() == "mine"
+    (tmp_path / "out.csv").unlink()
+    monkeypatch.setattr(predict.Job, "join", join)
+    assert len(rows_of(predicting(source)[1])) == 6
+
+
+def test_a_mended_mistake_is_no_other_job(predicting, trained, tmp_path):
+    source, output = write_reviews(tmp_path / "few.csv", 6), tmp_path / "out.csv"
+    wrong = run_here(*trained[0], "data_config.text_column=other", mode="predict", input=str(source),
+                     output=str(output))
+    assert "no column 'other'" in wrong.stderr
+    assert len(rows_of(predicting(source)[1])) == 6
+
+
+def test_without_rows_the_columns_stay(predicting, tmp_path):
+    (tmp_path / "in.csv").write_text("review,n\n")
+    assert predicting(tmp_path / "in.csv")[1].read_text().split() == [",".join(["review", "n", *ADDED])]
+    table = pa.table({"review": pa.array([], pa.string()), "n": pa.array([], pa.int16())})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    found = pyarrow.parquet.read_table(predicting(tmp_path / "in.parquet", "out.parquet")[1])
+    assert (found.num_rows, found.column_names) == (0, ["review", "n", *ADDED])
 
 
 def test_several_processes_write_the_same_file(trained, tmp_path):
