@@ -5,6 +5,10 @@
     python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
     python main.py train_config.epochs=3 data_config.max_len=256        any setting of config.yaml, see README.md
     python main.py --mode test                                          evaluate the best model of that run again
+    python main.py --mode predict --text "A film to remember."          label a review with that model
+    python main.py --mode predict --input FILE --output FILE            or all rows of a file
+    python main.py --mode explain --text "A film to remember."          the words that the decision rests on
+    python main.py --mode export                                        that model as ONNX
     python main_accumulation.py data_config.batch_size=64 train_config.gradient_accumulation_steps=4
                                                                         large batches: gradient accumulation
     accelerate launch --num_processes 2 main_accumulation.py            several devices

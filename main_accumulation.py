@@ -3,6 +3,8 @@
     python main_accumulation.py train_config.gradient_accumulation_steps=4   4 micro-batches of 64: batches of 256
     python main_accumulation.py train_config.effective_batch_size=1024       16 of them, asked for by their sum
     python main_accumulation.py --mode test                                  evaluate the best model of that run again
+    accelerate launch --num_processes 2 main_accumulation.py --mode predict --input FILE --output FILE
+                                                                             label the rows of a file
     accelerate launch --num_processes 2 main_accumulation.py [...]           several devices, or machines
 
 The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: Accelerate wraps model and optimizer,
