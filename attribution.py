@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from classifier import Classifier
 from data import truncate
-from predict import Classifier
 
 FEWEST_STEPS, MOST_STEPS = 16, 512  # points between the baseline and the review; MiniLM fine-tuned needs 16
 TOLERANCE = 0.02  # of all tokens' attributions without their signs: how far their sum may be from the difference

@@ -15,7 +15,7 @@ from typing import Any
 
 from attribution import Explanation, attribute
 from checkpointing import best_model
-from predict import Classifier
+from classifier import Classifier
 from rows import LONGEST_FIELD
 from tracking import ProgressBar
 from utils import UserError, atomic_write, say

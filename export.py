@@ -29,9 +29,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpointing import best_model
+from classifier import Classifier
 from data import Encode
 from loading import WEIGHTS
-from predict import Classifier
 from storage import replace_folder, room_for
 from utils import PROJECT, UserError, say, write_json
 

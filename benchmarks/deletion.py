@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attribution import Word, attribute
+from classifier import Classifier
 from devices import SingleDevice
 from hub import quiet_libraries
-from predict import Classifier
 from rows import read_rows
 from utils import load_config
 

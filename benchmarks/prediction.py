@@ -24,9 +24,10 @@ from growth import memory_mb
 from transformers import pipeline
 from workload import PROJECT
 
+from classifier import Classifier
 from devices import SingleDevice
 from hub import quiet_libraries
-from predict import Classifier, Job, read_windows
+from labelling import Job, read_windows
 from utils import Config
 
 PARTS, BATCH_SIZES, TRIED = 5, (1, 8, 16, 32, 64), 512

@@ -11,10 +11,10 @@ import cli
 import explain
 import main
 from attribution import TOLERANCE, attribute
+from classifier import Classifier
 from devices import SingleDevice
 from evaluation import write_mistakes
 from loading import load_model, load_tokenizer, new_model, save_model
-from predict import Classifier
 from utils import ModelConfig, UserError, load_config
 
 TELLING = {"good": {"gripping", "moving", "delightful"}, "bad": {"dull", "dreary", "pointless"}}

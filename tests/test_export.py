@@ -94,8 +94,8 @@ def test_a_model_that_differs_gets_no_name(bert, monkeypatch):
 
 def test_the_check_reads_every_size_and_length(bert):
     config = load_config("config.yaml", ["train_config.device=cpu"])
+    from classifier import Classifier
     from devices import SingleDevice
-    from predict import Classifier
 
     encode = Classifier(bert, config, SingleDevice(config)).encode
     batches = list(export.check_batches(encode))

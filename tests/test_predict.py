@@ -5,7 +5,9 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +19,10 @@ from test_accumulation import launch
 from test_training import expect, train_here
 from transformers import BertForSequenceClassification
 
-import predict
+import classifier
+import labelling
 from devices import SingleDevice
+from loading import load_tokenizer
 from utils import load_config
 
 ADDED = ["predicted", "probability_bad", "probability_good"]
@@ -42,7 +46,7 @@ def trained(tmp_path_factory, encoder_folder):
 @pytest.fixture
 def predicting(trained, tmp_path, monkeypatch):
     """predicting(input, output) -> the rows that are written, with windows of 16 rows."""
-    monkeypatch.setattr(predict, "WINDOW", 16)
+    monkeypatch.setattr(labelling, "WINDOW", 16)
 
     def run(path, name: str = "out.csv", code: int = 0, **options):
         result = expect(code, run_here(*trained[0], mode="predict", input=str(path), output=str(tmp_path / name),
@@ -111,7 +115,7 @@ def test_every_kind_of_file_says_the_same(trained, predicting, tmp_path, monkeyp
     class Stdin:
         buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
 
-    monkeypatch.setattr(predict.sys, "stdin", Stdin)
+    monkeypatch.setattr(sys, "stdin", Stdin)
     printed = list(csv.DictReader(io.StringIO(expect(0, run_here(*trained[0], mode="predict", input="-")).stdout)))
     assert [{name: row[name] for name in ADDED} for row in printed] == expected
     Stdin.buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
@@ -174,7 +178,7 @@ def interrupted(trained, predicting, tmp_path, monkeypatch):
     source = write_reviews(tmp_path / "many.csv", 200, seed=3)
     with open(source, "a") as file:
         file.write('"never closed,bad\n,empty\n')
-    calls, whole = Counter(), predict.Classifier.probabilities
+    calls, whole = Counter(), classifier.Classifier.probabilities
 
     def stopping(self, texts):
         calls["windows"] += 1
@@ -182,7 +186,7 @@ def interrupted(trained, predicting, tmp_path, monkeypatch):
             raise SystemExit(130)
         return whole(self, texts)
 
-    monkeypatch.setattr(predict.Classifier, "probabilities", stopping)
+    monkeypatch.setattr(classifier.Classifier, "probabilities", stopping)
     result, _ = predicting(source, "stopped.csv", code=130)
     assert "the same command goes on" in result.stdout
     assert not (tmp_path / "stopped.csv").exists()
@@ -217,13 +221,13 @@ def test_stopped_at_any_point_of_the_joining(predicting, tmp_path, monkeypatch, 
             return function(*arguments, **settings)
         return called
 
-    def joining(job, join=predict.Job.join):
+    def joining(job, join=labelling.Job.join):
         reached["joining"] = 1
         join(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict.Job, "join", joining)
-        for module, name in ((os, "replace"), (os, "link"), (predict.Path, "unlink"), (predict.Path, "rmdir")):
+        patch.setattr(labelling.Job, "join", joining)
+        for module, name in ((os, "replace"), (os, "link"), (Path, "unlink"), (Path, "rmdir")):
             patch.setattr(module, name, stopping(getattr(module, name)))
         predicting(source, "stopped.csv", code=143)
     predicting(source, "stopped.csv")
@@ -262,12 +266,12 @@ def test_a_folder_that_is_no_job_s_is_left_alone(predicting, tmp_path):
 
 
 def test_an_output_that_comes_into_being_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
-    source, join = write_reviews(tmp_path / "few.csv", 6), predict.Job.join
-    monkeypatch.setattr(predict.Job, "join", lambda job: (job.output.write_text("mine"), join(job)))
+    source, join = write_reviews(tmp_path / "few.csv", 6), labelling.Job.join
+    monkeypatch.setattr(labelling.Job, "join", lambda job: (job.output.write_text("mine"), join(job)))
     assert "come into being" in predicting(source, code=2)[0].stderr
     assert (tmp_path / "out.csv").read_text() == "mine"
     (tmp_path / "out.csv").unlink()
-    monkeypatch.setattr(predict.Job, "join", join)
+    monkeypatch.setattr(labelling.Job, "join", join)
     assert len(rows_of(predicting(source)[1])) == 6
 
 
@@ -308,7 +312,7 @@ def test_any_model_folder(trained, encoder_folder, tmp_path):
     foreign = BertForSequenceClassification.from_pretrained(
         encoder_folder("bert"), id2label={0: "no", 1: "yes", 2: "?"}, label2id={"no": 0, "yes": 1, "?": 2})
     foreign.save_pretrained(tmp_path / "foreign")
-    predict.load_tokenizer(encoder_folder("bert")).save_pretrained(tmp_path / "foreign")
+    load_tokenizer(encoder_folder("bert")).save_pretrained(tmp_path / "foreign")
     said = expect(0, run_here("data_config.max_len=32", mode="predict", text="a film", model=str(tmp_path / "foreign")))
     assert {line.split()[0] for line in said.stdout.splitlines()} == {"no", "yes", "?"}
     bare = run_here("data_config.max_len=32", mode="predict", text="a film", model=encoder_folder("bert"))
@@ -340,7 +344,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
 def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_window(trained):
     overrides, folder = trained
     config = load_config(PROJECT / "config.yaml", overrides)
-    classifier = predict.Classifier(folder / "best", config, SingleDevice(config))
+    model = classifier.Classifier(folder / "best", config, SingleDevice(config))
     texts = [row["review"] for row in rows_of(folder.parent.parent / "reviews.csv")]
-    alone = np.concatenate([classifier.probabilities([text]) for text in texts[:20]])
-    np.testing.assert_allclose(classifier.probabilities(texts)[:20], alone, atol=1e-6)
+    alone = np.concatenate([model.probabilities([text]) for text in texts[:20]])
+    np.testing.assert_allclose(model.probabilities(texts)[:20], alone, atol=1e-6)
