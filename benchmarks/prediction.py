@@ -3,10 +3,14 @@
     python benchmarks/prediction.py --model FOLDER --reviews FILE [--rows 25000]    speed; FILE as for --mode predict
     python benchmarks/prediction.py --memory 1000 100000 1000000                    memory: the demo's BERT, short texts
 
-Both label the same reviews with the same model in turn, a fifth of them at a time. The pipeline runs in its default
-precision (fp32) at the batch size that was fastest on the first 512 reviews, and once more in bf16; this suite as
-`--mode predict` does, from the file's rows to the written file. Prints medians over the five parts, ratios part by part
-with the least and the most, and on how many reviews the two disagree.
+All label the same reviews in turn, a fifth of them at a time. Printed are medians over the five parts, ratios part by
+part with the least and the most, and on how many reviews another label comes out.
+
+    suite           as --mode predict does, from the file's rows to the written file
+    pipeline        the same model, at the batch size that was fastest on the first 512 reviews, in its default, fp32
+    pipeline-bf16   the same, all of it in bf16
+    pipeline-own    its encoder under transformers' own classifier, which computes the whole last layer, fp32; with
+                    a head that was not trained: only its speed counts
 """
 
 import argparse
@@ -21,13 +25,14 @@ from pathlib import Path
 import torch
 import transformers
 from growth import memory_mb
-from transformers import pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 from workload import PROJECT
 
 from classifier import Classifier
 from devices import SingleDevice
 from hub import quiet_libraries
 from labelling import Job, read_windows
+from loading import load_model
 from utils import Config
 
 PARTS, BATCH_SIZES, TRIED = 5, (1, 8, 16, 32, 64), 512
@@ -59,12 +64,16 @@ def suite(classifier: Classifier, texts: list[str], folder: Path) -> list[str]:
     return labels
 
 
-def compare(model: str, texts: list[str]) -> None:
+def compare(model: str, texts: list[str], names: list[str]) -> None:
     config = Config()
     classifier = Classifier(Path(model), config, SingleDevice(config))
     classifier.cast_weights()
-    contenders = {name: pipeline("text-classification", model=model, dtype=dtype, device=classifier.devices.device)
-                  for name, dtype in (("pipeline", torch.float32), ("pipeline-bf16", torch.bfloat16))}
+    own = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(model).encoder)
+    own.base_model.load_state_dict(load_model(model).encoder.state_dict(), strict=False)
+    models = {"pipeline": (model, torch.float32), "pipeline-bf16": (model, torch.bfloat16),
+              "pipeline-own": (own, torch.float32)}
+    contenders = {name: pipeline("text-classification", model=models[name][0], tokenizer=classifier.tokenizer,
+                                 dtype=models[name][1], device=classifier.devices.device) for name in names}
     sizes = {}
     for name, classify in contenders.items():
         seconds = {size: timed(lambda c=classify, s=size: c(texts[:TRIED], batch_size=s, truncation=True))[0]
@@ -119,11 +128,13 @@ def main() -> None:
     parser.add_argument("--reviews", help="a .csv, .jsonl, .parquet or .txt file")
     parser.add_argument("--column", default="text")
     parser.add_argument("--rows", type=int, default=25_000)
+    parser.add_argument("--against", nargs="+", default=["pipeline", "pipeline-bf16", "pipeline-own"])
     parser.add_argument("--memory", type=int, nargs="+", metavar="ROWS")
     arguments = parser.parse_args()
     quiet_libraries()
     if not arguments.memory:
-        compare(arguments.model, read_texts(arguments.reviews, arguments.column, arguments.rows))
+        texts = read_texts(arguments.reviews, arguments.column, arguments.rows)
+        compare(arguments.model, texts, arguments.against)
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "main.py", "--config", "demo.yaml", f"output_dir={folder}", "run_name=model",
