@@ -236,7 +236,7 @@ def test_only_errors_about_the_input_are_explained(error, stays):
 
 
 def test_a_bug_in_the_reader_of_a_file_keeps_its_traceback(reviews_file, monkeypatch):
-    monkeypatch.setattr(sources, "_as_text", lambda value: value.bug())
+    monkeypatch.setattr(sources, "as_text", lambda value: value.bug())
     with pytest.raises(Exception, match="generating the dataset") as caught:
         sources.load_reviews(DataConfig(dataset=str(reviews_file), text_column="review", label_column="verdict"), 2)
     assert not isinstance(caught.value, UserError)
