@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import cli
+from suite.common import cli
 from utils import UserError, say
 
 
@@ -29,14 +29,17 @@ def read_command() -> argparse.Namespace:
 
 
 def compare_runs(runs: Sequence[Path], output: Path) -> None:
-    from report import print_summary, summarize, write_report  # here, so that --help does not wait for SciPy
-    from results import group, read_result, refuse_different_tests
+    from suite.comparison.report import (  # here, so that --help does not wait for SciPy
+        print_summary,
+        summarize,
+        write_report,
+    )
+    from suite.comparison.results import group, read_result, refuse_different_tests
 
     results = [read_result(run) for run in runs]
     refuse_different_tests(results)
     settings = group(results)
-    demo = "DEMO: " if any(run.config.is_demo for run in results) else ""
-    summary = summarize(settings, f"{demo}{len(results)} runs compared")
+    summary = summarize(settings, f"{len(results)} runs compared")
     print_summary(summary)
     try:
         write_report(output, summary, settings)

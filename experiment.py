@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
-from grid import Cell, Experiment, describe, read_experiment, recognise
-from stopping import EXIT_CODES, SIGNALS
+from suite.common import cli
+from suite.common.stopping import EXIT_CODES, SIGNALS
+from suite.comparison.grid import Cell, Experiment, describe, read_experiment, recognise
 from utils import PROJECT, UserError, say
 
 POLL_SECONDS = 0.1  # how often a signal, or the end of the run, is looked for
@@ -120,7 +120,7 @@ def end_with_parent() -> None:
 
 def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
     """Run what is not finished; {index: last line} of the runs that failed. Leaves when a signal asks for it."""
-    from storage import is_locked
+    from suite.common.storage import is_locked
 
     failed: dict[int, str] = {}
     seconds: dict[int, float] = {}  # of the runs that this process has done from their beginnings
@@ -167,7 +167,7 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
 
 def remaining(experiment: Experiment, pending: Sequence[Cell], seconds: dict[int, float]) -> str:
     """How long the pending runs will take, from finished ones of the same setting, or else of any."""
-    from evaluation import read_metrics
+    from suite.common.run_folder import read_metrics
 
     known = {cell.index: seconds.get(cell.index) or read_metrics(cell.folder)["train"]["seconds"]
              for cell in experiment.cells if cell.is_finished}
@@ -196,8 +196,8 @@ def list_cells(experiment: Experiment, cells: Sequence[Cell]) -> None:
 
 def report(experiment: Experiment, failed: dict[int, str]) -> None:
     """Compare the finished runs; nothing, and a line, if there are too few."""
-    from report import print_summary, summarize, write_report
-    from results import group, read_result, refuse_different_tests
+    from suite.comparison.report import print_summary, summarize, write_report
+    from suite.comparison.results import group, read_result, refuse_different_tests
 
     # In the order of the grid, whichever of its runs are there
     order = [cell.setting for cell in experiment.cells]
@@ -222,8 +222,7 @@ def report(experiment: Experiment, failed: dict[int, str]) -> None:
                   for item in experiment.overrides]  # the rest of a path says nothing outside of this machine
         notes.append(f"Other than the experiment's file says, all runs were done with {', '.join(values)}"
                      + (": published figures were not." if any(setting.published for setting in settings) else "."))
-    demo = "DEMO: " if any(run.config.is_demo for run in results) else ""
-    summary = summarize(settings, demo + experiment.name, experiment.question, notes)
+    summary = summarize(settings, experiment.name, experiment.question, notes)
     print_summary(summary)
     write_report(experiment.report_folder, summary, settings)
     say(f"the report: {experiment.report_folder / 'report.html'}")

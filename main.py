@@ -16,7 +16,7 @@
     python compare.py checkpoints/RUN checkpoints/RUN                   finished runs side by side
 """
 
-import cli
+from suite.common import cli
 
 if __name__ == "__main__":
     COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong setting is refused before torch's slow import
@@ -29,8 +29,23 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpointing import (
-    best_model,
+from data import get_dataloader, prepare_data
+from model import EncoderForClassification
+from suite.common.hub import check_hub, quiet_libraries
+from suite.common.run_folder import read_history, read_metrics
+from suite.common.stopping import SIGNALS, StopRequested
+from suite.common.storage import room_for, write_json
+from suite.encoders.cpu_kernels import place_model
+from suite.encoders.loading import best_model, load_model
+from suite.inference.explain import explain
+from suite.inference.export import export
+from suite.inference.predict import predict
+from suite.training.devices import SingleDevice, make_deterministic
+from suite.training.efficiency import environment, peak_flops, peak_memory_mb, training_flops
+from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
+from suite.training.model_card import write_model_card
+from suite.training.run import Run
+from suite.training.states import (
     find_state,
     finished_metrics,
     open_run,
@@ -38,22 +53,8 @@ from checkpointing import (
     refuse_other_data,
     saved_states,
 )
-from data import get_dataloader, prepare_data
-from devices import SingleDevice, make_deterministic
-from efficiency import environment, peak_flops, peak_memory_mb, training_flops
-from evaluation import Predictions, compute_metrics, mistakes, read_metrics, write_mistakes, write_predictions
-from explain import explain
-from export import export
-from hub import check_hub, quiet_libraries
-from loading import load_model
-from model import EncoderForClassification
-from predict import predict
-from reporting import try_plots, write_model_card
-from run import Run, place_model
-from stopping import SIGNALS, StopRequested
-from storage import room_for
-from tracking import ProgressBar, Wandb, read_history
-from utils import Config, UserError, say, write_json
+from suite.training.tracking import ProgressBar, Wandb, try_plots
+from utils import Config, UserError, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One optimizer step, and one pass over a split
@@ -314,7 +315,8 @@ def test(config: Config, devices: Any, model: EncoderForClassification, loader: 
     rows = mistakes(predictions, loader.dataset.text, names)
     write_predictions(folder / "test_predictions.csv", predictions, names)
     write_mistakes(folder / "misclassified.csv", rows)
-    plots = try_plots(folder / "plots", config, read_history(folder / "history.jsonl"), predictions, names)
+    history = read_history(folder / "history.jsonl")
+    plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, names)
     write_model_card(folder / "best", config, metrics, names)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
     wandb.report({f"{split}/{name}": value for split in ("valid", "test")
@@ -326,7 +328,7 @@ def test(config: Config, devices: Any, model: EncoderForClassification, loader: 
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
     test = metrics["test"]
     low, high = test["accuracy_ci95"]
-    demo = "DEMO (generated reviews, not IMDB): " if config.is_demo else ""
+    demo = config.demo_mark
     say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {test['loss']:.4f}, "
         f"F1 {test['f1']:.4f}, {test['n']:,} reviews")
     if train := metrics.get("train"):

@@ -11,7 +11,7 @@ The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: A
 backpropagates, holds the exchange of gradients back until a window's last micro-batch, and gathers over the processes.
 """
 
-import cli
+from suite.common import cli
 
 if __name__ == "__main__":
     COMMAND = cli.read_command(__doc__, accumulates=True)  # a wrong setting is refused before torch's slow import
@@ -27,8 +27,8 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from devices import SingleDevice, pick_device, pick_precision
 from main import main
+from suite.training.devices import SingleDevice, pick_device, pick_precision
 from utils import Config
 
 

@@ -8,13 +8,10 @@ mistake is answered at once.
 from __future__ import annotations
 
 import difflib
-import functools
-import json
 import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,21 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from checks import impossible_values
+from suite.common.checks import impossible_values
 
 PROJECT = Path(__file__).resolve().parent
 
 
+DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
+
+
 class UserError(Exception):
     """The user's input is wrong. Its message is one line that names the file, key, row or value and the fix."""
+
+
+def brief(error: BaseException) -> str:
+    """What an error of a library says, on one line of at most 200 characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,6 +147,11 @@ class Config:
         """Whether the reviews are the built-in, generated ones: every result of such a run is marked DEMO."""
         return (PROJECT / "demo") in Path(self.data_config.dataset).resolve().parents
 
+    @property
+    def demo_mark(self) -> str:
+        """What stands before every result of the demo; nothing before others."""
+        return "DEMO (generated reviews, not IMDB): " if self.is_demo else ""
+
 
 def num_processes() -> int:
     """How many processes the launcher started (torchrun and `accelerate launch` set WORLD_SIZE); 1 without one."""
@@ -203,7 +213,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
         config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = error.full_key or "an interpolation"  # a ${...} whose value is missing or of the wrong type
-        raise UserError(f"{origins.get(key, path)}: {key}: {str(error).splitlines()[0]}: give a value that fits"
+        raise UserError(f"{origins.get(key, path)}: {key}: {brief(error)}: give a value that fits"
                         ) from None
     for section, key in ((config, "output_dir"), (config.model_config, "model_name"), (config.data_config, "dataset")):
         if (value := getattr(section, key)).startswith("~"):  # in key=~/folder, no shell expands it
@@ -234,7 +244,7 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be read: {brief(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
     return tree
@@ -309,70 +319,3 @@ def set_seed(seed: int) -> None:
 # Files
 
 
-@contextmanager
-def atomic_write(path: str | Path, mode: str = "w"):
-    """Open a temporary neighbour for writing; on success sync it and rename it to `path`.
-
-    Whenever the process dies, `path` is the old file or the whole new one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
-    try:
-        with open(temporary, mode, encoding=encoding, newline=newline) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut; a no-op where a folder cannot be opened (Windows)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of all that shapes a run's result: runs that agree in it are the same run."""
-    tree = OmegaConf.to_container(OmegaConf.structured(config))
-    return {key: functools.reduce(dict.__getitem__, key.split("."), tree)
-            for key, entry in config_fields() if entry.metadata["shapes_result"]}
-
-
-def read_saved_config(path: Path) -> Config:
-    """The configuration that a run has written. Raises UserError if it is damaged."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: damaged, or of another version: {str(error).splitlines()[0]}") from None
-
-
-def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> list[str]:
-    """`key: old -> new` for each setting that shapes the result and differs between the saved file and `config`.
-
-    `ignored`: keys or sections that may differ.
-    """
-    saved, current = settings(read_saved_config(path)), settings(config)
-    return [f"{key}: {saved[key]} -> {current[key]}" for key in current
-            if not key.startswith(ignored) and saved[key] != current[key]]
-
-
-def save_config(config: Config, path: str | Path) -> None:
-    with atomic_write(path) as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))

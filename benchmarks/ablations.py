@@ -1,8 +1,8 @@
 """What each part of the fast path is worth: the suite against itself with one part left out, on the same reviews.
 
-    python benchmarks/ablations.py                                     MiniLM's shape at 128 tokens, on two CPU cores
-    python benchmarks/ablations.py --shape modernbert-small --tokens 512
-    python benchmarks/ablations.py --shape bert-base --batch 64 --reviews 2000          for a GPU
+    python -m benchmarks.ablations                                     MiniLM's shape at 128 tokens, on two CPU cores
+    python -m benchmarks.ablations --shape modernbert-small --tokens 512
+    python -m benchmarks.ablations --shape bert-base --batch 64 --reviews 2000          for a GPU
 
 All variants train in one process, in turn, round after round. A ratio below 1 means that leaving the part out is
 slower, so that the part pays.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
+from benchmarks.workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
 
 
 def patched(target: str, replacement: Any) -> Callable[[], Any]:
@@ -42,16 +42,18 @@ def always_masked() -> Any:
 def unfused_adam() -> Any:
     import torch
 
-    return mock.patch("run.build_optimizer", lambda model, train: torch.optim.Adam(model.parameters(), lr=5e-5))
+    return mock.patch("suite.training.run.build_optimizer",
+                      lambda model, train: torch.optim.Adam(model.parameters(), lr=5e-5))
 
 
 # (name, overrides of the configuration, what is patched while the Run is built and trains)
 VARIANTS = [
     ("the suite", [], None),
-    ("torch's dropout and attention", [], patched("run.use_cpu_kernels", lambda model: None)),
-    ("torch's attention where nothing is dropped", [], patched("cpu_kernels.SHORT", 0)),
+    ("torch's dropout and attention", [], patched("suite.encoders.cpu_kernels.use_cpu_kernels", lambda model: None)),
+    ("torch's attention where nothing is dropped", [], patched("suite.encoders.cpu_kernels.SHORT", 0)),
     ("every token of the last layer", [], patched("model.read_only_first_token", lambda encoder: None)),
-    ("a window not cut by length", [], patched("run.PASS_FLOPS", {kind: math.inf for kind in ("cpu", "cuda", "mps")})),
+    ("a window not cut by length", [],
+     patched("suite.training.run.PASS_FLOPS", {kind: math.inf for kind in ("cpu", "cuda", "mps")})),
     ("a mask where nothing is padded", [], always_masked),
     ("Adam not fused", [], unfused_adam),
     ("fp32", ["train_config.mixed_precision=no"], None),
@@ -76,8 +78,8 @@ def train(run: Any, patch: Callable[[], Any] | None, steps: int | None = None) -
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> None:
-    from devices import SingleDevice
-    from run import Run
+    from suite.training.devices import SingleDevice
+    from suite.training.run import Run
 
     runs = {}
     for number, (name, overrides, patch) in enumerate(VARIANTS):

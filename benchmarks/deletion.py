@@ -1,6 +1,6 @@
 """Are the explanations faithful? What the words that --mode explain names are worth to the model, by taking them out.
 
-    python benchmarks/deletion.py --model checkpoints/RUN/best --input reviews.parquet      some seconds a review
+    python -m benchmarks.deletion --model checkpoints/RUN/best --input reviews.parquet      some seconds a review
 
 Of random reviews, or rather of the part that the model reads, a share of the words is removed: those with the largest
 attributions, as many at random, or those with the least. Printed is a Markdown table of what that costs the class that
@@ -12,16 +12,13 @@ import argparse
 import math
 import random
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from attribution import Word, attribute
-from classifier import Classifier
-from devices import SingleDevice
-from hub import quiet_libraries
-from rows import read_rows
+from suite.common.hub import quiet_libraries
+from suite.inference.attribution import Word, attribute
+from suite.inference.classifier import Classifier
+from suite.reviews.rows import read_rows
+from suite.training.devices import SingleDevice
 from utils import load_config
 
 SHARES = (0.05, 0.1, 0.2)

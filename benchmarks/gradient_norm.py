@@ -1,7 +1,7 @@
 """Does one optimizer step keep its gradient when its window is cut into more and smaller micro-batches?
 
-    python benchmarks/gradient_norm.py                      BERT and ModernBERT: ten seconds on a CPU, no network
-    python benchmarks/gradient_norm.py --model modernbert   one of them
+    python -m benchmarks.gradient_norm                      BERT and ModernBERT: ten seconds on a CPU, no network
+    python -m benchmarks.gradient_norm --model modernbert   one of them
 
 Every cut means the same step, on the mean loss over the same reviews, so the gradient's norm must not change. On tiny
 classifiers of transformers with random weights, three norms are compared: of `torch.autograd.grad` of the mean loss
@@ -14,13 +14,9 @@ transformers 5.23, BERT's and ModernBERT's classifiers take **kwargs and do not 
 
 import argparse
 import copy
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -33,9 +29,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, ModernB
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from data import IMDBDataset
-from devices import SingleDevice
 from main import train_step
-from sampling import cut_window
+from suite.reviews.sampling import cut_window
+from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 
 SEED, REVIEWS, LONGEST, VOCABULARY = 42, 64, 48, 100

@@ -1,7 +1,7 @@
 """Start-up, time an epoch and memory against the number of reviews: time should be linear, memory flat.
 
-    python benchmarks/growth.py                                10,000, 40,000 and 160,000 reviews: minutes on two cores
-    python benchmarks/growth.py --start-up MODEL DATASET       the first step of config.yaml with this model and data
+    python -m benchmarks.growth                                10,000, 40,000 and 160,000 reviews: minutes on two cores
+    python -m benchmarks.growth --start-up MODEL DATASET       the first step of config.yaml with this model and data
 
 Each row trains the demo's BERT for one epoch on 80 % of that many reviews of random words, with `main.py` in a process
 of its own. The first optimizer step is timed from the command, twice: with empty caches, when reviews are read and
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from workload import PROJECT, write_reviews
+from benchmarks.workload import PROJECT, write_reviews
 
 ROWS = (10_000, 40_000, 160_000)
 POLL_SECONDS = 0.02

@@ -1,8 +1,8 @@
 """How fast is a trained model's answer: PyTorch, as --mode predict runs it, against the exported ONNX.
 
-    python benchmarks/inference.py                          MiniLM's shape: about two minutes on two CPU cores
-    python benchmarks/inference.py --shape bert-base        or any other shape
-    python benchmarks/inference.py --rounds 1 --seconds 0.1     a quick look
+    python -m benchmarks.inference                          MiniLM's shape: about two minutes on two CPU cores
+    python -m benchmarks.inference --shape bert-base        or any other shape
+    python -m benchmarks.inference --rounds 1 --seconds 0.1     a quick look
 
 Random reviews of exactly 128 tokens, random weights, on the CPU, with torch's number of threads for both (set
 OMP_NUM_THREADS). The contenders run in turn, each for some seconds a round, after calls that are not counted. Printed
@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 from transformers import BertConfig, ModernBertConfig
-from workload import SHAPES, describe_machine
 
-from devices import pick_precision
-from export import session, write_onnx
+from benchmarks.workload import SHAPES, describe_machine
 from model import ClassifierConfig, EncoderForClassification
-from run import place_model
+from suite.encoders.cpu_kernels import place_model
+from suite.inference.export import session, write_onnx
+from suite.training.devices import pick_precision
 from utils import Config
 
 TOKENS, BATCHES, UNCOUNTED = 128, (1, 32), 3

@@ -1,7 +1,7 @@
 """Peak memory of an optimizer step against its batch: larger micro-batches cost memory, accumulation does not.
 
-    python benchmarks/memory.py                             MiniLM's shape: some minutes on two CPU cores
-    python benchmarks/memory.py --shape bert-base           BERT-base's shape, for a GPU
+    python -m benchmarks.memory                             MiniLM's shape: some minutes on two CPU cores
+    python -m benchmarks.memory --shape bert-base           BERT-base's shape, for a GPU
 
 Each row is a process of its own that takes two optimizer steps on random reviews of 128 tokens, in the precision that
 `mixed_precision: auto` picks, with Adam. On a GPU the figure is the most that torch held there. On a CPU it is the most
@@ -13,10 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -24,12 +21,13 @@ import transformers
 from transformers import BertConfig, ModernBertConfig
 
 from data import IMDBDataset
-from devices import SingleDevice
-from efficiency import peak_memory_mb
 from main import train_step
 from model import ClassifierConfig, EncoderForClassification
-from run import build_optimizer, place_model
-from sampling import cut_window
+from suite.encoders.cpu_kernels import place_model
+from suite.reviews.sampling import cut_window
+from suite.training.devices import SingleDevice
+from suite.training.efficiency import peak_memory_mb
+from suite.training.run import build_optimizer
 from utils import Config
 
 TOKENS, STEPS = 128, 2
@@ -71,8 +69,8 @@ def main() -> None:
     print(f"{arguments.shape}, {TOKENS} tokens, {SingleDevice(Config())}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}\n\nmicro-batch  effective batch  peak memory (MB)", flush=True)
     for micro_batch, window in ROWS:
-        child = subprocess.run([sys.executable, __file__, "--shape", arguments.shape, "--row", str(micro_batch),
-                                str(window)], capture_output=True, text=True, check=False,
+        child = subprocess.run([sys.executable, "-m", __spec__.name, "--shape", arguments.shape, "--row",
+                                str(micro_batch), str(window)], capture_output=True, text=True, check=False,
                                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
         last = (child.stdout or child.stderr or f"killed with {child.returncode}").strip().splitlines()[-1]
         print(f"{micro_batch:11}  {window:15}  {float(last):16,.0f}" if child.returncode == 0 else

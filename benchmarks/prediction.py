@@ -1,7 +1,7 @@
 """Labelling reviews: this suite against transformers' pipeline, and its memory against the number of rows.
 
-    python benchmarks/prediction.py --model FOLDER --reviews FILE [--rows 25000]    speed; FILE as for --mode predict
-    python benchmarks/prediction.py --memory 1000 100000 1000000                    memory: the demo's BERT, short texts
+    python -m benchmarks.prediction --model FOLDER --reviews FILE [--rows 25000]    speed; FILE as for --mode predict
+    python -m benchmarks.prediction --memory 1000 100000 1000000                    memory: the demo's BERT, short texts
 
 All label the same reviews in turn, a fifth of them at a time. Printed are medians over the five parts, ratios part by
 part with the least and the most, and on how many reviews another label comes out.
@@ -24,15 +24,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from growth import memory_mb
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
-from workload import PROJECT
 
-from classifier import Classifier
-from devices import SingleDevice
-from hub import quiet_libraries
-from labelling import Job, read_windows
-from loading import load_model
+from benchmarks.growth import memory_mb
+from benchmarks.workload import PROJECT
+from suite.common.hub import quiet_libraries
+from suite.encoders.loading import load_model
+from suite.inference.classifier import Classifier
+from suite.inference.labelling import Job, read_windows
+from suite.training.devices import SingleDevice
 from utils import Config
 
 PARTS, BATCH_SIZES, TRIED = 5, (1, 8, 16, 32, 64), 512

@@ -1,7 +1,7 @@
 """What it costs to save: the state that a run goes on from, and the best model.
 
-    python benchmarks/saving.py                             MiniLM's shape: about two minutes on two CPU cores
-    python benchmarks/saving.py --shape bert-base --batch 64         for a GPU
+    python -m benchmarks.saving                             MiniLM's shape: about two minutes on two CPU cores
+    python -m benchmarks.saving --shape bert-base --batch 64         for a GPU
 
 Optimizer steps and saves are timed in turn in one run, everything that a save does included: gathering, writing,
 SHA-256 sums, and waiting until all of it is on the disk. The shares are of a run at the default settings, which saves
@@ -13,15 +13,15 @@ import statistics
 import time
 from pathlib import Path
 
-from workload import SHAPES, describe_machine, settings, workload
+from benchmarks.workload import SHAPES, describe_machine, settings, workload
 
 STEPS, SAVES, EPOCH_REVIEWS = 3, 5, 40_000
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> None:
-    from devices import SingleDevice
     from main import train_epoch
-    from run import Run
+    from suite.training.devices import SingleDevice
+    from suite.training.run import Run
 
     config = settings(work, arguments.tokens, arguments.batch)
     run = Run(config, SingleDevice(config))

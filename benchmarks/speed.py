@@ -1,10 +1,10 @@
 """Reviews a second: this suite against transformers.Trainer, on the same reviews.
 
-    python benchmarks/speed.py --quick                          MiniLM's shape, 128 tokens: under 5 minutes on two cores
-    python benchmarks/speed.py                                  BERT's and ModernBERT's architecture, 128 and 512 tokens
-    python benchmarks/speed.py --shape bert-base modernbert-base --batch 64 --reviews 8000 --contenders suite \
+    python -m benchmarks.speed --quick                          MiniLM's shape, 128 tokens: under 5 minutes on two cores
+    python -m benchmarks.speed                                  BERT's and ModernBERT's architecture, 128 and 512 tokens
+    python -m benchmarks.speed --shape bert-base modernbert-base --batch 64 --reviews 8000 --contenders suite \
         suite-compile trainer trainer-best trainer-compile      for a GPU
-    python benchmarks/speed.py --shape bert-base modernbert-base --tokens 128 --batch 64 --reviews 40000 --epochs 5 \
+    python -m benchmarks.speed --shape bert-base modernbert-base --tokens 128 --batch 64 --reviews 40000 --epochs 5 \
         --rounds 1 --contenders suite suite-compile trainer-best                         a GPU's time for experiment 1
 
 Every contender trains the same encoder with random weights for the same number of steps on the same reviews, in a
@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
+from benchmarks.workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
 
 CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-compile", "trainer-compile")
 MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
@@ -41,9 +41,9 @@ MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
 
 def time_suite(work: Path, arguments: argparse.Namespace) -> tuple[float, float]:
     from data import get_dataloader
-    from devices import SingleDevice, make_deterministic
     from main import evaluate, train_epoch
-    from run import Run
+    from suite.training.devices import SingleDevice, make_deterministic
+    from suite.training.run import Run
 
     overrides = {"suite-fp32": ["train_config.mixed_precision=no"], "suite-compile": ["train_config.compile=true"]}
     make_deterministic()
@@ -72,7 +72,7 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
     from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
     from data import prepare_data
-    from devices import pick_device
+    from suite.training.devices import pick_device
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -120,7 +120,7 @@ def matrix_flops() -> float:
     """FLOP/s of bf16 matrix products, the best of some."""
     import torch
 
-    from devices import pick_device
+    from suite.training.devices import pick_device
 
     device = pick_device("auto")
     n = MATRIX[device.type]
@@ -138,9 +138,9 @@ def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.contender == "peak":
         return {"flops": matrix_flops()}
     from data import prepare_data
-    from devices import pick_device
-    from efficiency import peak_memory_mb
-    from hub import quiet_libraries
+    from suite.common.hub import quiet_libraries
+    from suite.training.devices import pick_device
+    from suite.training.efficiency import peak_memory_mb
 
     quiet_libraries()
     measure = time_suite if arguments.contender.startswith("suite") else time_trainer
@@ -155,8 +155,8 @@ def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def start(work: Path, arguments: argparse.Namespace, tokens: int, contender: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--work", str(work), "--contender", contender, "--tokens", str(tokens),
-               "--batch", str(arguments.batch), "--epochs", str(arguments.epochs)]
+    command = [sys.executable, "-m", __spec__.name, "--work", str(work), "--contender", contender, "--tokens",
+               str(tokens), "--batch", str(arguments.batch), "--epochs", str(arguments.epochs)]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
         raise SystemExit(f"{contender} failed:\n{child.stderr[-3000:]}")
@@ -166,8 +166,8 @@ def start(work: Path, arguments: argparse.Namespace, tokens: int, contender: str
 def model_flops(work: Path, tokens: int, batch: int) -> float:
     """FLOPs to train on one review, on average."""
     from data import prepare_data
-    from efficiency import training_flops, work_of
-    from loading import new_model
+    from suite.encoders.loading import new_model
+    from suite.training.efficiency import training_flops, work_of
 
     config = settings(work, tokens, batch)
     model = new_model(config.model_config)

@@ -2,15 +2,12 @@
 
 import csv
 import os
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
 SMALL = {"hidden_size": 384, "num_hidden_layers": 6}
 # ModernBERT's small shape alternates its attention as the base shape does: every third layer is global.
 SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_size": 1536}),
@@ -28,7 +25,7 @@ def workload(shape: str, reviews: int):
         os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
         from transformers import AutoTokenizer
 
-        from hub import quiet_libraries
+        from suite.common.hub import quiet_libraries
 
         quiet_libraries()
         work = Path(folder)
@@ -85,7 +82,7 @@ def describe_machine() -> str:
     import torch
     import transformers
 
-    from devices import SingleDevice
+    from suite.training.devices import SingleDevice
     from utils import Config
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"

@@ -14,12 +14,12 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from data import IMDBDataset
-from devices import SingleDevice
-from loading import new_model
 from main import train_step
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
-from sampling import WindowSampler
+from suite.encoders.loading import new_model
+from suite.reviews.sampling import WindowSampler
+from suite.training.devices import SingleDevice
 from utils import Config, ModelConfig, TrainConfig, process_rank
 
 CONFIG = Config(train_config=TrainConfig(device="cpu", mixed_precision="no"))

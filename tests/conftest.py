@@ -119,8 +119,8 @@ def run_script(*arguments: str, environment: dict | None = None, timeout: float 
 def run_here(*arguments: str, mode: str = "train", **options) -> subprocess.CompletedProcess:
     """What `python main.py --mode MODE --OPTION VALUE ARGUMENTS` does, in this process, which has paid for its imports
     already."""
-    import cli
     import main
+    from suite.common import cli
     from utils import load_config
 
     code, out, err = 0, io.StringIO(), io.StringIO()

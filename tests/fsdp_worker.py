@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 
-import cli
 import main
 import main_accumulation
+from suite.common import cli
 
 
 def sharding_accelerator(mixed_precision: str, cpu: bool) -> Accelerator:

@@ -14,10 +14,10 @@ from conftest import PROJECT, run_script
 from safetensors.torch import load_file
 
 import main
-from devices import SingleDevice
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
-from sampling import WindowSampler
+from suite.reviews.sampling import WindowSampler
+from suite.training.devices import SingleDevice
 from utils import load_config
 
 
@@ -249,6 +249,6 @@ def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrid
 
 
 def test_the_gradient_norm_benchmark_runs_and_this_suite_is_right():
-    result = run_script("benchmarks/gradient_norm.py")
+    result = run_script("-m", "benchmarks.gradient_norm")
     assert result.returncode == 0, result.stderr
     assert "this suite's norm is right for every cut" in result.stdout

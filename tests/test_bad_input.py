@@ -17,11 +17,10 @@ import torch
 from conftest import ENCODERS, PROJECT, run_here, run_script, write_reviews
 from transformers import AutoTokenizer, GPT2Config, T5Config, ViTConfig
 
-import cli
 import data
-import hub
-import run
-import sources
+from suite.common import cli, hub
+from suite.reviews import sources
+from suite.training import run
 from utils import DataConfig, UserError, load_config
 
 GOOD = "".join(f"a fine film number {row},good\na dull film number {row},bad\n" for row in range(20))

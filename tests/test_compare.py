@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from conftest import PROJECT, run_script
 
-import cli
 from compare import compare_runs
-from evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
-from results import group, read_result
-from utils import load_config, save_config, write_json
+from suite.common import cli
+from suite.common.run_folder import save_config
+from suite.common.storage import write_json
+from suite.comparison.results import group, read_result
+from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
+from utils import load_config
 
 REVIEWS = 400
 HOSTILE = ("</script><script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">",

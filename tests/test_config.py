@@ -8,8 +8,8 @@ import time
 import pytest
 from conftest import PROJECT, SHARED, run_script
 
-import checks
 import utils
+from suite.common import checks
 from utils import UserError, config_fields, load_config
 
 

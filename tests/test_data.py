@@ -12,9 +12,10 @@ from conftest import PROJECT, SHARED, write_reviews
 from transformers import AutoTokenizer
 
 import data
-from loading import load_tokenizer
-from sampling import WindowSampler, cut_window
-from sources import load_reviews
+from suite.encoders.loading import load_tokenizer
+from suite.reviews import splitting
+from suite.reviews.sampling import WindowSampler, cut_window
+from suite.reviews.sources import load_reviews
 from utils import DataConfig, UserError, load_config
 
 
@@ -339,7 +340,7 @@ def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
 
 @pytest.mark.parametrize("kept", [2, 3, 58, 59])
 def test_any_limit_keeps_that_many_rows(kept):
-    rows, rest = data._draw(np.arange(60), np.arange(60) % 2, kept, DataConfig(limit=kept), "limit")
+    rows, rest = splitting._draw(np.arange(60), np.arange(60) % 2, kept, DataConfig(limit=kept), "limit")
     assert len(rows) == kept
     assert sorted([*rows, *rest]) == list(range(60))
 

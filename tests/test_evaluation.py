@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from evaluation import Predictions, calibration, compute_metrics, mistakes, write_mistakes, write_predictions
+from suite.training.evaluation import (
+    Predictions,
+    calibration,
+    compute_metrics,
+    mistakes,
+    write_mistakes,
+    write_predictions,
+)
 
 
 def draw(n: int = 500, classes: int = 2, seed: int = 0) -> Predictions:

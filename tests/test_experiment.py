@@ -16,9 +16,10 @@ from conftest import PROJECT, SHARED, run_script, write_reviews
 from test_compare import write_run
 
 from experiment import list_cells, read_command, remaining
-from grid import read_experiment
-from stopping import SIGNALS
-from utils import UserError, load_config, settings
+from suite.common.run_folder import shaping_values
+from suite.common.stopping import SIGNALS
+from suite.comparison.grid import read_experiment
+from utils import UserError, load_config
 
 SHIPPED = sorted(PROJECT.glob("experiments/*.yaml"))
 
@@ -63,8 +64,9 @@ def test_the_settings_are_the_published_ones():
     cells = read_experiment("experiments/exp2.yaml").cells
     assert [cell.config.train_config.effective_batch_size for cell in cells[:6]] == [64, 256, 1024] * 2
     assert {cell.config.data_config.batch_size for cell in cells} == {64}
-    assert settings(cells[0].config) == settings(load_config("config.yaml"))
-    assert settings(cells[0].config) == settings(read_experiment("experiments/exp1.yaml").cells[0].config)  # shared
+    shared = shaping_values(cells[0].config)
+    assert shared == shaping_values(load_config("config.yaml"))
+    assert shared == shaping_values(read_experiment("experiments/exp1.yaml").cells[0].config)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

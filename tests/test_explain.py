@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import ENCODERS, run_here, write_reviews
 
-import cli
-import explain
 import main
-from attribution import TOLERANCE, attribute
-from classifier import Classifier
-from devices import SingleDevice
-from evaluation import write_mistakes
-from loading import load_model, load_tokenizer, new_model, save_model
+from suite.common import cli
+from suite.encoders.loading import load_model, load_tokenizer, new_model, save_model
+from suite.inference import explain
+from suite.inference.attribution import TOLERANCE, attribute
+from suite.inference.classifier import Classifier
+from suite.training.devices import SingleDevice
+from suite.training.evaluation import write_mistakes
 from utils import ModelConfig, UserError, load_config
 
 TELLING = {"good": {"gripping", "moving", "delightful"}, "bad": {"dull", "dreary", "pointless"}}

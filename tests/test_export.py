@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-import cli
-import export
 import main
-from loading import load_tokenizer, new_model, save_model
+from suite.common import cli
+from suite.encoders.loading import load_tokenizer, new_model, save_model
+from suite.inference import export
 from utils import ModelConfig, UserError, load_config
 
 TEXTS = ["word", "a gripping and moving film", "dull dreary pointless " * 40]
@@ -94,8 +94,8 @@ def test_a_model_that_differs_gets_no_name(bert, monkeypatch):
 
 def test_the_check_reads_every_size_and_length(bert):
     config = load_config("config.yaml", ["train_config.device=cpu"])
-    from classifier import Classifier
-    from devices import SingleDevice
+    from suite.inference.classifier import Classifier
+    from suite.training.devices import SingleDevice
 
     encode = Classifier(bert, config, SingleDevice(config)).encode
     batches = list(export.check_batches(encode))

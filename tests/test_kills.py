@@ -25,9 +25,9 @@ import torch
 from conftest import PROJECT, run_here, write_reviews
 from test_training import RESULTS, bits_of, train, train_here
 
-from checkpointing import newest_good_state, saved_states
-from loading import load_model, load_tokenizer
-from storage import damage, room_for, seal
+from suite.common.storage import damage, room_for, seal
+from suite.encoders.loading import load_model, load_tokenizer
+from suite.training.states import newest_good_state, saved_states
 from utils import UserError
 
 SEED = int(os.environ.get("KILLS_SEED", random.randrange(2**32)))
@@ -169,7 +169,8 @@ def test_a_signal_among_the_imports_leaves_without_a_word(undisturbed, sent):
     arguments, _ = undisturbed("main.py")
     for seconds in (0.1, 0.3, 0.6, 1, 1.5):
         process = start("-c", [f"import sys; sys.argv = ['main.py', *{arguments}]; "
-                               "import cli; cli.read_command('', False); print('reading', flush=True); import main"])
+                               "from suite.common import cli; cli.read_command('', False); "
+                               "print('reading', flush=True); import main"])
         assert process.stdout.readline() == "reading\n"
         time.sleep(seconds)
         process.send_signal(sent)
@@ -352,7 +353,8 @@ def test_a_second_process_in_one_folder_is_refused(undisturbed):
     folder, arguments = shutil.copytree(whole, whole.parent / "shared"), [*arguments, "run_name=shared"]
     (folder / "metrics.json").unlink()
     before = content_of(folder)
-    code = "import pathlib, storage, sys; storage.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    code = ("import pathlib, sys; from suite.common import storage; "
+            "storage.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()")
     other = subprocess.Popen([sys.executable, "-c", code, folder], cwd=PROJECT, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)
     other.stdout.readline()

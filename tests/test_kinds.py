@@ -10,9 +10,9 @@ from conftest import PROJECT, run_here
 from test_training import expect, metrics_of, train_here
 
 import data
-from devices import SingleDevice
-from loading import load_tokenizer
-from run import Run
+from suite.encoders.loading import load_tokenizer
+from suite.training.devices import SingleDevice
+from suite.training.run import Run
 from utils import load_config
 
 SHARES = {"film": 20, "музыка": 60, "食べ物": 100, "😀 fun": 220}  # 400 rows, named in four scripts

@@ -13,10 +13,10 @@ from safetensors.torch import load, save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel
 
-from cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
 from data import Encode
-from loading import load_model, load_tokenizer, new_model, save_model
 from model import EncoderForClassification, mean_over_tokens
+from suite.encoders.cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
+from suite.encoders.loading import load_model, load_tokenizer, new_model, save_model
 from utils import ModelConfig, UserError
 
 

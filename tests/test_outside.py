@@ -12,7 +12,7 @@ from conftest import PROJECT, SHARED, run_script
 from test_training import metrics_of, train_here
 from transformers import AutoModel, AutoTokenizer
 
-import reporting
+from suite.training.tracking import try_plots
 from utils import load_config
 
 
@@ -45,12 +45,12 @@ def test_without_matplotlib_only_the_plots_are_missing(short, tmp_path, broken):
 
 
 def test_a_plot_that_fails_is_left_out(monkeypatch, capsys, tmp_path):
-    import plots
+    from suite.training import plots
 
     monkeypatch.setattr(plots, "plot_reliability", lambda *_: 1 / 0)
     monkeypatch.setattr(plots, "plot_confusion_matrix", lambda *_: None)
     monkeypatch.setattr(plots, "plot_learning_curves", lambda *_: None)
-    assert reporting.try_plots(tmp_path, None, [], None, []) == []
+    assert try_plots("suite.training.plots", tmp_path, None, [], None, []) == []
     assert "plots: left out (ZeroDivisionError" in capsys.readouterr().out
 
 

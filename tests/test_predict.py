@@ -19,10 +19,9 @@ from test_accumulation import launch
 from test_training import expect, train_here
 from transformers import BertForSequenceClassification
 
-import classifier
-import labelling
-from devices import SingleDevice
-from loading import load_tokenizer
+from suite.encoders.loading import load_tokenizer
+from suite.inference import classifier, labelling
+from suite.training.devices import SingleDevice
 from utils import load_config
 
 ADDED = ["predicted", "probability_bad", "probability_good"]

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t, ttest_ind
 
-from significance import accuracy_interval, bootstrap_interval, compare, detectable_difference, holm, mcnemar, sentence
+from suite.comparison.significance import (
+    accuracy_interval,
+    bootstrap_interval,
+    compare,
+    detectable_difference,
+    holm,
+    mcnemar,
+    sentence,
+)
 
 SIMULATIONS = 1000
 CHANCE = 0.6  # standard deviation of the latent score that neither review nor seed explains; reviews have 1

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-from checkpointing import saved_states
-from devices import SingleDevice
 from main_accumulation import AcceleratedDevices
-from run import Run
+from suite.training.devices import SingleDevice
+from suite.training.run import Run
+from suite.training.states import saved_states
 from utils import load_config
 
 RESULTS = {"history.jsonl", "test_predictions.csv", "misclassified.csv", "best/config.json", "best/model.safetensors",

@@ -1,0 +1,1 @@
+"""Programs behind the figures in benchmarks/README.md: python -m benchmarks.NAME"""

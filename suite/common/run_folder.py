@@ -1,0 +1,69 @@
+"""What lies in a run folder and can be read without torch: its configuration, metrics and history."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from suite.common.storage import atomic_write
+from utils import Config, UserError, brief, config_fields
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json, {} if there is none."""
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if metrics and not {"accuracy", "accuracy_ci95", "loss", "f1", "n"} <= set(metrics["test"]):
+            raise ValueError("values are missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it") from None
+    return metrics
+
+
+def read_history(path: Path, lines: int | None = None) -> list[dict[str, Any]]:
+    """The records of a run, or its first `lines`. Raises UserError naming the line if one is damaged."""
+    records: list[dict[str, Any]] = []
+    try:
+        for line in path.read_bytes().splitlines()[:lines] if path.exists() else []:
+            records.append(json.loads(line))
+    except ValueError:
+        raise UserError(f"{path}: line {len(records) + 1} is damaged: put back what was saved, or start the run afresh "
+                        "with train_config.resume=never") from None
+    return records
+
+
+def shaping_values(config: Config) -> dict[str, Any]:
+    """{dotted key: value} of all that shapes a run's result: runs that agree in it are the same run."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config))
+    return {key: functools.reduce(dict.__getitem__, key.split("."), tree)
+            for key, entry in config_fields() if entry.metadata["shapes_result"]}
+
+
+def read_saved_config(path: Path) -> Config:
+    """The configuration that a run has written. Raises UserError if it is damaged."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: damaged, or of another version: {brief(error)}") from None
+
+
+def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> list[str]:
+    """`key: old -> new` for each setting that shapes the result and differs between the saved file and `config`.
+
+    `ignored`: keys or sections that may differ.
+    """
+    saved, current = shaping_values(read_saved_config(path)), shaping_values(config)
+    return [f"{key}: {saved[key]} -> {current[key]}" for key in current
+            if not key.startswith(ignored) and saved[key] != current[key]]
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    with atomic_write(path) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))

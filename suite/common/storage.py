@@ -1,0 +1,236 @@
+"""Files that neither a kill nor a full disk nor a second process can spoil.
+
+A folder is sealed by `manifest.json`, which holds the sizes and SHA-256 sums of its files and is written last. Whatever
+differs from it later, by one bit or by one file, is found by `damage` before anything is read from the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils import UserError, process_rank, say
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MANIFEST = "manifest.json"
+PARTIAL, OLD = ".partial", ".old"
+NOT_SEALED = {MANIFEST, "README.md", ".README.md.tmp"}  # a model card is its owner's to edit, whenever
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, the size of one file
+MEGABYTE = 10**6
+_locks = []  # open for as long as the process lives
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sealed folders
+
+
+def seal(folder: Path) -> None:
+    """Bring the folder's files safely to the disk, then say what they are."""
+    files = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and str(path.relative_to(folder)) not in NOT_SEALED)
+    sums = {str(path.relative_to(folder)): _sum(path, sync=True) for path in files}
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+    write_json(folder / MANIFEST, sums)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder's files, naming the file; None if nothing is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return f"{folder / MANIFEST} is missing or damaged"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size or _sum(path)["sha256"] != digest:
+            return f"{path} is damaged: it is not what was saved"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    foreign = found - set(expected) - NOT_SEALED
+    return f"{folder / min(foreign)} was not saved by this run: remove it" if foreign else None
+
+
+def refuse_damage(folder: Path) -> None:
+    """Raises UserError if a model folder is not what was saved."""
+    if problem := damage(folder):
+        raise UserError(f"{problem}; or put back a copy of {folder}, or train the run afresh with "
+                        "train_config.resume=never (and train_config.overwrite=true if it is finished)")
+
+
+def _sum(path: Path, sync: bool = False) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replace a sealed folder by what `write` puts into the one that it is given, as a whole or not at all.
+
+    A kill between the two renames leaves no folder of that name, but the whole old one beside it: see `restore`.
+    """
+    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        seal(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, it would only fill it
+        raise
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Give the old folder its name back if a kill came before the new one had it."""
+    old = folder.with_name(folder.name + OLD)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+
+
+def refuse_existing(*names: str | Path) -> None:
+    """Raises UserError if there is a file of one of these names."""
+    for name in names:
+        if os.path.lexists(name):
+            raise UserError(f"--output: {name} exists already: choose another name, or remove it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Space, and one process at a time
+
+
+@contextmanager
+def room_for(folder: Path, needed: float = MEGABYTE):
+    """Around writing `needed` bytes below `folder`. Raises UserError if they do not fit, before or while writing."""
+    if _free(folder) < needed:
+        raise _full(folder, needed)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not any(map(_says_full, chain(error))):  # torch.save wraps what the disk said
+            raise
+        raise _full(folder, needed) from error
+
+
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    from_rust = re.search(r"\(os error (\d+)\)", str(error))  # all that tokenizers and safetensors tell
+    return from_rust is not None and int(from_rust[1]) in FULL
+
+
+def _full(folder: Path, needed: float) -> UserError:
+    return UserError(f"{folder}: no room to write {max(needed / MEGABYTE, 1):,.0f} MB ({_free(folder) / MEGABYTE:,.0f} "
+                     "MB are free; quotas and ulimit -f count, too): make room or set output_dir to another disk, and "
+                     "give the same command again; what was saved before is intact")
+
+
+def _free(folder: Path) -> int:
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def chain(error: BaseException | None):
+    """An exception and what it came from, the innermost last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def lock(folder: Path, otherwise: str = "choose another run_name") -> None:
+    """Keep other processes from writing this run folder for as long as this one lives; the kernel ends it with us.
+
+    The lock is a file beside the folder, which it outlives. It belongs to the process, so loaders that were forked from
+    a killed one do not hold it, and NFS knows it. Raises UserError if another process has it.
+    """
+    if process_rank() > 0 or fcntl is None:
+        return
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written ({error.strerror}): set output_dir") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{folder} is in use by another process: wait until it ends, or {otherwise}") from None
+    except OSError as error:  # a file system without locks
+        say(f"{path}: cannot be locked ({error.strerror}): take care that no other process uses this run folder")
+    _locks.append(file)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process is at work in this run folder just now."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if fcntl is None or not path.exists():
+        return False
+    try:
+        with path.open("a") as file:  # closing it gives the lock back
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False  # a file system without locks
+    return False
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "w"):
+    """Open a temporary neighbour for writing; on success sync it and rename it to `path`.
+
+    Whenever the process dies, `path` is the old file or the whole new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    try:
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut; a no-op where a folder cannot be opened (Windows)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,1 @@
+"""Grids of runs, and finished runs side by side: statistics, reports, plots."""

@@ -1,0 +1,238 @@
+"""An experiment file: a base configuration, a grid of settings, seeds; and which of its runs exist already.
+
+    question: Which effective batch?                  what the report answers (free text)
+    script: main_accumulation.py                      main.py, unless a cell accumulates
+    config: config.yaml                               the base configuration
+    overrides: {data_config.batch_size: 64}           for every run
+    grid:                                             every combination of these values is a setting
+      train_config.effective_batch_size: [64, 256, 1024]
+    seeds: [42, 43, 44]                               each setting runs with each of them
+    published:                                        others' figures, shown beside ours
+      - where: {train_config.effective_batch_size: 64}
+        accuracy: {their name: 0.8918}
+
+A cell is one setting with one seed. All seeds of all settings are run in turn: first every setting with the first
+seed, so that an experiment which is cut short has something of each. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suite.common.run_folder import read_saved_config, shaping_values
+from utils import Config, UserError, config_fields, leaves, load_config, read_yaml, suggest
+
+SCRIPTS = ("main.py", "main_accumulation.py")
+KEYS = ("name", "question", "script", "config", "overrides", "grid", "seeds", "published")
+PER_CELL = {"train_config.seed": "list it under `seeds`", "run_name": "each run gets a name of its own"}
+NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")  # by the default name
+
+
+@dataclass
+class Cell:
+    """One run of the grid."""
+
+    index: int  # from 1, in the order of running
+    setting: dict[str, Any]  # the grid's keys
+    seed: int
+    config: Config
+    arguments: list[str]  # of the script, all but run_name
+    is_finished: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_folder
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal for runs that are the same, whatever their folders are called."""
+        return identity(self.config)
+
+
+def identity(config: Config) -> str:
+    return json.dumps(shaping_values(config), sort_keys=True)
+
+
+@dataclass
+class Experiment:
+    name: str
+    question: str
+    script: str
+    cells: list[Cell]
+    published: list[dict[str, Any]]  # {"where": {key: value}, "accuracy": {source: share of reviews}}
+    overrides: list[str]  # of the command line, those that shape results: the runs are not what the file describes
+
+    @property
+    def report_folder(self) -> Path:
+        return Path(self.cells[0].config.output_dir) / f"{self.name}-report"
+
+    def published_for(self, setting: dict[str, Any]) -> dict[str, float]:
+        """{source: accuracy} of others for a setting of the grid."""
+        return {source: accuracy for entry in self.published if entry["where"].items() <= setting.items()
+                for source, accuracy in entry["accuracy"].items()}
+
+
+def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Raises UserError that lists every problem of the file and of the overrides (`section.key=value`)."""
+    tree = read_yaml(path, "name an experiment such as experiments/demo.yaml")
+    tree = {key: value for key, value in tree.items() if value is not None}
+    problems = []
+    for key in tree.keys() - set(KEYS):
+        near = difflib.get_close_matches(str(key), KEYS, n=1)
+        problems.append(f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(KEYS)}"))
+    name, script = tree.get("name", Path(path).stem), tree.get("script", "main.py")
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", str(name)):
+        problems.append(f"name is {name!r}: use letters, digits and . _ - + for a folder's name")
+    if script not in SCRIPTS:
+        problems.append(f"script is {script!r}: choose one of {', '.join(SCRIPTS)}")
+    sections = {}
+    for key in ("overrides", "grid"):
+        sections[key] = dict(leaves(tree.get(key, {}))) if isinstance(tree.get(key, {}), dict) else {}
+        if not isinstance(tree.get(key, {}), dict):
+            problems.append(f"{key} must hold section.key: value, got {tree[key]!r}")
+    problems += _grid_problems(sections["grid"], sections["overrides"], overrides) + _seed_problems(tree.get("seeds"))
+    published, found = _read_published(tree.get("published", []), sections["grid"])
+    problems += found
+    if problems:
+        raise _refusal(path, problems)
+
+    base = str(tree.get("config", "config.yaml"))
+    cells = []
+    for seed, values in itertools.product(tree["seeds"], itertools.product(*sections["grid"].values())):
+        setting = dict(zip(sections["grid"], values, strict=True))
+        replaced = sections["overrides"] | setting | {"train_config.seed": seed}
+        try:
+            config = load_config(base, overrides, {path: replaced})
+        except UserError as error:
+            if str(error) not in problems:  # each cell has the problems that all have
+                problems.append(str(error))
+            continue
+        if script == "main.py" and config.train_config.gradient_accumulation_steps > 1:
+            problems.append(f"{path}: script main.py takes one micro-batch a step, and {describe(setting)} needs "
+                            f"{config.train_config.gradient_accumulation_steps}: set script: main_accumulation.py")
+            continue
+        # JSON is YAML, so each value reaches the script as what it is.
+        arguments = ["--config", base, *(f"{key}={json.dumps(value)}" for key, value in replaced.items()), *overrides]
+        cells.append(Cell(len(cells) + 1, setting, seed, config, arguments))
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    if twins := [(one, other) for one, other in itertools.combinations(cells, 2)
+                 if one.identity == other.identity]:
+        raise _refusal(path, [f"grid: runs {one.index} and {other.index} are the same ({describe(one.setting)}; "
+                              f"{describe(other.setting)}): leave one out" for one, other in twins])
+    _find_runs(cells)
+    shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
+    return Experiment(str(name), str(tree.get("question", "")), script, cells, published, shaping)
+
+
+def _refusal(path: str, problems: list[str]) -> UserError:
+    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    return UserError(f"{path}: {count}{'; '.join(problems)}")
+
+
+def _grid_problems(grid: dict[str, Any], fixed: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    problems, known = [], dict(config_fields())
+    if not grid:
+        problems.append("grid is empty: give at least one key with its values, such as "
+                        "train_config.learning_rate: [5e-5, 1e-4]")
+    for key, values in grid.items():
+        if key not in known:
+            problems.append(f"grid: unknown key {key}{suggest(key, known)}")
+        elif not isinstance(values, list) or not values:
+            problems.append(f"grid: {key} must be a list of values, got {values!r}")
+        elif twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            problems.append(f"grid: {key} lists {twice[0]!r} twice: leave one out")
+    problems += [f"{key} stands in grid and in overrides: leave one out" for key in grid.keys() & fixed.keys()]
+    given = {item.partition("=")[0] for item in overrides}
+    problems += [f"{key} varies within the experiment: it cannot be replaced on the command line"
+                 for key in grid if key in given]
+    problems += [f"{key} cannot be set for an experiment: {fix}" for key, fix in PER_CELL.items()
+                 if key in grid or key in fixed or key in given]
+    if "output_dir" in grid:
+        problems.append("output_dir stands in grid: set it under overrides; all runs of an experiment lie together")
+    return problems
+
+
+def _seed_problems(seeds: Any) -> list[str]:
+    if not isinstance(seeds, list) or not seeds:
+        return [f"seeds must be a list such as [42, 43, 44], got {'nothing' if seeds is None else repr(seeds)}"]
+    wrong = [seed for seed in seeds if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32]
+    if wrong:
+        return [f"seeds: {', '.join(map(repr, wrong))}: use integers from 0 to {2**32 - 1}"]
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    return [f"seeds: {', '.join(map(str, twice))} more than once: the same seed gives the same run"] if twice else []
+
+
+def _read_published(entries: Any, grid: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    published, problems = [], []
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+        parts = (entry.get("where"), entry.get("accuracy")) if isinstance(entry, dict) else (None, None)
+        if not all(isinstance(part, dict) and part for part in parts) or len(entry) > 2:
+            problems.append(f"published, entry {number}: write where: {{key: value of the grid}} and "
+                            "accuracy: {source: share of reviews}")
+            continue
+        where, accuracy = dict(leaves(parts[0])), parts[1]
+        problems += [f"published, entry {number}: {key}: {value!r} is not in the grid" for key, value in where.items()
+                     if not isinstance(grid.get(key), list) or value not in grid[key]]
+        problems += [f"published, entry {number}: the accuracy of {source} is {value!r}: give a share from 0 to 1"
+                     for source, value in accuracy.items() if not isinstance(value, float | int) or not 0 <= value <= 1]
+        published.append({"where": where, "accuracy": {str(source): value for source, value in accuracy.items()}})
+    return published, problems
+
+
+def describe(setting: dict[str, Any]) -> str:
+    """`model_name=..., learning_rate=...`"""
+    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in setting.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which runs exist
+
+
+def _find_runs(cells: list[Cell]) -> None:
+    """Give each cell the name of the run folder that holds it, whatever its name, or else one that is free."""
+    names = [_name(cell) for cell in cells]
+    for cell, name in zip(cells, names, strict=True):
+        long_name = f"{name}-{hashlib.sha256(cell.identity.encode()).hexdigest()[:8]}"
+        cell.config.run_name = name if names.count(name) == 1 else long_name
+        if cell.folder.exists() and any(cell.folder.iterdir()):
+            cell.config.run_name = long_name  # another run's, unless `recognise` finds that it is this one
+    recognise(cells)
+
+
+def recognise(cells: list[Cell]) -> None:
+    """Look through the run folders for these cells, by their configurations."""
+    from suite.common.run_folder import (
+        read_metrics,  # here, for it imports SciPy and scikit-learn, and bad files are refused first
+    )
+
+    folder = Path(cells[0].config.output_dir)
+    found: dict[str, list[tuple[bool, bool, str]]] = {}
+    for path in sorted(folder.glob("*/config.yaml")):
+        try:
+            key = identity(read_saved_config(path))
+        except UserError:
+            continue  # no run of ours; where its name is taken, the script says so
+        try:
+            is_finished = {"train", "test"} <= read_metrics(path.parent).keys()
+        except UserError:
+            is_finished = False
+        found.setdefault(key, []).append((is_finished, path.parent.name))
+    for cell in cells:
+        if matching := found.get(cell.identity):
+            own = cell.config.run_name
+            cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))
+
+
+def _name(cell: Cell) -> str:
+    extra = [f"{key.rpartition('.')[2]}={value}" for key, value in cell.setting.items() if key not in NAMED]
+    return "-".join([cell.config.run_name, *(re.sub(r"[^\w.=+-]+", "-", part).strip("-") for part in extra)])

@@ -1,0 +1,189 @@
+"""Finished runs, read from their folders, and put together into settings that differ in more than the seed."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from suite.common.run_folder import read_history, read_metrics, read_saved_config, shaping_values
+from suite.training.evaluation import Predictions
+from utils import Config, UserError
+
+SEED = "train_config.seed"
+SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
+                                                   "drop_duplicates", "limit"))
+STEPS = "train_config.gradient_accumulation_steps"
+PUT_SHORT = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
+             "data_config.max_len": "len"}
+PREFIX = "probability_"
+
+
+@dataclass
+class Result:
+    """A finished run."""
+
+    folder: Path
+    config: Config
+    metrics: dict[str, Any]
+    label_names: list[str]
+    predictions: Predictions  # logits: the logarithms of the saved probabilities
+    predicted: np.ndarray  # (reviews,) int64; as saved, for two probabilities that were rounded to the same may tie
+    data_fingerprint: str | None  # of all reviews and their split; None where the model is not there any more
+
+    @property
+    def seed(self) -> int:
+        return self.config.train_config.seed
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(reviews,) bool."""
+        return self.predicted == self.predictions.labels
+
+    @functools.cached_property
+    def history(self) -> list[dict[str, Any]]:
+        return read_history(self.folder / "history.jsonl")
+
+    @functools.cached_property
+    def setting(self) -> dict[str, Any]:
+        """All that shapes the result but the seed, and how often it was recorded."""
+        return {key: value for key, value in shaping_values(self.config).items()
+                if key != SEED and not key.startswith("log_config.")}
+
+
+@dataclass
+class Setting:
+    """Runs that differ in their seeds alone."""
+
+    label: str
+    runs: list[Result]
+    published: dict[str, float] = field(default_factory=dict)  # {source: accuracy}
+
+    @functools.cached_property
+    def correct(self) -> np.ndarray:
+        """(seeds, reviews) bool."""
+        return np.stack([run.correct for run in self.runs])
+
+    def values(self, split: str, name: str) -> list[float]:
+        """One of metrics.json's figures of each run; without those that are null or missing."""
+        found = [run.metrics.get(split, {}).get(name) for run in self.runs]
+        return [value for value in found if value is not None]
+
+
+def read_result(folder: str | Path) -> Result:
+    """Raises UserError if the folder holds no finished run, or files that do not belong together."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
+    if not {"train", "test"} <= read_metrics(folder).keys():
+        raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): let it "
+                        "finish by giving its command again, or leave it out")
+    config = read_saved_config(folder / "config.yaml")
+    again = f"write it again by python main.py --mode test --config {folder / 'config.yaml'}"
+    path = folder / "test_predictions.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        names = [column.removeprefix(PREFIX) for column in header[3:]]
+        index = {name: place for place, name in enumerate(names)}
+        ids, labels, predicted = (np.array([convert(row[place]) for row in rows]) for place, convert in
+                                  enumerate((int, index.__getitem__, index.__getitem__)))
+        probabilities = np.array([[float(value) for value in row[3:]] for row in rows])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {again}") from None
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({error}): {again}") from None
+    metrics = read_metrics(folder)
+    if len(ids) != metrics["test"]["n"] or (labels == predicted).sum() / len(ids) != metrics["test"]["accuracy"]:
+        raise UserError(f"{path} and metrics.json are of different tests: {again}")
+    order = np.argsort(ids)
+    with np.errstate(divide="ignore"):  # a probability that was rounded to 0
+        predictions = Predictions(ids, labels, np.log(probabilities))
+    return Result(folder, config, metrics, names, predictions, predicted[order], _fingerprint(folder))
+
+
+def _fingerprint(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "best" / "config.json").read_text(encoding="utf-8")).get("data_fingerprint")
+    except (OSError, ValueError):
+        return None
+
+
+def refuse_different_tests(results: Sequence[Result]) -> None:
+    """Raises UserError unless all runs were tested on the same reviews, split from the same data in the same way."""
+    first = results[0]
+    for other in results[1:]:
+        reasons = [f"{key}: {first.setting[key]} and {other.setting[key]}" for key in SAME_TEST
+                   if first.setting[key] != other.setting[key]]
+        datasets = [run.config.data_config.dataset for run in (first, other)]
+        # The fingerprint knows better than the name: the same data may lie in two places, other data under one name.
+        if first.data_fingerprint and other.data_fingerprint:
+            if first.data_fingerprint != other.data_fingerprint and not reasons:
+                reasons.append(f"data_config.dataset: {' and '.join(dict.fromkeys(datasets))}, with different contents")
+        elif datasets[0] != datasets[1]:
+            reasons.append(f"data_config.dataset: {datasets[0]} and {datasets[1]}")
+        if first.label_names != other.label_names:
+            reasons.append(f"classes: {first.label_names} and {other.label_names}")
+        elif not (np.array_equal(first.predictions.ids, other.predictions.ids)
+                  and np.array_equal(first.predictions.labels, other.predictions.labels)) and not reasons:
+            reasons.append(f"test_predictions.csv: {len(first.predictions.ids):,} and {len(other.predictions.ids):,} "
+                           "reviews, not the same ids with the same labels")
+        if reasons:
+            raise UserError(f"{first.folder} and {other.folder} were not tested on the same reviews "
+                            f"({'; '.join(reasons)}): compare runs of one split")
+
+
+def group(results: Sequence[Result]) -> list[Setting]:
+    """The settings in the order of their first runs, each named by what tells it from the others.
+
+    Raises UserError if two runs are the same one.
+    """
+    grouped: dict[str, list[Result]] = {}
+    for result in results:
+        runs = grouped.setdefault(repr(result.setting), [])
+        if twin := next((run for run in runs if run.seed == result.seed), None):
+            raise UserError(f"{twin.folder} and {result.folder} are the same setting with the same seed {result.seed}: "
+                            "leave one out")
+        runs.append(result)
+    firsts = [runs[0].setting for runs in grouped.values()]
+    implied = {STEPS}  # by the micro-batch and the effective batch, which are one where there is no accumulation
+    if all(first[STEPS] == 1 for first in firsts):
+        implied.add("data_config.batch_size")
+    varying = [key for key in firsts[0] if key not in implied and len({repr(first[key]) for first in firsts}) > 1]
+    labels = [_label(first, varying or ["model_config.model_name"]) for first in firsts]
+    if len(set(labels)) < len(labels):  # two paths that end alike
+        labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
+    return [Setting(label, sorted(runs, key=lambda run: run.seed))
+            for label, runs in zip(labels, grouped.values(), strict=True)]
+
+
+def _label(setting: dict[str, Any], keys: list[str]) -> str:
+    """Such as `bert-base-uncased, batch 64`."""
+    parts = []
+    for key in keys:
+        value = setting[key]
+        if key in ("model_config.model_name", "data_config.dataset"):
+            parts.append(Path(value).name)  # the rest of a path says nothing outside of this machine
+        else:
+            parts.append(f"{PUT_SHORT.get(key, key.rpartition('.')[2])} {value}")
+    return ", ".join(parts)
+
+
+def texts(results: Sequence[Result]) -> dict[int, str]:
+    """{id: text} of every test review that at least one run gets wrong, from the runs' misclassified.csv."""
+    found: dict[int, str] = {}
+    for result in results:
+        path = result.folder / "misclassified.csv"
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                found |= {int(row["id"]): row["text"] for row in csv.DictReader(file)}
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"{path} cannot be read ({error}): write it again by python main.py --mode test --config "
+                            f"{result.folder / 'config.yaml'}") from None
+    return found

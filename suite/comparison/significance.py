@@ -1,0 +1,168 @@
+"""Is a difference between two settings real? Intervals and tests on the same test reviews, over seeds.
+
+`correct` always means an array (seeds, reviews) of bool: which reviews each run of a setting gets right. The reviews
+are the same in all settings and in the same order, so comparisons pair them. Seeds are not paired: nothing makes seed
+42 of one model luckier than seed 42 of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from suite.training.evaluation import wilson_interval
+
+LEVEL = 0.95  # of the intervals; a difference is shown where p, corrected, is below 1 - LEVEL
+POWER = 0.8  # how often the smallest difference that we call detectable would be shown
+DRAWS = 10_000  # of the bootstrap: an interval's end varies by about 2 % of its half-width from draw to draw
+
+
+@dataclass
+class Pair:
+    """How the second setting of a pair compares with the first. Shares of reviews: 0.01 is one point of accuracy."""
+
+    first: str
+    second: str
+    reviews: int
+    seeds: tuple[int, int]
+    difference: float  # mean accuracy of the second less that of the first
+    interval: tuple[float, float]  # see `bootstrap_interval`
+    better_on: tuple[int, int]  # reviews that the first, or the second, gets right more often
+    p_value: float  # see `mcnemar`
+    p_holm: float  # corrected for the number of pairs, see `holm`
+    detectable: float  # see `detectable_difference`
+
+    @property
+    def is_shown(self) -> bool:
+        """Both are asked: McNemar's test knows these trained models alone, the interval also knows other seeds."""
+        low, high = self.interval
+        return self.p_holm < 1 - LEVEL and not low <= 0 <= high
+
+
+def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DRAWS) -> list[Pair]:
+    """Every pair of settings; `names` and `correct` have one entry a setting."""
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    tests = [mcnemar(correct[i], correct[j]) for i, j in pairs]
+    corrected = holm([p_value for _, p_value in tests])
+    result = []
+    for (i, j), (better_on, p_value), p_holm in zip(pairs, tests, corrected, strict=True):
+        interval = bootstrap_interval(correct[j], correct[i], draws)
+        result.append(Pair(
+            names[i], names[j], correct[i].shape[1], (len(correct[i]), len(correct[j])),
+            float(correct[j].mean() - correct[i].mean()), interval, better_on, p_value, p_holm,
+            detectable_difference(interval, len(pairs))))
+    return result
+
+
+def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, draws: int = DRAWS, seed: int = 0
+                       ) -> tuple[float, float]:
+    """The 95 % interval, over reviews and seeds, of a setting's accuracy, or of its lead over `other`.
+
+    Reviews are resampled with replacement, the same ones for both settings (Efron and Tibshirani 1993, chapter 13).
+    Three seeds are too few to resample: their scatter would come out a third too small, and with the tails of a normal
+    distribution. So each draw adds a deviation from Student's t, scaled by the standard error over the seeds; where two
+    settings are compared, with Welch's degrees of freedom (1947). What reviews and seeds do to each other (a review
+    that some seeds get right) lies in both parts and is taken out of the first: the variances are those of the two-way
+    layout with random effects (Searle, Casella and McCulloch 1992, chapter 4). One seed says nothing about others, so
+    its interval is over reviews alone.
+    """
+    generator = np.random.default_rng(seed)
+    settings = [correct] if other is None else [correct, other]
+    n = correct.shape[1]
+    shares = correct.mean(axis=0) - (0 if other is None else other.mean(axis=0))  # (reviews,)
+    center = shares.mean()
+    values, counts = np.unique(shares.round(12), return_counts=True)  # few, so resampling means drawing their counts
+    if len(values) == 1:  # no review differs from another: all that is known is how rare the next one must be
+        if other is None:
+            return wilson_interval(round(center * n), n)
+        rare = wilson_interval(0, n)[1]
+        return center - rare, center + rare
+    resampled = generator.multinomial(n, counts / n, size=draws) @ values / n
+    repeated = [runs for runs in settings if len(runs) > 1]
+    interaction = sum(_interaction(runs) / len(runs) for runs in repeated)
+    reviews_share = max(0.0, 1 - interaction / shares.var(ddof=1))  # of the variance of `shares`
+    drawn = center + np.sqrt(reviews_share) * (resampled - center)
+    variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
+    if variances.sum() > 0:
+        freedom = variances.sum()**2 / sum(variances**2 / [len(runs) - 1 for runs in repeated])
+        drawn = drawn + np.sqrt(variances.sum()) * generator.standard_t(freedom, size=draws)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    least = 0.0 if other is None else -1.0
+    return float(max(low, least)), float(min(high, 1.0))
+
+
+def _interaction(correct: np.ndarray) -> float:
+    """The mean square of what neither the review nor the seed explains; needs two seeds."""
+    seeds, reviews = correct.shape
+    residual = correct - correct.mean(axis=0) - correct.mean(axis=1, keepdims=True) + correct.mean()
+    return float((residual**2).sum() / ((seeds - 1) * (reviews - 1)))
+
+
+def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a setting's accuracy: Wilson's for one seed, else `bootstrap_interval`."""
+    if len(correct) == 1:
+        return wilson_interval(int(correct.sum()), correct.shape[1])
+    return bootstrap_interval(correct)
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], float]:
+    """((reviews that the first gets right more often, those of the second), two-sided p): McNemar's exact test.
+
+    With one seed each, this is McNemar's test (1947) in its exact form: of the reviews that one of two models gets
+    right and the other wrong, half should fall to either. With several seeds, a review falls to the setting of which
+    the larger share of seeds gets it right. The reviews stay independent of each other, as the binomial test asks.
+    """
+    lead = (second.mean(axis=0) - first.mean(axis=0)).round(12)
+    only_first, only_second = int((lead < 0).sum()), int((lead > 0).sum())
+    if only_first + only_second == 0:
+        return (0, 0), 1.0
+    return (only_first, only_second), float(binomtest(only_second, only_first + only_second).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected so that the chance of any false claim among them stays below the level (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values, dtype=float)[order]))
+    return corrected.tolist()
+
+
+def detectable_difference(interval: tuple[float, float], pairs: int) -> float:
+    """The smallest true difference that a comparison like this one would show in 80 % of all cases.
+
+    Bloom 1995 (Evaluation Review 19:547): (z of the significance level + z of the power) x the standard error. The
+    level is shared out among the pairs, as in Holm's strictest step; the standard error is that of the interval.
+    """
+    standard_error = (interval[1] - interval[0]) / 2 / norm.ppf((1 + LEVEL) / 2)
+    return float((norm.ppf(1 - (1 - LEVEL) / 2 / pairs) + norm.ppf(POWER)) * standard_error)
+
+
+def sentence(pair: Pair) -> str:
+    """What a pair shows, in one plain sentence; differences in points of accuracy."""
+    points, (low, high) = 100 * pair.difference, (100 * end for end in pair.interval)
+    seeds = f"{pair.seeds[0]}" if pair.seeds[0] == pair.seeds[1] else f"{pair.seeds[0]} and {pair.seeds[1]}"
+    basis = f"{pair.reviews:,} reviews and {seeds} seed{'' if pair.seeds == (1, 1) else 's'}"
+    basis += " each" if pair.seeds[0] == pair.seeds[1] else ""
+    test = f"McNemar's exact test p = {_p(pair.p_value)}"
+    if pair.p_holm != pair.p_value:
+        test += f", corrected {_p(pair.p_holm)}"
+    if sum(pair.better_on) == 0:
+        return f"{pair.first} and {pair.second} get the same of the {pair.reviews:,} reviews right, at {basis}."
+    if pair.is_shown:
+        better, worse, sign = (pair.second, pair.first, 1) if points > 0 else (pair.first, pair.second, -1)
+        ends = sorted((sign * low, sign * high))
+        return (f"{better} is better than {worse} by {abs(points):.1f} points "
+                f"(95 % interval {ends[0]:.1f} to {ends[1]:.1f}; {test}), at {basis}.")
+    reason = ""
+    if pair.p_holm < 1 - LEVEL:
+        reason = " These trained models differ, but other seeds could undo it."
+    return (f"{pair.first} and {pair.second}: no difference shown at {basis}; {100 * pair.detectable:.1f} points would "
+            f"be needed, {points:+.1f} were seen (95 % interval {low:+.1f} to {high:+.1f}; {test}).{reason}")
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"

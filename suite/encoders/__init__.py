@@ -1,0 +1,1 @@
+"""Models and tokenizers from the Hub or a folder and back, and fast kernels for a CPU."""

@@ -1,0 +1,225 @@
+"""Models and tokenizers from the Hub and from folders, and a trained model's folder.
+
+Weights are read and written as safetensors only: no pickle is loaded, and no code from a folder or the Hub is run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from tokenizers import Regex, normalizers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from model import ClassifierConfig, EncoderForClassification
+from suite.common.hub import explained, is_hub_name
+from suite.common.storage import (
+    MANIFEST,
+    atomic_write,
+    refuse_damage,
+    write_json,
+)
+from utils import PROJECT, UserError, brief
+
+WEIGHTS = "model.safetensors"
+LINE_BREAKS = r"(?i)(\s*<br\s*/?>\s*)+"
+
+AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig)  # here, transformers needs no code from the folder
+AutoModelForSequenceClassification.register(ClassifierConfig, EncoderForClassification)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An encoder, and a new head on it
+
+
+def new_model(model_config: Any, label_names: list[str] | None = None) -> EncoderForClassification:
+    """A new head on the encoder `model_config.model_name`; fresh weights everywhere if not `pretrained`.
+
+    Raises UserError if the encoder cannot be loaded or lacks weights.
+    """
+    name = model_config.model_name
+    with explained("model_config.model_name", name):
+        encoder_config = load_encoder_config(model_config)
+        if model_config.pretrained:
+            # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
+            encoder, report = AutoModel.from_pretrained(
+                name, config=encoder_config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, output_loading_info=True)
+            if mismatched := sorted(report["mismatched_keys"]):
+                key, stored, expected = mismatched[0]
+                raise UserError(f"model_config.model_name: the weights in {name} are not of the model in its "
+                                f"config.json ({key} is {list(stored)} instead of {list(expected)}): take a model "
+                                "whose files belong together")
+            # A missing weight would be drawn at random and train to a number that nobody can explain.
+            if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+                raise UserError(f"model_config.model_name: {name} lacks {len(missing)} weights of its architecture "
+                                f"({missing[0]}, ...): take a complete model, or model_config.pretrained=false")
+        else:
+            encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
+    names = label_names or [str(label) for label in range(model_config.num_labels)]
+    encoder_config.name_or_path = ""  # a folder of this machine, which is nobody else's business
+    config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
+                              id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
+    return EncoderForClassification(config, encoder)
+
+
+def load_encoder_config(model_config: Any) -> PreTrainedConfig:
+    """The configuration of the encoder `model_config.model_name`, before any weight is loaded.
+
+    Raises UserError if it describes no text encoder, or one that cannot be built.
+    """
+    name = model_config.model_name
+    if not is_hub_name(name) and not Path(name).is_dir():
+        raise UserError(f"model_config.model_name: no such folder: {name}")
+    with explained("model_config.model_name", name):
+        encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    kind = encoder_config.model_type
+    is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if encoder_config.is_encoder_decoder or is_decoder or not hasattr(encoder_config, "vocab_size"):
+        raise UserError(f"model_config.model_name: {name} is a {kind} model, not a text encoder: take one such as "
+                        "bert-base-uncased or answerdotai/ModernBERT-base")
+    if model_config.encoder_dropout is not None:
+        set_encoder_dropout(encoder_config, model_config.encoder_dropout)
+    try:
+        with torch.device("meta"):  # shapes without memory
+            encoder = AutoModel.from_config(encoder_config)
+        if empty := [key for key, weights in encoder.named_parameters() if weights.numel() == 0]:
+            raise ValueError(f"{empty[0]} would be empty")
+    except Exception as error:  # of whatever kind: each architecture trips over nonsense in its own way
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise UserError(f"model_config.model_name: no encoder can be built from the config.json of {name} ({reason}): "
+                        "correct it or take another model") from error
+    return encoder_config
+
+
+def set_encoder_dropout(encoder_config: PreTrainedConfig, rate: float) -> None:
+    """Set every dropout rate of an encoder's configuration, whatever its architecture calls them."""
+    for name, value in encoder_config.to_dict().items():
+        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(encoder_config, name, rate)
+
+
+def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks: str = "keep"
+                   ) -> PreTrainedTokenizerBase:
+    """The encoder's tokenizer, from the Hub or a folder, as `key` gives it. Raises UserError if it cannot pad.
+
+    With line_breaks="space" it reads `<br />` as a space, also wherever it is loaded from a trained model's folder.
+    """
+    with explained(key, name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (AttributeError, KeyError, TypeError) as error:  # from a tokenizer.json that is none
+            raise ValueError(f"its tokenizer files: {type(error).__name__}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
+                        "tokenizer_config.json")
+    if line_breaks == "space":
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(f"data_config.line_breaks is 'space', but the tokenizer of {name} cannot be told so: set "
+                            "data_config.line_breaks=keep")
+        replace = normalizers.Replace(Regex(LINE_BREAKS), " ")
+        backend.normalizer = normalizers.Sequence([replace, backend.normalizer]) if backend.normalizer else replace
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained model's folder
+
+
+def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.Tensor],
+               tokenizer: PreTrainedTokenizerBase) -> None:
+    """What the Hugging Face ecosystem expects of a model folder: tokenizer, code, config.json, and the weights last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["truncation_side"] = "left" if config.truncation == "tail" else "right"
+    settings["model_max_length"] = config.max_len or settings.get("model_max_length")
+    if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, settings)
+    shutil.copyfile(PROJECT / "model.py", folder / "model.py")
+    write_json(folder / "config.json", config.to_dict() | {
+        "architectures": [EncoderForClassification.__name__], "dtype": "float32",
+        "auto_map": {"AutoConfig": f"model.{ClassifierConfig.__name__}",
+                     "AutoModelForSequenceClassification": f"model.{EncoderForClassification.__name__}"}})
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_write(folder / WEIGHTS, "wb") as file:
+        file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """A trained classifier: one of this suite, or any other sequence classifier that transformers knows.
+
+    Raises UserError naming the file that is missing or does not fit. A sealed folder, such as a run's, is verified to
+    the last bit before anything is read from it.
+    """
+    folder = Path(folder)
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; train this run first, or name a folder with a trained model")
+    if (folder / MANIFEST).exists():
+        refuse_damage(folder)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        is_ours = settings.pop("model_type") == ClassifierConfig.model_type
+        model = EncoderForClassification(_sensible(ClassifierConfig(**settings))) if is_ours else None
+    except Exception as error:  # of whatever kind: each architecture trips over nonsense in its own way
+        raise UserError(f"{folder / 'config.json'}: not a trained model: {brief(error)}") from error
+    if not is_ours:
+        return _load_foreign(folder)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: damaged, or not of the model in config.json: {brief(error)}") from error
+    return model
+
+
+def _sensible(config: ClassifierConfig) -> ClassifierConfig:
+    """The configuration itself. Raises ValueError for values that would be read as something else."""
+    names = config.id2label
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names) or len(names) < 2:
+        raise ValueError(f"id2label is {names}: two or more different names, numbered from 0, are needed")
+    if config.pooling not in ("cls", "mean") or config.truncation not in ("head", "tail", "head_tail"):
+        raise ValueError(f"pooling is {config.pooling!r} and truncation {config.truncation!r}")
+    if config.max_len is not None and not (isinstance(config.max_len, int) and config.max_len >= 4):
+        raise ValueError(f"max_len is {config.max_len!r}, not a number of tokens from 4")
+    return config
+
+
+def _load_foreign(folder: Path) -> nn.Module:
+    with explained("--model", str(folder)):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+            output_loading_info=True)
+    lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if lacking:
+        raise UserError(f"{folder / WEIGHTS}: no weights for {lacking[0]}: take a trained classifier, not an encoder")
+    if model.config.num_labels < 2 or model.config.problem_type not in (None, "single_label_classification"):
+        raise UserError(f"{folder / 'config.json'}: the model gives no probabilities of two or more classes, one of "
+                        "which is right: take another")
+    return model
+
+
+def best_model(run_folder: Path) -> Path:
+    """The folder of a run's best model. Raises UserError if there is none, or it is not what was saved."""
+    folder = run_folder / "best"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; train this run first, or name one with a model by run_name=; if "
+                        "it was lost, train afresh with train_config.resume=never (and train_config.overwrite=true if "
+                        "the run is finished)")
+    refuse_damage(folder)
+    return folder

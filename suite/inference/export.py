@@ -1,0 +1,178 @@
+"""--mode export: a trained model as ONNX, for programs that know no PyTorch.
+
+    checkpoints/my-run/onnx/
+        model.onnx      input_ids, attention_mask: (batch, tokens) int64  ->  logits: (batch, num_labels) float32
+        tokenizer.json  and what else belongs to the tokenizer, as it lies in the model's folder
+        config.json     id2label, max_len (tokens, special tokens included), truncation
+        manifest.json   the SHA-256 sums of these files
+
+The folder gets its name when ONNX Runtime has computed PyTorch's logits from it, on inputs of many lengths: whatever is
+called model.onnx in a folder without `.partial` has been checked.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from data import Encode
+from suite.common.storage import replace_folder, room_for, write_json
+from suite.encoders.loading import WEIGHTS, best_model
+from suite.inference.classifier import Classifier
+from utils import PROJECT, UserError, brief, say
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+MODEL = "model.onnx"
+TOLERANCE = 1e-4  # between logits, absolute
+BATCHES = (1, 2, 7, 33)  # reviews
+MOST_SCORES = 1 << 23  # batch x tokens x tokens: ONNX Runtime keeps a float of each for every head, 32 MB at this size
+
+
+def export(command: Any, devices: Any) -> None:
+    """Write the model of `command` to the folder `command.output`, or to `onnx` in the run folder.
+
+    Raises UserError if the packages are missing, the folder exists or the architecture cannot be exported, and
+    RuntimeError, with the figures, if the exported model's logits are not PyTorch's. Nothing is left then.
+    """
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--mode export needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
+    folder = Path(command.model) if command.model else best_model(command.config.run_folder)
+    target = output_folder(command, folder)
+    if not devices.is_main:
+        return
+    classifier = Classifier(folder, command.config, devices)
+    classifier.model.cpu()
+    with room_for(target.parent, (folder / WEIGHTS).stat().st_size):
+        replace_folder(target, lambda partial: write_export(partial, folder, classifier))
+    size = sum(path.stat().st_size for path in target.glob(MODEL + "*"))
+    say(f"exported: {target / MODEL} ({size / 1e6:,.1f} MB), its tokenizer beside it")
+
+
+def output_folder(command: Any, model_folder: Path) -> Path:
+    """Raises UserError if the folder exists or its parent cannot be made."""
+    if command.output:
+        target = Path(command.output)
+    elif command.model:
+        target = model_folder.resolve().with_name(model_folder.resolve().name + "-onnx")
+    else:
+        target = command.config.run_folder / "onnx"
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it, or choose another folder with --output")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target.parent} cannot be made ({error.strerror}): choose another folder with --output"
+                        ) from None
+    return target
+
+
+def write_export(folder: Path, model_folder: Path, classifier: Classifier) -> None:
+    """Everything that belongs into the folder, checked."""
+    tokenizer = classifier.tokenizer
+    for name in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                 *tokenizer.vocab_files_names.values()}:
+        if (model_folder / name).is_file():
+            shutil.copyfile(model_folder / name, folder / name)
+    encode = classifier.encode
+    write_json(folder / "config.json", {
+        "id2label": dict(enumerate(classifier.label_names)), "truncation": encode.truncation,
+        "max_len": len(encode.prefix) + encode.room + len(encode.suffix)})
+    write_onnx(classifier.model, folder / MODEL)
+    largest, batches = check(classifier.model, folder / MODEL, encode)
+    say(f"checked: on {batches} batches of 1 to {max(BATCHES)} reviews, of 1 to {encode.room} tokens and the special "
+        f"ones, the logits differ from PyTorch's by at most {largest:.1e}")
+
+
+def write_onnx(model: nn.Module, path: Path) -> None:
+    """Write an eval-mode classifier on the CPU in float32, its weights in the same file up to protobuf's 2 GB.
+
+    Raises UserError if torch cannot export it.
+    """
+    input_ids = torch.ones(2, 8, dtype=torch.int64)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    axes = {0: "batch", 1: "tokens"}
+    with quiet():
+        try:
+            program = torch.onnx.export(model, kwargs=inputs, dynamo=True, input_names=list(inputs),
+                                        output_names=["logits"], dynamic_shapes=dict.fromkeys(inputs, axes),
+                                        verbose=False)
+        except torch.onnx.OnnxExporterError as error:
+            kind = getattr(model.config, "encoder", model.config).model_type
+            raise UserError(f"torch {torch.__version__} cannot export a {kind} model "
+                            f"({brief(error.__cause__ or error)}): use it in PyTorch, or train another "
+                            "encoder") from error
+        program.save(path)
+
+
+@contextmanager
+def quiet():
+    """The exporter's remarks are for its authors: on their deprecations, on operators that are not used here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def session(path: Path) -> Any:
+    """An onnxruntime.InferenceSession on the CPU, with as many threads as torch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@torch.inference_mode()
+def check(model: nn.Module, path: Path, encode: Encode) -> tuple[float, int]:
+    """(the largest difference of a logit from PyTorch's, batches compared). Raises RuntimeError beyond TOLERANCE."""
+    onnx, largest, batches = session(path), 0.0, 0
+    for rows in check_batches(encode):
+        input_ids, mask = (pad_sequence(values, batch_first=True, padding_value=padding) for values, padding in (
+            ([torch.tensor(row) for row in rows], encode.tokenizer.pad_token_id),
+            ([torch.ones(len(row), dtype=torch.int64) for row in rows], 0)))
+        logits, = onnx.run(["logits"], {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()})
+        expected = model(input_ids=input_ids, attention_mask=mask).logits.numpy()
+        difference = float(np.abs(logits - expected).max())
+        if not difference <= TOLERANCE:  # nor NaN
+            raise RuntimeError(f"the exported model differs from PyTorch's by {difference:.1e} in a logit, more than "
+                               f"{TOLERANCE:g}, on a batch of {' x '.join(map(str, input_ids.shape))} tokens")
+        largest, batches = max(largest, difference), batches + 1
+    return largest, batches
+
+
+def check_batches(encode: Encode) -> Iterator[list[list[int]]]:
+    """Batches of every size and length, each of them ragged: rows of random tokens and of the demo's reviews."""
+    random = np.random.default_rng(0)
+    tokenizer = encode.tokenizer
+    vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    with open(PROJECT / "demo" / "reviews.csv", newline="", encoding="utf-8") as file:
+        words = " ".join(row["text"] for row in csv.DictReader(file)).split()
+    lengths = [*itertools.takewhile(lambda length: length < encode.room, (2 ** k for k in itertools.count())),
+               encode.room]
+    for length, batch in itertools.product(lengths, BATCHES):
+        rows = []
+        for place in range(max(1, min(batch, MOST_SCORES // length ** 2))):
+            count = int(random.integers(1, length + 1)) if place else length
+            start = int(random.integers(len(words) - count))
+            if random.random() < 0.5:
+                rows.append(encode.prefix + random.choice(vocabulary, count).tolist() + encode.suffix)
+            else:
+                rows += encode({"text": [" ".join(words[start:start + count])]})["input_ids"]
+        yield rows

@@ -1,0 +1,1 @@
+"""From files and the Hub to labelled reviews, their split, and the batches of an epoch."""

@@ -1,0 +1,248 @@
+"""Labelled reviews from a Hub dataset, a dataset folder, or a .csv, .jsonl or .parquet file, as one pooled table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
+
+from suite.common.hub import explained, is_hub_name
+from suite.reviews.rows import Row, read_rows
+from utils import UserError, brief, say
+
+FILE_TYPES = (".csv", ".jsonl", ".parquet")
+
+
+@dataclass
+class Reviews:
+    """All labelled reviews of a dataset. A review's id is its row here."""
+
+    table: Dataset  # columns text (str) and label, memory-mapped
+    labels: np.ndarray  # (rows,) int64, the index into label_names
+    label_names: list[str]
+    split_names: np.ndarray  # (rows,) str: the dataset's own split of each row
+    parts: list[Part]  # what the table was pooled from, in this order
+
+
+@dataclass
+class Part:
+    """Reviews as they lie somewhere, so that an error can name a row where its reader finds it."""
+
+    split: str
+    place: str  # a file, or a dataset and its split
+    table: Dataset
+
+
+def locate(parts: list[Part], row: int) -> tuple[str, int]:
+    """(place, row counted from 1 there) of a row of the pooled table."""
+    for part in parts:
+        if row < len(part.table):
+            return part.place, row + 1
+        row -= len(part.table)
+    raise IndexError(row)
+
+
+def load_reviews(data_config: Any, num_labels: int) -> Reviews:
+    """Read and pool the labelled splits.
+
+    Raises UserError, with the row and the fix, for a missing column, a missing or empty text, a missing label, or
+    classes that do not match `num_labels`.
+    """
+    name = data_config.dataset
+    columns = (data_config.text_column, data_config.label_column)
+    parts = []
+    for part in _load_parts(name, columns):
+        part.table = _select(part.table, columns, part.place)
+        if _is_unlabelled(part):
+            say(f"{part.place}: the split {part.split} has no labels and is left out ({len(part.table):,} rows)")
+        else:
+            parts.append(part)
+    if not any(len(part.table) for part in parts):
+        raise UserError(f"data_config.dataset: {name} holds no labelled rows: name a file or folder with some")
+    for part in parts:
+        if not _is_text(kind := part.table.data.column("text").type):
+            raise UserError(f"{part.place}: the column {columns[0]!r} holds {kind}, not text: "
+                            "set data_config.text_column")
+    table = concatenate_datasets([part.table for part in parts])
+    _check_texts(table, parts)
+    labels, label_names = _encode_labels(table, name, parts, data_config.label_column, num_labels)
+    split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
+    return Reviews(table, labels, label_names, split_names, parts)
+
+
+def read_columns(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | None]]:
+    """The wanted columns of a .csv, .jsonl or .parquet file, row by row, every value as text.
+
+    Raises UserError with the row for anything that cannot be read. Rows are counted from 1, without a header.
+    """
+    for row in read_rows(path):
+        if problem := row.problem or misfit(row, columns):
+            raise UserError(f"{path}: {problem}")
+        yield {column: as_text(row.values[column]) for column in columns}
+
+
+def misfit(row: Row, columns: tuple[str, ...]) -> str | None:
+    """Why this row's values in these columns can be no texts; None if they can."""
+    for column in columns:
+        if column not in row.values:
+            return (f"row {row.number} has no column {column!r}; found {', '.join(map(str, row.values))}: set "
+                    + " and ".join(f"data_config.{key}" for key in ("text_column", "label_column")[:len(columns)]))
+    for column in columns:
+        if isinstance(row.values[column], bytes | list | dict):
+            return (f"row {row.number} holds {type(row.values[column]).__name__} in the column {column!r}: convert it "
+                    "to text, or set data_config.text_column and data_config.label_column")
+    return None
+
+
+def as_text(value: Any) -> str | None:
+    if isinstance(value, float):
+        return None if value != value else str(int(value)) if value.is_integer() else str(value)
+    return value if value is None or isinstance(value, str) else str(value)
+
+
+def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}")
+        return [Part("train", name, _load_file(name, columns))]
+    if path.is_dir():
+        return _load_folder(name, columns)
+    if not is_hub_name(name):
+        raise UserError(f"data_config.dataset: no such file or folder: {name}")
+    return _load_with_library(name)
+
+
+def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
+    """A dataset folder: the library says which file belongs to which split; .csv and .jsonl are read by this module,
+    which knows the row of every error and takes NA for a text."""
+    found = [path for path in sorted(Path(name).rglob("*")) if path.suffix in FILE_TYPES and path.is_file()
+             and not any(part.startswith(".") for part in path.relative_to(name).parts)]
+    kinds = sorted({path.suffix for path in found})
+    if not any(path.is_file() and path.suffix not in ("", ".md") for path in Path(name).rglob("*")):
+        raise UserError(f"data_config.dataset: {name} holds no .csv, .jsonl or .parquet files: name a folder with some")
+    if len(kinds) > 1:
+        raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, of which only one kind can be "
+                        "read at once: move the others elsewhere, or name one file")
+    if kinds == [".parquet"]:
+        for path in found:
+            next(read_rows(str(path)), None)  # the library's error would not name the file
+    if kinds not in ([".csv"], [".jsonl"]):
+        return _load_with_library(name)
+    with explained("data_config.dataset", name):
+        splits = load_dataset_builder(name).config.data_files
+    return [Part(str(split), str(file), _load_file(str(file), columns)) for split, files in splits.items()
+            for file in files]
+
+
+def _load_with_library(name: str) -> list[Part]:
+    with explained("data_config.dataset", name):
+        try:
+            splits = load_dataset(name)
+        except RuntimeError as error:  # "Dataset scripts are no longer supported": code, which is never run here
+            raise UserError(f"data_config.dataset: {name}: {brief(error)}: name a folder of .csv, .jsonl "
+                            "or .parquet files") from None
+    return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
+            for split, table in splits.items()]
+
+
+def _load_file(path: str, columns: tuple[str, str]) -> Dataset:
+    """The two columns of a file, every value as text."""
+    status = Path(path).stat()
+    features = Features(dict.fromkeys(columns, Value("string")))
+    # The file's size and time are part of the cache's key: a changed file is read anew.
+    stamp = f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}"
+    with explained("data_config.dataset", path):
+        return Dataset.from_generator(_read_stamped, features=features, gen_kwargs={
+            "path": path, "columns": columns, "stamp": stamp})
+
+
+def _read_stamped(path: str, columns: tuple[str, ...], stamp: str) -> Iterator[dict[str, str | None]]:
+    empty = True
+    for row in read_columns(path, columns):
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{path}: holds no labelled rows: add some, or name another file")
+
+
+def _select(table: Dataset, columns: tuple[str, str], name: str) -> Dataset:
+    """Only text and label, under these names."""
+    for key, column in zip(("text_column", "label_column"), columns, strict=True):
+        if column not in table.column_names:
+            raise UserError(f"{name}: no column {column!r}; found {', '.join(table.column_names)}: "
+                            f"set data_config.{key}")
+    text, label = columns
+    return table.select_columns([text, label]).rename_columns({text: "text", label: "label"})
+
+
+def _is_unlabelled(part: Part) -> bool:
+    if part.split == "unsupervised":
+        return True
+    labels = part.table.data.column("label")
+    if labels.null_count == len(labels):
+        return True
+    return pa.types.is_integer(labels.type) and pc.max(labels).as_py() < 0
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _check_texts(table: Dataset, parts: list[Part]) -> None:
+    start = 0
+    for texts in table.data.column("text").chunks:  # one after the other: trimming copies
+        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+        if (row := pc.index(empty, True).as_py()) >= 0:
+            place, row = locate(parts, start + row)
+            raise UserError(f"{place}: row {row} has no text: fill it or remove the row")
+        start += len(texts)
+
+
+def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int
+                   ) -> tuple[np.ndarray, list[str]]:
+    """Labels as indices (int64), and the classes' names: those of the dataset, or the sorted names found."""
+    values, feature = table.data.column("label"), table.features["label"]
+    if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) or _is_text(values.type)):
+        raise UserError(f"{name}: the column {column!r} holds {values.type}; labels are integers from 0, or names")
+    values = pc.utf8_trim_whitespace(pc.cast(values, pa.string()))
+    missing = pc.fill_null(pc.equal(values, ""), True)
+    if (row := pc.index(missing, True).as_py()) >= 0:
+        place, row = locate(parts, row)
+        raise UserError(f"{place}: row {row} has no label: fill it or remove the row")
+    distinct = sorted(pc.unique(values).to_pylist())
+    if all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in distinct):
+        labels = pc.cast(values, pa.int64()).to_numpy()
+        names = list(feature.names) if isinstance(feature, ClassLabel) else [str(i) for i in range(num_labels)]
+        first = labels.min()
+        if not isinstance(feature, ClassLabel) and first > 0 and set(labels) == set(range(first, first + num_labels)):
+            labels, names = labels - first, [str(i) for i in range(first, first + num_labels)]  # stars from 1 to 5
+        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+        if len(outside):
+            place, row = locate(parts, outside[0])
+            raise UserError(f"{place}: row {row} has the label {labels[outside[0]]}, but model_config.num_labels="
+                            f"{num_labels} allows 0 to {len(names) - 1}: correct the row or the setting")
+    else:
+        names = distinct
+        labels = pc.index_in(values, pa.array(names)).to_numpy().astype(np.int64)
+    if len(names) != num_labels:
+        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({shown}), but "
+                        f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}")
+    counts = np.bincount(labels, minlength=len(names))
+    rare = counts.argmin()
+    if counts[rare] == 0:
+        raise UserError(f"{name}: no row has the class {names[rare]!r}: set model_config.num_labels to the number of "
+                        f"classes that there are ({(counts > 0).sum()}), or add rows of this one")
+    if counts[rare] < 3:
+        raise UserError(f"{name}: the class {names[rare]!r} has {counts[rare]} rows, and each of the three splits "
+                        "needs one: add rows of this class or remove it")
+    return labels, names

@@ -1,0 +1,1 @@
+"""What one training run needs around the loop in main.py."""

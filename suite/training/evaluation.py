@@ -1,0 +1,129 @@
+"""What a model's logits on a split are worth: metrics, predictions and mistakes.
+
+Every metric is a sum over reviews divided by their number, computed in float64 from the logits in the order of the
+reviews' ids: it depends neither on the batch size nor on how many processes shared the work.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import log_softmax
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score
+
+from suite.common.storage import atomic_write
+
+
+@dataclass
+class Predictions:
+    """The logits of a split, ascending by id."""
+
+    ids: np.ndarray  # (n,) int64, rows in the pooled data
+    labels: np.ndarray  # (n,) int64
+    logits: np.ndarray  # (n, num_labels) float32
+
+    def __post_init__(self):
+        order = np.argsort(self.ids)
+        self.ids, self.labels, self.logits = self.ids[order], self.labels[order], self.logits[order]
+
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """(n, num_labels) float64."""
+        return np.exp(log_softmax(self.logits.astype(np.float64), axis=1))
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(n,) int64, the class with the largest logit."""
+        return self.logits.argmax(axis=1)
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """(n,) float64, the probability of the predicted class."""
+        return self.probabilities.max(axis=1)
+
+
+def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] | int | None]:
+    """The metrics of metrics.json.
+
+    `loss`: mean cross-entropy in nats. `accuracy_ci95`: see `wilson_interval`. `precision`, `recall`, `f1`: of class 1
+    with two classes, else the unweighted mean over classes, which `macro_f1` always is. `roc_auc`: one against the
+    rest, mean over classes; None where a class does not occur. `ece`: see `calibration`.
+    """
+    if not np.isfinite(predictions.logits).all():
+        raise FloatingPointError("the model's logits are not finite: lower train_config.learning_rate or set "
+                                 "train_config.max_grad_norm")
+    labels, predicted = predictions.labels, predictions.predicted
+    n, num_labels = predictions.logits.shape
+    correct = int((predicted == labels).sum())
+    log_probabilities = log_softmax(predictions.logits.astype(np.float64), axis=1)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
+    macro_f1 = f1_score(labels, predicted, labels=range(num_labels), average="macro", zero_division=0)
+    scores = predictions.probabilities[:, 1] if num_labels == 2 else predictions.probabilities
+    roc_auc = roc_auc_score(labels, scores, multi_class="ovr") if len(set(labels)) == num_labels else None
+    _, accuracies, confidences, counts = calibration(predictions)
+    return {
+        "loss": float(-log_probabilities[np.arange(n), labels].sum() / n),
+        "accuracy": correct / n,
+        "accuracy_ci95": list(wilson_interval(correct, n)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "macro_f1": float(macro_f1),
+        "roc_auc": None if roc_auc is None else float(roc_auc),
+        "ece": float((counts * np.abs(accuracies - confidences)).sum() / n),
+        "n": n,
+    }
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927)."""
+    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def calibration(predictions: Predictions, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(bin edges, accuracy, mean confidence, reviews) over equal-width bins of the confidence, empty bins as 0.
+
+    The expected calibration error is the mean of |accuracy - confidence| over reviews (Guo et al. 2017, equation 3).
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    index = np.clip(np.digitize(predictions.confidence, edges, right=True) - 1, 0, bins - 1)
+    counts = np.bincount(index, minlength=bins)
+    filled = np.maximum(counts, 1)
+    accuracies = np.bincount(index, predictions.predicted == predictions.labels, minlength=bins) / filled
+    confidences = np.bincount(index, predictions.confidence, minlength=bins) / filled
+    return edges, accuracies, confidences, counts
+
+
+def write_predictions(path: Path, predictions: Predictions, label_names: list[str]) -> None:
+    """test_predictions.csv: id, label, predicted, one probability column a class."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "label", "predicted", *(f"probability_{name}" for name in label_names)])
+        for row, label, predicted, probabilities in zip(predictions.ids, predictions.labels, predictions.predicted,
+                                                        predictions.probabilities, strict=True):
+            writer.writerow([row, label_names[label], label_names[predicted], *(f"{p:.9g}" for p in probabilities)])
+
+
+def mistakes(predictions: Predictions, text: Callable[[int], str], label_names: list[str]) -> list[dict]:
+    """The misclassified reviews, the most confident first; `text` gives the review of an id."""
+    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+    confidence = predictions.confidence
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
+    return [{"id": int(predictions.ids[i]), "text": text(predictions.ids[i]),
+             "label": label_names[predictions.labels[i]], "predicted": label_names[predictions.predicted[i]],
+             "confidence": round(float(confidence[i]), 6)} for i in wrong]
+
+
+def write_mistakes(path: Path, rows: list[dict]) -> None:
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, ["id", "text", "label", "predicted", "confidence"])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,200 @@
+"""Saved states, from which an interrupted run goes on as if it had never stopped.
+
+    last/0003-step-00000120/    files of the state, and manifest.json with their sizes and SHA-256 sums, written last
+    last/0002-step-00000100/    the state before it, which goes only when a third one is safe
+    best/                       the best model, sealed by such a manifest, too
+
+A folder is a state if its manifest is there and true. Whatever else lies in `last/` is what a killed process left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from suite.common.run_folder import differences, read_metrics
+from suite.common.storage import OLD, PARTIAL, damage, lock, restore, seal, sync_folder, write_json
+from utils import Config, UserError, process_rank, say
+
+KEPT_STATES = 2
+
+
+@dataclass
+class Progress:
+    """Where a run is, apart from weights, optimizer and random generators."""
+
+    data_fingerprint: str  # of the reviews and their split
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    windows: int = 0  # optimizer steps done in the current epoch
+    best_epoch: int | None = None
+    best_metrics: dict[str, Any] = field(default_factory=dict)  # its validation metrics
+    epochs_without_improvement: int = 0
+    micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
+    history_lines: int = 0
+    wandb_id: str | None = None
+    reviews: int = 0
+    recorded_reviews: int = 0  # those before the last training record
+    unrecorded_weight: float = 0.0  # of the reviews since then, see train_step
+    tokens: int = 0
+    flops: float = 0.0  # of the whole model, padding not counted
+    executed_flops: float = 0.0  # of what is computed of it
+    seconds: float = 0.0  # of training, without evaluation and saving
+
+
+def open_run(folder: Path) -> None:
+    """Keep the run folder for this process alone, and mend what a kill left of replacing the best model."""
+    lock(folder)
+    if process_rank() == 0:
+        restore(folder / "best")
+
+
+def finished_metrics(config: Config) -> dict[str, Any] | None:
+    """The metrics of a finished run in the run folder; None if there is none, or it shall be replaced.
+
+    Raises UserError if replacing was not asked for plainly, or the folder holds a run with other settings.
+    """
+    metrics = read_metrics(config.run_folder)
+    if "test" not in metrics or "train" not in metrics:
+        return None
+    if config.train_config.resume == "never":
+        if config.train_config.overwrite:
+            return None
+        raise UserError(f"{config.run_folder} holds a finished run: choose another run_name, or replace it with "
+                        "train_config.overwrite=true")
+    refuse_differences(config)
+    return metrics
+
+
+def find_state(config: Config) -> Path | None:
+    """The saved state to go on from, as train_config.resume says; None to start from the beginning.
+
+    Raises UserError if the folder holds a run with other settings, or nothing although resume=must.
+    """
+    folder = config.run_folder
+    if config.train_config.resume == "never":
+        return None
+    refuse_differences(config)
+    state = newest_good_state(folder / "last")
+    if state is None and config.train_config.resume == "must":
+        raise UserError(f"{folder}: no saved state to go on from; train_config.resume=auto starts one")
+    return state
+
+
+def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
+    """Raises UserError if the run folder holds a run whose settings differ from `config` other than in `ignored`."""
+    path = config.run_folder / "config.yaml"
+    if not path.exists():
+        if any((path.parent / name).exists() for name in ("last", "best", "metrics.json")):
+            raise UserError(f"{path} is missing, so nobody knows what this run was: choose another run_name, or start "
+                            "it afresh with train_config.resume=never")
+    elif found := differences(path, config, ignored):
+        afresh = "" if ignored else ", or start afresh in its place with train_config.resume=never"
+        raise UserError(f"{config.run_folder} holds a run with other settings ({'; '.join(found)}): "
+                        f"choose another run_name, give the settings of that run{afresh}")
+
+
+def refuse_other_data(config: Config, then: str, now: str) -> None:
+    """Raises UserError if the reviews or their split are not what the run was trained on: the test could know them."""
+    if then != now:
+        raise UserError(f"{config.data_config.dataset} has changed since the run in {config.run_folder} began, and so "
+                        "has its split: choose another run_name")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run left, first of all what calls it finished."""
+    for name in ("metrics.json", "misclassified.html"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("last", "best", "best" + PARTIAL, "best" + OLD, "onnx"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], barrier: Callable[[], None]) -> None:
+    """Save one more state; the oldest goes once this one is safe.
+
+    `write` puts this process's files into the folder that it is given; `barrier` waits for the other processes.
+    """
+    states = saved_states(folder)
+    number = _number(states[0]) + 1 if states else 1
+    target = folder / f"{number:04d}-step-{progress.step:08d}"
+    partial = target.with_name(target.name + PARTIAL)
+    barrier()  # every process has counted the states
+    if process_rank() == 0:
+        for leftover in folder.glob("*" + PARTIAL):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    barrier()
+    try:
+        write(partial)
+        barrier()
+        if process_rank() == 0:
+            write_json(partial / "progress.json", asdict(progress))
+            seal(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, it would only fill it
+        raise
+    if process_rank() == 0:
+        os.replace(partial, target)
+        sync_folder(folder)
+        for old in saved_states(folder)[KEPT_STATES:]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The states in `last/`, newest first; complete by their names, not yet verified."""
+    states = [path for path in folder.glob("*-step-*") if re.fullmatch(r"\d{4,}-step-\d+", path.name) and path.is_dir()]
+    return sorted(states, key=_number, reverse=True)
+
+
+def _number(state: Path) -> int:
+    return int(state.name.partition("-")[0])
+
+
+def newest_good_state(folder: Path) -> Path | None:
+    """The newest state whose files are what was written; None if there never was one.
+
+    Raises UserError if there are states and all are damaged.
+    """
+    states = saved_states(folder)
+    for state in states:
+        problem = damage(state)
+        if problem is None:
+            return state
+        say(f"{problem}: going back to the state before it")
+    if states:
+        raise UserError(f"{folder}: every saved state is damaged ({problem}): put back what was saved, or start afresh "
+                        "with train_config.resume=never")
+    return None
+
+
+def load_progress(state: Path) -> Progress:
+    return Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+
+
+def random_state() -> dict[str, Any]:
+    """The generators of Python, NumPy and torch, as tensors and plain values that `weights_only` loading takes."""
+    kind, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
