@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -67,3 +69,27 @@ def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> li
 def save_config(config: Config, path: str | Path) -> None:
     with atomic_write(path) as file:
         file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, str]]:
+    """The first `most` rows of misclassified.csv (None: all): id, text, label, predicted and confidence.
+
+    Raises UserError if the file is missing or damaged.
+    """
+    path = run_folder / "misclassified.csv"
+    again = f"write it again by python main.py --mode test --config {run_folder / 'config.yaml'}"
+    csv.field_size_limit(2**31 - 1)  # the csv module's own limit is 131,072 characters, less than some reviews have
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(itertools.islice(reader, most))
+            if not {"id", "text", "label"} <= set(reader.fieldnames or ()):
+                raise ValueError("columns are missing")
+            if any(None in row or None in row.values() or not row["id"].isdecimal() or not row["text"].strip()
+                   for row in rows):
+                raise ValueError("fields are missing")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {again}") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({brief(error)}): {again}") from None
+    return rows

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from suite.common.run_folder import read_history, read_metrics, read_saved_config, shaping_values
+from suite.common.run_folder import read_history, read_metrics, read_mistakes, read_saved_config, shaping_values
 from suite.training.evaluation import Predictions
 from utils import Config, UserError
 
@@ -177,13 +177,4 @@ def _label(setting: dict[str, Any], keys: list[str]) -> str:
 
 def texts(results: Sequence[Result]) -> dict[int, str]:
     """{id: text} of every test review that at least one run gets wrong, from the runs' misclassified.csv."""
-    found: dict[int, str] = {}
-    for result in results:
-        path = result.folder / "misclassified.csv"
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                found |= {int(row["id"]): row["text"] for row in csv.DictReader(file)}
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(f"{path} cannot be read ({error}): write it again by python main.py --mode test --config "
-                            f"{result.folder / 'config.yaml'}") from None
-    return found
+    return {int(row["id"]): row["text"] for result in results for row in read_mistakes(result.folder)}

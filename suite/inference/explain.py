@@ -5,19 +5,17 @@ What is attributed, and how, stands in attribution.py.
 
 from __future__ import annotations
 
-import csv
-import itertools
 import os
 import sys
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from suite.common.run_folder import read_mistakes
 from suite.common.storage import atomic_write
 from suite.encoders.loading import best_model
 from suite.inference.attribution import Explanation, attribute
 from suite.inference.classifier import Classifier
-from suite.reviews.rows import LONGEST_FIELD
 from suite.training.tracking import ProgressBar
 from utils import UserError, say
 
@@ -159,7 +157,10 @@ def explain(command: Any, devices: Any) -> None:
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {output.absolute().parent}")
     folder = Path(command.model) if command.model else best_model(config.run_folder)
-    rows = [] if command.text is not None else read_mistakes(config.run_folder)
+    rows = [] if command.text is not None else read_mistakes(config.run_folder, MISTAKES)
+    if command.text is None and not rows:
+        raise UserError(f"{config.run_folder} has no misclassified reviews, which is good news: explain one review "
+                        "with --text")
     if not devices.is_main:
         return
     classifier = Classifier(folder, config, devices)
@@ -187,25 +188,3 @@ def explain(command: Any, devices: Any) -> None:
     write_page(output, f"{config.run_name}: its most confident mistakes", f"{config.demo_mark}Model: {folder}",
                explanations)
     say(f"\nthe {len(rows)} most confident mistakes as a page: {output}")
-
-
-def read_mistakes(run_folder: Path) -> list[dict[str, str]]:
-    """The first rows of misclassified.csv. Raises UserError if there are none, or the file is damaged."""
-    path = run_folder / "misclassified.csv"
-    again = "write it by testing the run, python main.py --mode test, or explain one review with --text"
-    csv.field_size_limit(LONGEST_FIELD)
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(itertools.islice(reader, MISTAKES))
-            if not {"id", "text", "label"} <= set(reader.fieldnames or ()):
-                raise ValueError("columns are missing")
-            if any(None in row or None in row.values() or not row["text"].strip() for row in rows):
-                raise ValueError("fields are missing")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {again}") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error}): {again}") from None
-    if not rows:
-        raise UserError(f"{path} holds no mistakes, which is good news: explain one review with --text")
-    return rows
