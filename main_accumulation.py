@@ -8,13 +8,13 @@
     accelerate launch --num_processes 2 main_accumulation.py [...]           several devices, or machines
 
 The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: Accelerate wraps model and optimizer,
-backpropagates, holds the exchange of gradients back until a window's last micro-batch, and gathers over the processes.
+backpropagates, exchanges gradients only at the last micro-batch of an optimizer step, and gathers over the processes.
 """
 
 from suite.common import cli
 
 if __name__ == "__main__":
-    COMMAND = cli.read_command(__doc__, accumulates=True)  # a wrong setting is refused before torch's slow import
+    COMMAND = cli.read_command(__doc__, accumulates=True)  # a wrong value is refused before torch's slow import
 
 import os
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from main import main
-from suite.training.devices import SingleDevice, pick_device, pick_precision
+from suite.training.devices import FiniteGuard, SingleDevice, pick_device, pick_precision
 from utils import Config
 
 
@@ -42,23 +42,21 @@ class AcceleratedDevices(SingleDevice):
             precision = os.environ["ACCELERATE_MIXED_PRECISION"]  # the launcher's choice, or `accelerate config`'s
         self.precision = pick_precision(precision, device)
         # Accelerate's own gradient_accumulation_steps stays 1: its `backward` would divide by it, and train_step has
-        # divided by the window's reviews already.
+        # already divided by the reviews of the effective batch.
         self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
         self.device, self.scaler = self.accelerator.device, self.accelerator.scaler
         self.num_processes = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         # Flags travel over the network, not over the GPUs, which would first have to finish what they are doing.
         self.flags = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None
-        self.watch()
+        self.guard = FiniteGuard(self.device)
 
     def __str__(self) -> str:
         sharding = f", {self.accelerator.distributed_type.value}" if self.is_sharded else ""
         return f"{self.num_processes} x {super().__str__()}{sharding}"
 
-    @contextmanager
     def main_process_first(self):
-        with self.accelerator.main_process_first():
-            yield
+        return self.accelerator.local_main_process_first()  # of each machine: its caches may be on a disk of its own
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         return self.accelerator.prepare(model, optimizer)
@@ -83,20 +81,19 @@ class AcceleratedDevices(SingleDevice):
         norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        return torch.as_tensor(0.0 if norm is None else norm)  # None: DeepSpeed's engine minds its own gradients
+        return torch.as_tensor(0.0 if norm is None else norm)  # None: DeepSpeed's engine clips its own gradients
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
-        self.look_at((loss if self.scaler else norm).to(self.device))
-        if self.may_step(optimizer):
-            optimizer.step()
-        return not self.accelerator.optimizer_step_was_skipped
-
-    def may_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        # In fp16 gradients may overflow, so the loss is looked at: that of all processes, for all must decide alike.
+        self.guard.check(self.total(loss) if self.scaler else norm.to(self.device))
+        if self.scaler and self.guard.failed:
+            self.scaler.update()  # ends the step that clip_gradients has begun
+            return False
         if self.scaler or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return True  # these look for themselves
-        if self.is_sharded:
-            return not self.failed  # the fused kernel takes no whole tensor beside sharded ones
-        return super().may_step(optimizer.optimizer)
+            optimizer.step()  # these look for overflows themselves
+        else:
+            self.guard.step(optimizer, fused=not self.is_sharded)  # the fused kernel takes no `found_inf` beside shards
+        return not self.accelerator.optimizer_step_was_skipped
 
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(np.concatenate(column) for column in zip(*gather_object([arrays]), strict=True))
@@ -114,7 +111,7 @@ class AcceleratedDevices(SingleDevice):
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return self.accelerator.get_state_dict(model)
 
     def close(self) -> None:

@@ -9,16 +9,15 @@ slower, so that the part pays.
 """
 
 import argparse
-import io
 import math
 import statistics
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
+from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
 
 
 def patched(target: str, replacement: Any) -> Callable[[], Any]:
@@ -30,13 +29,13 @@ def always_masked() -> Any:
 
     from data import IMDBDataset
 
-    own = IMDBDataset.__getitems__
+    own = IMDBDataset.__getitem__
 
-    def masked(self, indices):
-        batch = own(self, indices)
-        return {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+    def masked(self, rows):
+        batch = own(self, rows)
+        return batch if isinstance(rows, list) else {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
 
-    return mock.patch.object(IMDBDataset, "__getitems__", masked)
+    return mock.patch.object(IMDBDataset, "__getitem__", masked)
 
 
 def unfused_adam() -> Any:
@@ -49,11 +48,10 @@ def unfused_adam() -> Any:
 # (name, overrides of the configuration, what is patched while the Run is built and trains)
 VARIANTS = [
     ("the suite", [], None),
-    ("torch's dropout and attention", [], patched("suite.encoders.cpu_kernels.use_cpu_kernels", lambda model: None)),
+    ("torch's dropout and attention", [], patched("suite.encoders.placement.use_cpu_kernels", lambda model: None)),
     ("torch's attention where nothing is dropped", [], patched("suite.encoders.cpu_kernels.SHORT", 0)),
     ("every token of the last layer", [], patched("model.read_only_first_token", lambda encoder: None)),
-    ("a window not cut by length", [],
-     patched("suite.training.run.PASS_FLOPS", {kind: math.inf for kind in ("cpu", "cuda", "mps")})),
+    ("an effective batch not cut by length", [], patched("suite.training.run.pass_tokens", lambda *_: math.inf)),
     ("a mask where nothing is padded", [], always_masked),
     ("Adam not fused", [], unfused_adam),
     ("fp32", ["train_config.mixed_precision=no"], None),
@@ -62,19 +60,11 @@ VARIANTS = [
 ]
 
 
-def train(run: Any, patch: Callable[[], Any] | None, steps: int | None = None) -> float:
+def speed(run: Any, patch: Callable[[], Any] | None, steps: int | None = None) -> float:
     """Reviews a second over an epoch, or over its first steps."""
-    from main import train_epoch
-
-    progress = run.progress
-    progress.windows = progress.step = progress.reviews = progress.recorded_reviews = 0
-    progress.seconds, run.total_steps = 0.0, steps or run.steps_per_epoch
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(io.StringIO()))  # the progress of each of them
-        if patch:
-            stack.enter_context(patch())
-        train_epoch(run)
-    return progress.reviews / progress.seconds
+    with patch() if patch else nullcontext():
+        seconds = train_again(run, steps=steps)
+    return run.meter.reviews / seconds
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> None:
@@ -83,18 +73,14 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
 
     runs = {}
     for number, (name, overrides, patch) in enumerate(VARIANTS):
-        config = settings(work, arguments.tokens, arguments.batch, f"run_name=variant-{number}", *overrides)
-        with ExitStack() as stack:
-            if patch:
-                stack.enter_context(patch())
-            runs[name] = Run(config, SingleDevice(config)), patch
-        run, patch = runs[name]
-        run.start(None)
-        train(run, patch, WARM_UP_STEPS)
+        config = config_for(work, arguments.tokens, arguments.batch, f"run_name=variant-{number}", *overrides)
+        with patch() if patch else nullcontext():
+            runs[name] = Run.open(config, SingleDevice(config)), patch
+        speed(*runs[name], WARM_UP_STEPS)
     speeds = {name: [] for name in runs}
     for _ in range(arguments.rounds):
         for name, (run, patch) in runs.items():
-            speeds[name].append(train(run, patch))
+            speeds[name].append(speed(run, patch))
     print(f"{'without it, or with instead':44}  {'reviews/s':>9}  ratio to the suite, median (least to most)")
     for name, values in speeds.items():
         ratios = [value / suite for value, suite in zip(values, speeds["the suite"], strict=True)]

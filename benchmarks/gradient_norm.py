@@ -1,11 +1,11 @@
-"""Does one optimizer step keep its gradient when its window is cut into more and smaller micro-batches?
+"""Does one optimizer step keep its gradient when its effective batch is cut into more and smaller micro-batches?
 
     python -m benchmarks.gradient_norm                      BERT and ModernBERT: ten seconds on a CPU, no network
     python -m benchmarks.gradient_norm --model modernbert   one of them
 
 Every cut means the same step, on the mean loss over the same reviews, so the gradient's norm must not change. On tiny
 classifiers of transformers with random weights, three norms are compared: of `torch.autograd.grad` of the mean loss
-over the whole window (the reference), in this suite's `train_step`, and in `transformers.Trainer`.
+over the whole effective batch (the reference), in this suite's `train_step`, and in `transformers.Trainer`.
 
 If a model's forward takes **kwargs, Trainer leaves the division of the loss by the number of micro-batches to it; in
 transformers 5.23, BERT's and ModernBERT's classifiers take **kwargs and do not divide
@@ -16,7 +16,6 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from data import IMDBDataset
 from main import train_step
-from suite.reviews.sampling import cut_window
+from suite.reviews.sampling import cut as cut_by_length
 from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 
@@ -63,8 +62,20 @@ def random_reviews() -> IMDBDataset:
     offsets = np.append(0, random.integers(4, LONGEST, size=REVIEWS, endpoint=True).cumsum())  # (reviews + 1,)
     tokens = random.integers(3, VOCABULARY, size=offsets[-1])  # (all tokens,)
     rows, labels = np.arange(REVIEWS), random.integers(2, size=REVIEWS)  # (reviews,)
-    tokenizer = SimpleNamespace(pad_token_id=0, model_input_names=["input_ids", "attention_mask"])
-    return IMDBDataset(tokens, offsets, rows, labels, rows, texts=None, tokenizer=tokenizer)
+    return IMDBDataset(tokens, offsets, rows, labels, rows, pad_token_id=0)
+
+
+class TrainerDataset(torch.utils.data.Dataset):
+    """The reviews in the batches that Trainer's loader asks for."""
+
+    def __init__(self, reviews: IMDBDataset):
+        self.reviews = reviews
+
+    def __len__(self) -> int:
+        return len(self.reviews)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        return self.reviews[np.array(rows)]
 
 
 def without_id(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -82,19 +93,18 @@ def applied_norm(take_step: Callable, model: nn.Module, reviews: IMDBDataset, cu
 
 
 def suite_step(model: nn.Module, optimizer: Optimizer, reviews: IMDBDataset, cut: tuple[int, int]) -> None:
-    pieces = cut_window(np.arange(REVIEWS), reviews.lengths, cut[0], processes=1)
-    window = [reviews.__getitems__(piece) for piece, in pieces]
+    rounds = cut_by_length(np.arange(REVIEWS), reviews.lengths, cut[0], processes=1)
     devices = SingleDevice(Config(train_config=TrainConfig(device="cpu", mixed_precision="no")))
-    train_step(SuiteModel(model), optimizer, window, REVIEWS, devices, max_grad_norm=None)
+    train_step(SuiteModel(model), optimizer, reviews[[rows for rows, in rounds]], REVIEWS, devices)
 
 
 def trainer_step(model: nn.Module, optimizer: Optimizer, reviews: IMDBDataset, cut: tuple[int, int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
+        arguments = TrainingArguments(
             folder, max_steps=1, per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1],
             max_grad_norm=0.0, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False,
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)  # norm 0.0: no clipping
-        trainer = Trainer(model, settings, without_id, reviews, optimizers=(optimizer, None))
+        trainer = Trainer(model, arguments, without_id, TrainerDataset(reviews), optimizers=(optimizer, None))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
 
@@ -119,7 +129,7 @@ def main() -> None:
     for name in [name for name in CONFIGS if chosen in (None, name.lower())]:
         torch.manual_seed(SEED)
         model = AutoModelForSequenceClassification.from_config(CONFIGS[name]).train()
-        loss = model(**without_id(reviews.__getitems__(range(REVIEWS)))).loss
+        loss = model(**without_id(reviews[np.arange(REVIEWS)])).loss
         reference = get_total_norm(torch.autograd.grad(loss, list(model.parameters()))).item()
         print(f"\n{name:10}  reference  this suite   Trainer  Trainer / reference")
         ratios = []  # (suite, Trainer) of each cut

@@ -25,16 +25,12 @@ from transformers import BertConfig, ModernBertConfig
 
 from benchmarks.workload import SHAPES, describe_machine
 from model import ClassifierConfig, EncoderForClassification
-from suite.encoders.cpu_kernels import place_model
+from suite.encoders.placement import place_model
 from suite.inference.export import session, write_onnx
 from suite.training.devices import pick_precision
-from utils import Config
 
+CPU = torch.device("cpu")
 TOKENS, BATCHES, UNCOUNTED = 128, (1, 32), 3
-
-
-class CPU:
-    device = torch.device("cpu")
 
 
 def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
@@ -43,7 +39,7 @@ def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], o
     torch.manual_seed(0)
     encoder = {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes)
     model = EncoderForClassification(ClassifierConfig(encoder))
-    place_model(model.eval(), Config(), CPU)
+    place_model(model.eval(), CPU)
     write_onnx(model, folder / "model.onnx")
     exported = session(folder / "model.onnx")
 
@@ -52,7 +48,7 @@ def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], o
             return model(input_ids)
 
     found = {"pytorch": model}
-    if pick_precision("auto", CPU.device) == "bf16":
+    if pick_precision("auto", CPU) == "bf16":
         found["pytorch-bf16"] = in_bf16
     return found | {"onnxruntime": lambda input_ids: exported.run(["logits"], {
         "input_ids": input_ids.numpy(), "attention_mask": torch.ones_like(input_ids).numpy()})}

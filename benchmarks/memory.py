@@ -13,7 +13,6 @@ import argparse
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from transformers import BertConfig, ModernBertConfig
 from data import IMDBDataset
 from main import train_step
 from model import ClassifierConfig, EncoderForClassification
-from suite.encoders.cpu_kernels import place_model
-from suite.reviews.sampling import cut_window
+from suite.encoders.placement import place_model
+from suite.reviews.sampling import cut
 from suite.training.devices import SingleDevice
 from suite.training.efficiency import peak_memory_mb
 from suite.training.run import build_optimizer
@@ -39,42 +38,41 @@ SHAPES = {"minilm": BertConfig(hidden_size=384, num_hidden_layers=6, intermediat
 def random_reviews(reviews: int, vocabulary: int) -> IMDBDataset:
     random = np.random.default_rng(0)
     rows, offsets = np.arange(reviews), TOKENS * np.arange(reviews + 1)
-    tokenizer = SimpleNamespace(pad_token_id=0, model_input_names=["input_ids", "attention_mask"])
     return IMDBDataset(random.integers(1000, vocabulary - 1000, offsets[-1]), offsets, rows,
-                       random.integers(2, size=reviews), rows, texts=None, tokenizer=tokenizer)
+                       random.integers(2, size=reviews), rows, pad_token_id=0)
 
 
-def measure(shape: str, micro_batch: int, window: int) -> float:
+def measure(shape: str, micro_batch: int, effective_batch: int) -> float:
     """Peak memory in MB."""
     config, encoder_config = Config(), SHAPES[shape]
     devices = SingleDevice(config)
     model = EncoderForClassification(ClassifierConfig(encoder_config))
-    place_model(model, config, devices)
+    place_model(model, devices.device)
     optimizer = build_optimizer(model, config.train_config)
-    dataset = random_reviews(window, encoder_config.vocab_size)
-    pieces = cut_window(np.arange(window), dataset.lengths, micro_batch, processes=1)
+    dataset = random_reviews(effective_batch, encoder_config.vocab_size)
+    rounds = cut(np.arange(effective_batch), dataset.lengths, micro_batch, processes=1)
     for _ in range(STEPS):
-        train_step(model, optimizer, [dataset.__getitems__(piece) for piece, in pieces], window, devices, None)
+        train_step(model, optimizer, dataset[[rows for rows, in rounds]], effective_batch, devices)
     return peak_memory_mb(devices.device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="minilm")
-    parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)  # micro-batch and window of one process
+    parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)  # of one process
     arguments = parser.parse_args()
     if arguments.row:
         print(measure(arguments.shape, *arguments.row))
         return
     print(f"{arguments.shape}, {TOKENS} tokens, {SingleDevice(Config())}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}\n\nmicro-batch  effective batch  peak memory (MB)", flush=True)
-    for micro_batch, window in ROWS:
+    for micro_batch, effective_batch in ROWS:
         child = subprocess.run([sys.executable, "-m", __spec__.name, "--shape", arguments.shape, "--row",
-                                str(micro_batch), str(window)], capture_output=True, text=True, check=False,
+                                str(micro_batch), str(effective_batch)], capture_output=True, text=True, check=False,
                                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
         last = (child.stdout or child.stderr or f"killed with {child.returncode}").strip().splitlines()[-1]
-        print(f"{micro_batch:11}  {window:15}  {float(last):16,.0f}" if child.returncode == 0 else
-              f"{micro_batch:11}  {window:15}  {last}", flush=True)
+        print(f"{micro_batch:11}  {effective_batch:15}  {float(last):16,.0f}" if child.returncode == 0 else
+              f"{micro_batch:11}  {effective_batch:15}  {last}", flush=True)
 
 
 if __name__ == "__main__":

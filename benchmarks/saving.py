@@ -1,4 +1,4 @@
-"""What it costs to save: the state that a run goes on from, and the best model.
+"""What it costs to save: the state that a run continues from, and the best model.
 
     python -m benchmarks.saving                             MiniLM's shape: about two minutes on two CPU cores
     python -m benchmarks.saving --shape bert-base --batch 64         for a GPU
@@ -13,31 +13,26 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.workload import SHAPES, describe_machine, settings, workload
+from benchmarks.workload import SHAPES, config_for, describe_machine, train_again, workload
 
 STEPS, SAVES, EPOCH_REVIEWS = 3, 5, 40_000
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> None:
-    from main import train_epoch
     from suite.training.devices import SingleDevice
     from suite.training.run import Run
 
-    config = settings(work, arguments.tokens, arguments.batch)
-    run = Run(config, SingleDevice(config))
-    run.start(None)
-    run.total_steps = 1  # the first step is not counted: it allocates
-    train_epoch(run)
-    run.progress.seconds, run.start_step = 0.0, 1
-    state, best = [], []
+    config = config_for(work, arguments.tokens, arguments.batch)
+    run = Run.open(config, SingleDevice(config))
+    train_again(run, steps=1)  # not counted: it allocates
+    state, best, seconds = [], [], 0.0
     for _ in range(SAVES):
-        run.total_steps += STEPS
-        train_epoch(run)
+        seconds += train_again(run, steps=STEPS)
         for save, times in ((run.save, state), (run.save_best, best)):
             started = time.perf_counter()
             save()
             times.append(time.perf_counter() - started)
-    step = run.progress.seconds / (SAVES * STEPS)
+    step = seconds / (SAVES * STEPS)
     interval = config.train_config.save_every_steps
     state_seconds, best_seconds = map(statistics.median, (state, best))
     epoch_steps = EPOCH_REVIEWS / arguments.batch
@@ -56,7 +51,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="reviews an optimizer step (default: 32)")
     arguments = parser.parse_args()
     print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {describe_machine()}", flush=True)
-    with workload(arguments.shape, arguments.batch * (1 + SAVES * STEPS)) as work:
+    with workload(arguments.shape, arguments.batch * STEPS) as work:
         measure(work, arguments)
 
 

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workload import SHAPES, WARM_UP_STEPS, describe_machine, settings, workload
+from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
 
 CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-compile", "trainer-compile")
 MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
@@ -40,29 +40,20 @@ MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
 
 
 def time_suite(work: Path, arguments: argparse.Namespace) -> tuple[float, float]:
-    from data import get_dataloader
-    from main import evaluate, train_epoch
+    from main import evaluate
     from suite.training.devices import SingleDevice, make_deterministic
     from suite.training.run import Run
 
     overrides = {"suite-fp32": ["train_config.mixed_precision=no"], "suite-compile": ["train_config.compile=true"]}
     make_deterministic()
-    config = settings(work, arguments.tokens, arguments.batch, f"train_config.epochs={arguments.epochs}",
-                      *overrides.get(arguments.contender, []))
-    devices = SingleDevice(config)
-    run = Run(config, devices)
-    run.start(None)
-    total, run.total_steps = run.total_steps, WARM_UP_STEPS
-    train_epoch(run)
-    run.total_steps, run.progress.step, run.progress.windows, run.progress.seconds = total, 0, 0, 0.0
-    run.progress.reviews = run.progress.recorded_reviews = 0
-    for epoch in range(arguments.epochs):
-        run.progress.epoch, run.progress.windows = epoch, 0
-        train_epoch(run)
-    loader = get_dataloader(config, "valid")
+    config = config_for(work, arguments.tokens, arguments.batch, f"train_config.epochs={arguments.epochs}",
+                        *overrides.get(arguments.contender, []))
+    run = Run.open(config, SingleDevice(config))
+    train_again(run, steps=WARM_UP_STEPS)
+    seconds = train_again(run, arguments.epochs)
     started = time.perf_counter()
-    evaluate(run.model, loader, devices, "evaluation")
-    return run.progress.seconds, time.perf_counter() - started
+    evaluate(run.model, run.valid_loader, run.devices, "evaluation")
+    return seconds, time.perf_counter() - started
 
 
 def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, float]:
@@ -84,7 +75,7 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
             self.seconds = time.perf_counter() - self.started
 
     is_plain = arguments.contender == "trainer"
-    prepared, device = prepare_data(settings(work, arguments.tokens, arguments.batch)), pick_device("auto")
+    prepared, device = prepare_data(config_for(work, arguments.tokens, arguments.batch)), pick_device("auto")
     pad = {"padding": "max_length", "max_length": arguments.tokens} if is_plain else {}
 
     def rows(name: str) -> datasets.Dataset:
@@ -145,7 +136,7 @@ def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
     quiet_libraries()
     measure = time_suite if arguments.contender.startswith("suite") else time_trainer
     seconds, evaluation = measure(work, arguments)
-    splits = prepare_data(settings(work, arguments.tokens, arguments.batch)).splits
+    splits = prepare_data(config_for(work, arguments.tokens, arguments.batch)).splits
     return {"speed": len(splits["train"]) * arguments.epochs / seconds, "seconds": seconds,
             "evaluated": len(splits["valid"]) / evaluation, "memory": peak_memory_mb(pick_device("auto"))}
 
@@ -169,7 +160,7 @@ def model_flops(work: Path, tokens: int, batch: int) -> float:
     from suite.encoders.loading import new_model
     from suite.training.efficiency import training_flops, work_of
 
-    config = settings(work, tokens, batch)
+    config = config_for(work, tokens, batch)
     model = new_model(config.model_config)
     lengths = prepare_data(config).splits["train"].lengths
     return training_flops(work_of(model, executed=False), lengths) / len(lengths)

@@ -1,13 +1,21 @@
 """What the benchmarks train: encoders of real shapes with random weights, on random words as long as IMDB's reviews."""
 
+from __future__ import annotations
+
 import csv
+import io
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
-PROJECT = Path(__file__).resolve().parents[1]
+from utils import PROJECT, Config, load_config
+
+if TYPE_CHECKING:
+    from suite.training.run import Run
+
 SMALL = {"hidden_size": 384, "num_hidden_layers": 6}
 # ModernBERT's small shape alternates its attention as the base shape does: every third layer is global.
 SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_size": 1536}),
@@ -20,7 +28,7 @@ LOG_MEAN, LOG_STD = 5.53, 0.65  # of the lengths of IMDB's reviews in BERT's tok
 
 @contextmanager
 def workload(shape: str, reviews: int):
-    """A folder with an encoder of this shape and with reviews, of which `settings` trains on the given number."""
+    """A folder with an encoder of this shape and with reviews, of which `config_for` trains on the given number."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
         from transformers import AutoTokenizer
@@ -33,7 +41,6 @@ def workload(shape: str, reviews: int):
         write_reviews(work / "reviews.csv", round(reviews * (1 + 2 * EVALUATED)),
                       AutoTokenizer.from_pretrained(work / "encoder"))
         yield work
-
 
 
 def write_encoder(folder: Path, shape: str) -> None:
@@ -66,10 +73,8 @@ def write_reviews(path: Path, count: int, tokenizer: Any) -> None:
             writer.writerow([" ".join(random.choice(words, length)), number % 2])
 
 
-def settings(work: Path, tokens: int, batch: int, *more: str) -> Any:
+def config_for(work: Path, tokens: int, batch: int, *more: str) -> Config:
     """The suite's configuration for this workload, with the defaults of config.yaml."""
-    from utils import load_config
-
     shares = 1 / (1 + 2 * EVALUATED)
     return load_config(PROJECT / "config.yaml", [
         f"output_dir={work / 'runs'}", f"model_config.model_name={work / 'encoder'}", "model_config.pretrained=false",
@@ -78,12 +83,30 @@ def settings(work: Path, tokens: int, batch: int, *more: str) -> Any:
         f"data_config.batch_size={batch}", "log_config.wandb_mode=disabled", *more])
 
 
+def train_again(run: Run, epochs: int = 1, steps: int | None = None) -> float:
+    """Seconds of some more epochs, or of the first steps of one, by main.py's loop without validation and saving."""
+    import main
+    from suite.training.meter import Meter
+    from suite.training.states import Progress
+
+    run.progress, run.meter = Progress(run.data.fingerprint), Meter(run.model, run.devices)
+    run.total_steps = steps or epochs * run.steps_per_epoch
+
+    def end_epoch(metrics: Any) -> None:
+        run.progress.epoch, run.progress.steps_in_epoch = run.progress.epoch + 1, 0
+
+    with (redirect_stdout(io.StringIO()), mock.patch.object(main, "evaluate"),
+          mock.patch.object(main, "compute_metrics"), mock.patch.object(run, "end_epoch", end_epoch),
+          mock.patch.object(run, "save_due", return_value=False)):
+        main.train(run)
+    return run.meter.seconds
+
+
 def describe_machine() -> str:
     import torch
     import transformers
 
     from suite.training.devices import SingleDevice
-    from utils import Config
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return f"{SingleDevice(Config())}, {name}, torch {torch.__version__}, transformers {transformers.__version__}"

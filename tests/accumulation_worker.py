@@ -1,6 +1,6 @@
 """Training on explicit data, in this process or in one of several that test_accumulation.py starts.
 
-    torchrun --nproc_per_node 2 tests/accumulation_worker.py ENCODER_FOLDER RESULT_FILE WINDOW MICRO_BATCH
+    torchrun --nproc_per_node 2 tests/accumulation_worker.py ENCODER_FOLDER RESULT_FILE EFFECTIVE_BATCH MICRO_BATCH
 """
 
 import json
@@ -18,26 +18,22 @@ from main import train_step
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
 from suite.encoders.loading import new_model
-from suite.reviews.sampling import WindowSampler
+from suite.reviews.sampling import StepSampler
 from suite.training.devices import SingleDevice
 from utils import Config, ModelConfig, TrainConfig, process_rank
 
 CONFIG = Config(train_config=TrainConfig(device="cpu", mixed_precision="no"))
-REVIEWS = 200  # windows of 64: three full ones and one of 8
+REVIEWS = 200  # effective batches of 64: three full ones and one of 8
 
 
 def explicit_data() -> IMDBDataset:
     """Random reviews of 4 to 30 tokens, without a tokenizer or a file."""
-
-    class Tokenizer:
-        pad_token_id, model_input_names = 0, ("input_ids", "attention_mask")
-
     generator = np.random.default_rng(0)
     lengths = generator.integers(4, 31, REVIEWS)
     offsets = np.concatenate([[0], lengths.cumsum()])
     rows = np.arange(REVIEWS)
     tokens, labels = generator.integers(5, 2500, offsets[-1]), generator.integers(0, 2, REVIEWS)
-    return IMDBDataset(tokens, offsets, rows, labels, rows, texts=None, tokenizer=Tokenizer())
+    return IMDBDataset(tokens, offsets, rows, labels, rows, pad_token_id=0)
 
 
 def build_model(folder: str, dtype: torch.dtype = torch.float32) -> EncoderForClassification:
@@ -50,21 +46,20 @@ def single_device() -> SingleDevice:
     return SingleDevice(CONFIG)
 
 
-def train_windows(model, optimizer, devices, dataset, window: int, micro_batch: int, windows: int | None = None,
-                  max_grad_norm: float | None = None, class_weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The first `windows` optimizer steps of an epoch (None: all); returns [summed loss, correct] of this process."""
-    sampler = WindowSampler(dataset.lengths, window, micro_batch, 3, process_rank(), devices.num_processes)
-    batches = iter(sampler)
+def train_steps(model, optimizer, devices, dataset, effective_batch: int, micro_batch: int, steps: int | None = None,
+                max_grad_norm: float | None = None, class_weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The first optimizer `steps` of an epoch (None: all); returns [summed loss, correct] of this process."""
+    sampler = StepSampler(dataset.lengths, effective_batch, micro_batch, 3, process_rank(), devices.num_processes)
     sums = torch.zeros(2)
-    for rows in sampler.windows()[:windows]:
-        cut = [dataset.__getitems__(next(batches)) for _ in sampler.cut(rows)]
-        weight = len(rows) if class_weights is None else float(class_weights[dataset.labels[rows]].sum())
-        sums += train_step(model, optimizer, cut, weight, devices, max_grad_norm, class_weights)[0]
+    for rows, cut in list(zip(sampler.effective_batches(), sampler, strict=True))[:steps]:
+        total_weight = len(rows) if class_weights is None else float(class_weights[dataset.labels[rows]].sum())
+        sums += torch.stack(train_step(model, optimizer, dataset[cut], total_weight, devices,
+                                       max_grad_norm=max_grad_norm, class_weights=class_weights))
     return sums
 
 
 def main():
-    folder, result, window, micro_batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    folder, result, effective_batch, micro_batch = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5])
     class_weights = torch.tensor([float(weight) for weight in sys.argv[5:]]) if sys.argv[5:] else None
     torch.set_num_threads(1)
     devices = AcceleratedDevices(CONFIG)
@@ -77,11 +72,11 @@ def main():
         return allreduce_hook(state, bucket)
 
     model.register_comm_hook(None, counting)
-    sums = train_windows(model, optimizer, devices, explicit_data(), window, micro_batch,
-                         class_weights=class_weights)
+    sums = train_steps(model, optimizer, devices, explicit_data(), effective_batch, micro_batch,
+                       class_weights=class_weights)
     totals = devices.total(sums).tolist()
     if devices.is_main:
-        torch.save(devices.weights(model), result)
+        torch.save(devices.state_dict(model), result)
         result.with_suffix(".json").write_text(json.dumps({
             "exchanges": exchanges[0], "totals": totals, "processes": devices.num_processes}))
     devices.barrier()

@@ -1,4 +1,4 @@
-"""One optimizer step is the mean loss over all reviews of its window, whatever cuts the window and who computes it."""
+"""An optimizer step is the mean loss over its effective batch, however that is cut and whoever computes it."""
 
 import json
 import socket
@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from accumulation_worker import build_model, explicit_data, single_device, train_windows
+from accumulation_worker import build_model, explicit_data, single_device, train_steps
 from conftest import PROJECT, run_script
 from safetensors.torch import load_file
 
 import main
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
-from suite.reviews.sampling import WindowSampler
+from suite.reviews.sampling import StepSampler
 from suite.training.devices import SingleDevice
 from utils import load_config
 
 
-def after(folder: str, micro_batch: int, windows: int | None = None, dtype: torch.dtype = torch.float32,
+def after(folder: str, micro_batch: int, steps: int | None = None, dtype: torch.dtype = torch.float32,
           **settings) -> dict[str, torch.Tensor]:
     model = build_model(folder, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    train_windows(model, optimizer, single_device(), explicit_data(), 64, micro_batch, windows, **settings)
+    train_steps(model, optimizer, single_device(), explicit_data(), 64, micro_batch, steps, **settings)
     return model.state_dict()
 
 
@@ -36,13 +36,13 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("micro_batch", [32, 8, 13])
-@pytest.mark.parametrize("windows", [1, None])
+@pytest.mark.parametrize("steps", [1, None])
 @pytest.mark.parametrize("encoder", ["bert", "modernbert"])
-def test_any_micro_batch_gives_the_same_parameters(encoder_folder, encoder, windows, micro_batch):
+def test_any_micro_batch_gives_the_same_parameters(encoder_folder, encoder, steps, micro_batch):
     folder = encoder_folder(encoder)
-    start, whole = build_model(folder).state_dict(), after(folder, 64, windows)
+    start, whole = build_model(folder).state_dict(), after(folder, 64, steps)
     assert distance(start, whole) > 1e-4  # it trained at all
-    assert distance(whole, after(folder, micro_batch, windows)) < 1e-6
+    assert distance(whole, after(folder, micro_batch, steps)) < 1e-6
 
 
 @pytest.mark.parametrize("class_weights", [None, [0.5, 3.0]])
@@ -52,11 +52,11 @@ def test_against_the_gradient_of_the_whole_batch_in_float64(encoder_folder, micr
     class_weights = class_weights and torch.tensor(class_weights, dtype=torch.float64)
     model = build_model(folder, torch.float64)
     parameters = dict(model.named_parameters())
-    for window in WindowSampler(dataset.lengths, 64, 64, seed=3).windows():  # the short last one included
-        batch = dataset.__getitems__(window)
+    for rows in StepSampler(dataset.lengths, 64, 64, seed=3).effective_batches():  # the short last one included
+        batch = dataset[rows]
         logits = model(batch["input_ids"], batch.get("attention_mask")).logits
-        log_likelihoods = torch.log_softmax(logits, dim=1)[torch.arange(len(window)), batch["labels"]]
-        weights = torch.ones(len(window)) if class_weights is None else class_weights[batch["labels"]]
+        log_likelihoods = torch.log_softmax(logits, dim=1)[torch.arange(len(rows)), batch["labels"]]
+        weights = torch.ones(len(rows)) if class_weights is None else class_weights[batch["labels"]]
         loss = -(weights * log_likelihoods).sum() / weights.sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         with torch.no_grad():
@@ -66,7 +66,7 @@ def test_against_the_gradient_of_the_whole_batch_in_float64(encoder_folder, micr
     assert distance(model.state_dict(), trained) < 1e-12
 
 
-def test_the_gradient_is_clipped_once_a_window(encoder_folder):
+def test_the_gradient_is_clipped_once_a_step(encoder_folder):
     folder = encoder_folder("bert")
     start = build_model(folder).state_dict()
     for micro_batch in (64, 13):
@@ -99,10 +99,10 @@ def test_several_processes_give_the_same_parameters(encoder_folder, tmp_path, pr
     assert class_weights is None or distance(alone, after(folder, 64)) > 1e-4  # the weights matter
     record = json.loads(result.with_suffix(".json").read_text())
     assert record["processes"] == processes
-    assert record["exchanges"] == 4  # one a window: none before its last micro-batch
+    assert record["exchanges"] == 4  # one a step: none before its last micro-batch
     model = build_model(folder)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    expected = train_windows(model, optimizer, single_device(), explicit_data(), 64, 64, class_weights=class_weights)
+    expected = train_steps(model, optimizer, single_device(), explicit_data(), 64, 64, class_weights=class_weights)
     assert record["totals"] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
@@ -117,7 +117,7 @@ def runs(overrides: list[str], tmp_path: Path, processes: int, batch_size: int) 
 
 
 def test_the_script_on_three_processes(overrides, tmp_path):
-    # 160 training reviews in windows of 159 and 1: the last is smaller than the number of processes; 20 test reviews.
+    # 160 training reviews in effective batches of 159 and 1, which is less than the number of processes; 20 test ones.
     one, three = runs(overrides, tmp_path, 1, 159), runs(overrides, tmp_path, 3, 53)
     assert distance(load_file(one / "best/model.safetensors"), load_file(three / "best/model.safetensors")) < 1e-6
     rows = [(folder / "test_predictions.csv").read_text().splitlines() for folder in (one, three)]
@@ -149,7 +149,7 @@ def test_two_processes_stopped_and_started_again_end_with_the_same_bits(override
     output = stopped.communicate(timeout=90)[0]
     assert "SIGTERM: saved at optimizer step" in output
     again = launch(2, *arguments, "run_name=stopped")
-    assert "going on from" in again.stdout, again.stderr
+    assert "continuing from" in again.stdout, again.stderr
     for name in ("best/model.safetensors", "history.jsonl", "test_predictions.csv"):
         assert (saved.parent / name).read_bytes() == (tmp_path / "runs" / "whole" / name).read_bytes(), name
 
@@ -168,7 +168,7 @@ def test_fsdp2_on_two_processes_gives_the_weights_of_ddp(overrides, tmp_path):
     for name in ("metrics.json", "test_predictions.csv"):
         (folders[1] / name).unlink()
     again = launch(2, "tests/fsdp_worker.py", *arguments, "run_name=fsdp")
-    assert "going on from" in again.stdout, again.stderr
+    assert "continuing from" in again.stdout, again.stderr
     assert (folders[1] / "test_predictions.csv").read_bytes() == predictions
 
 
@@ -192,22 +192,21 @@ def test_accumulation_equals_the_large_batch_in_the_script(overrides, tmp_path):
 
 
 def run_of(overrides, devices_class, *more) -> main.Run:
-    settings = ["train_config.optimizer=sgd", "model_config.dropout_rate=0", "model_config.encoder_dropout=0"]
-    config = load_config(PROJECT / "config.yaml", [*overrides, *settings, *more])
-    run = main.Run(config, devices_class(config))
-    run.start(None)
-    return run
+    plain = ["train_config.optimizer=sgd", "model_config.dropout_rate=0", "model_config.encoder_dropout=0",
+             "train_config.epochs=1", "data_config.eval_batch_size=8"]
+    config = load_config(PROJECT / "config.yaml", [*overrides, *plain, *more])
+    return main.Run.open(config, devices_class(config))
 
 
 @pytest.mark.parametrize("devices_class", [SingleDevice, AcceleratedDevices])
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_result(overrides, devices_class, monkeypatch, capsys):
     undisturbed = run_of(overrides, devices_class, "data_config.batch_size=64")
-    main.train_epoch(undisturbed)
+    main.train(undisturbed)
     forward, calls = EncoderForClassification.forward, []
 
     def short_of_memory(self, input_ids, *args, **kwargs):
         calls.append(len(input_ids))
-        if len(input_ids) > 16 or len(calls) == 9:  # the 9th comes with gradients of its window already in place
+        if len(input_ids) > 16 or len(calls) == 9:  # the 9th comes with gradients of its step already in place
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, input_ids, *args, **kwargs)
 
@@ -215,10 +214,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_result(overrides, de
     more = ["data_config.batch_size=64", "train_config.auto_micro_batch=true", "run_name=oom"]
     run = run_of(overrides, devices_class, *more)
     capsys.readouterr()
-    main.train_epoch(run)
+    main.train(run)
     assert capsys.readouterr().out.count("out of memory") == 3  # 64 -> 32 -> 16 -> 8, each said once
     assert (run.sampler.micro_batch, run.progress.micro_batch, run.progress.step) == (8, 8, 3)
-    assert distance(undisturbed.devices.weights(undisturbed.model), run.devices.weights(run.model)) < 1e-6
+    assert distance(undisturbed.model.state_dict(), run.model.state_dict()) < 1e-6
 
 
 def test_out_of_memory_without_leave_is_an_error(overrides, monkeypatch):
@@ -229,7 +228,7 @@ def test_out_of_memory_without_leave_is_an_error(overrides, monkeypatch):
 
     monkeypatch.setattr(EncoderForClassification, "forward", short_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        main.train_epoch(run)
+        main.train(run)
 
 
 def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrides):
@@ -240,7 +239,7 @@ def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrid
     rates = []
     step = run.devices.step
     run.devices.step = lambda *given: rates.append(step(*given)) or rates[-1]
-    main.train_epoch(run)
+    main.train(run)
     skipped = rates.count(False)
     assert 0 < skipped < len(rates) == 10
     assert run.scheduler.last_epoch == 10 - skipped

@@ -14,9 +14,11 @@ from transformers import AutoTokenizer
 import data
 from suite.encoders.loading import load_tokenizer
 from suite.reviews import splitting
-from suite.reviews.sampling import WindowSampler, cut_window
+from suite.reviews.sampling import StepSampler, cut
 from suite.reviews.sources import load_reviews
 from utils import DataConfig, UserError, load_config
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -230,10 +232,8 @@ def test_tail_and_head_tail(encoder_folder):
 
 def test_tokens_are_cached(config, monkeypatch):
     first = data.prepare_data(config)
-    data._prepare_data(DataConfig(dataset="demo/reviews.csv"), 2, "demo/bert", "keep")  # forget the remembered result
     monkeypatch.setattr(data.Encode, "__call__", lambda *_: pytest.fail("tokenized again"))
     again = data.prepare_data(config)
-    assert again is not first
     assert np.array_equal(again.splits["train"].tokens, first.splits["train"].tokens)
 
 
@@ -250,10 +250,9 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path):
 
 
 def test_batches_are_the_reviews_padded_to_their_longest(config):
-    loader = data.get_dataloader(config, "train")
-    tokenizer, dataset = data.prepare_data(config).tokenizer, loader.dataset
-    seen = []
-    for batch in loader:
+    prepared = data.prepare_data(config)
+    tokenizer, dataset, seen = prepared.tokenizer, prepared.splits["train"], []
+    for batch in (batch for step in data.get_dataloader(prepared, "train", config, CPU) for batch in step):
         lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(dim=1)
         assert batch["input_ids"].shape == (len(batch["id"]), lengths.max())
         assert torch.equal(batch["token_type_ids"], torch.zeros_like(batch["input_ids"]))
@@ -269,15 +268,15 @@ def test_batches_are_the_reviews_padded_to_their_longest(config):
 def test_token_type_ids_only_where_the_encoder_takes_them(overrides, encoder_folder):
     encoder = f"model_config.model_name={encoder_folder('modernbert')}"
     config = load_config(PROJECT / "config.yaml", [*overrides, encoder])
-    assert "token_type_ids" not in next(iter(data.get_dataloader(config, "valid")))
+    assert "token_type_ids" not in next(iter(data.get_dataloader(data.prepare_data(config), "valid", config, CPU)))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_and_moves_no_other_generator(config):
-    loader = data.get_dataloader(config, "train")
+    loader = data.get_dataloader(data.prepare_data(config), "train", config, CPU)
 
     def order(epoch):
-        loader.batch_sampler.epoch = epoch
-        return [batch["id"].tolist() for batch in loader]
+        loader.sampler.epoch = epoch
+        return [batch["id"].tolist() for step in loader for batch in step]
 
     state = torch.get_rng_state()
     assert order(0) == order(0) != order(1)
@@ -286,41 +285,44 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_moves_no_other_generator(
 
 @pytest.mark.parametrize("pass_tokens", [math.inf, 100])
 @pytest.mark.parametrize(("micro", "processes"), [(64, 1), (32, 1), (8, 1), (13, 1), (64, 2), (5, 3), (64, 3)])
-def test_windows_hold_the_same_reviews_however_they_are_cut(micro, processes, pass_tokens):
+def test_steps_hold_the_same_reviews_however_they_are_cut(micro, processes, pass_tokens):
     lengths = np.random.default_rng(0).integers(3, 128, size=200)
-    samplers = [WindowSampler(lengths, 64, micro, 1, rank, processes, pass_tokens=pass_tokens)
+    samplers = [StepSampler(lengths, 64, micro, 1, rank, processes, pass_tokens=pass_tokens)
                 for rank in range(processes)]
-    reference = WindowSampler(lengths, 64, 64, seed=1).windows()
-    shares = [iter(sampler) for sampler in samplers]
-    for window in reference:
-        pieces = [next(share) for share in shares for _ in samplers[0].cut(window)]
+    reference = StepSampler(lengths, 64, 64, seed=1).effective_batches()
+    shares = [list(sampler) for sampler in samplers]
+    for rows, *cuts in zip(reference, *shares, strict=True):
+        assert len(set(map(len, cuts))) == 1  # every process has the same number of micro-batches
+        pieces = [piece for pieces in cuts for piece in pieces]
         real = np.concatenate([piece[piece >= 0] for piece in pieces])
-        assert sorted(real) == sorted(window)
+        assert sorted(real) == sorted(rows)
         assert max(map(len, pieces)) <= micro
         assert min(map(len, pieces)) > 0  # nobody waits for a process without work
-    assert all(next(share, None) is None for share in shares)
-    assert [len(window) for window in reference] == [64, 64, 64, 8]
+    assert [len(rows) for rows in reference] == [64, 64, 64, 8]
+    samplers[0].first_step = 3
+    assert len(samplers[0]) == 1
+    assert all(map(np.array_equal, *samplers[0], shares[0][3]))
 
 
-def test_a_window_is_cut_where_that_saves_most():
+def test_an_effective_batch_is_cut_where_that_saves_most():
     lengths = np.array([9, 38, 11, 40, 8, 39, 7, 12, 37])
 
     def work(groups):
         return sum(len(group) * lengths[group].max() + 25 for group in groups)
 
-    cut = [round_[0] for round_ in cut_window(np.arange(9), lengths, 4, 1, pass_tokens=25)]
+    found = [round_[0] for round_ in cut(np.arange(9), lengths, 4, 1, pass_tokens=25)]
     order = np.argsort(-lengths)
     every_cut = (np.split(order, [place for place in range(1, 9) if mask >> place & 1]) for mask in range(0, 512, 2))
     cheapest = min((groups for groups in every_cut if max(map(len, groups)) <= 4), key=work)
-    assert work(cut) == work(cheapest)
-    assert work(cut) < work(np.array_split(order, 3))
-    assert len(cut_window(np.arange(9), np.full(9, 7), 4, 1, pass_tokens=25)) == 3  # nothing to save
+    assert work(found) == work(cheapest)
+    assert work(found) < work(np.array_split(order, 3))
+    assert len(cut(np.arange(9), np.full(9, 7), 4, 1, pass_tokens=25)) == 3  # nothing to save
 
 
 def test_a_process_without_a_review_gets_one_that_does_not_count(config):
-    dataset = data.get_dataloader(config, "train").dataset
-    rounds = cut_window(np.array([4]), dataset.lengths, 16, 3)
-    batches = [dataset.__getitems__(piece) for piece in rounds[0]]
+    dataset = data.prepare_data(config).splits["train"]
+    [round_] = cut(np.array([4]), dataset.lengths, 16, 3)
+    batches = dataset[round_]
     assert [batch["labels"].item() == data.IGNORED for batch in batches] == [False, True, True]
     assert [batch["id"].item() for batch in batches][1:] == [-1, -1]
 

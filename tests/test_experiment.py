@@ -238,7 +238,7 @@ def test_killed_in_the_middle_it_goes_on_without_repeating_a_finished_run(tmp_pa
     process = start(*arguments, "--only", "2")
     wait_for((first / "metrics.json").exists, process)
     assert process.wait(timeout=60) == 0
-    assert "going on from" in process.stdout.read()
+    assert "continuing from" in process.stdout.read()
     assert not (tmp_path / "runs" / "study-report" / "report.html").exists()  # other jobs may be at work
     finished = (first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns
 
@@ -252,7 +252,7 @@ def test_killed_in_the_middle_it_goes_on_without_repeating_a_finished_run(tmp_pa
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
     assert "1 of 3 runs are finished" in output
-    assert "going on from" in output
+    assert "continuing from" in output
     assert ((first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns) == finished
     assert (second / "metrics.json").exists()
     last = output.splitlines()[-1]

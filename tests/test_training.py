@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from main_accumulation import AcceleratedDevices
+from suite.common.stopping import StopRequested
 from suite.training.devices import SingleDevice
-from suite.training.run import Run
+from suite.training.run import Run, rank
 from suite.training.states import saved_states
 from utils import load_config
 
@@ -144,18 +145,21 @@ def test_testing_a_run_that_does_not_exist(undisturbed):
     assert not (folder.parent / "absent").exists()
 
 
-def test_the_tested_weights_are_the_best_not_the_last(undisturbed):
+def test_the_tested_weights_are_the_best_not_the_last(undisturbed, monkeypatch):
     overrides, folder = undisturbed
-    config = load_config(PROJECT / "config.yaml", [*overrides, "run_name=worse"])
-    run = Run(config, SingleDevice(config))
-    run.start(None)
-    main.train_epoch(run)
-    main.validate_epoch(run)
-    best = {name: weight.clone() for name, weight in run.model.state_dict().items()}
-    with torch.no_grad():
-        run.model.head.weight.neg_()  # every answer is now the opposite one
-    main.validate_epoch(run)
-    main.finish(run)
+    config = load_config(PROJECT / "config.yaml", [*overrides, "run_name=worse", "train_config.epochs=2"])
+    best, evaluate = {}, main.evaluate
+
+    def spoilt(model, loader, devices, name):
+        if best and name == "validation":
+            with torch.no_grad():
+                model.head.weight.neg_()  # every answer is now the opposite one
+        elif name == "validation":
+            best.update({name: weight.clone() for name, weight in model.state_dict().items()})
+        return evaluate(model, loader, devices, name)
+
+    monkeypatch.setattr(main, "evaluate", spoilt)
+    main.train_and_test(config, SingleDevice(config))
     measured = metrics_of(folder.parent / "worse")
     assert measured["valid"]["epoch"] == 1
     assert measured["test"]["accuracy"] == 1.0
@@ -164,22 +168,25 @@ def test_the_tested_weights_are_the_best_not_the_last(undisturbed):
 
 
 def test_equal_accuracies_are_told_apart_by_the_loss():
-    assert main.rank({"accuracy": 0.9, "loss": 0.3}, "accuracy") > main.rank({"accuracy": 0.9, "loss": 0.4}, "accuracy")
-    assert main.rank({"accuracy": 0.8, "loss": 0.3}, "loss") > main.rank({"accuracy": 0.9, "loss": 0.4}, "loss")
+    assert rank({"accuracy": 0.9, "loss": 0.3}, "accuracy") > rank({"accuracy": 0.9, "loss": 0.4}, "accuracy")
+    assert rank({"accuracy": 0.8, "loss": 0.3}, "loss") > rank({"accuracy": 0.9, "loss": 0.4}, "loss")
 
 
-def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed):
+def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed, monkeypatch):
     overrides, folder = undisturbed
     for name, steps in (("owed", 30), ("owed_early", 13)):
         arguments = [*overrides, f"run_name={name}", f"train_config.max_steps={steps}"]
         config = load_config(PROJECT / "config.yaml", arguments)
-        run = Run(config, SingleDevice(config))
-        run.start(None)
-        while run.progress.step < steps:
-            main.train_epoch(run)
-            if run.progress.step < steps:
-                main.validate_epoch(run)
-        run.save()  # as a signal in the last optimizer step would
+        run = Run.open(config, SingleDevice(config))
+
+        def stop_at_the_last_step(devices, run=run, steps=steps):
+            if run.progress.step == steps:
+                raise StopRequested
+
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "stop_if_asked", stop_at_the_last_step)
+            with pytest.raises(SystemExit):
+                main.train(run)
         train_here(*arguments)
         measured, history = metrics_of(folder.parent / name), history_of(folder.parent / name)
         assert measured["train"]["optimizer_steps"] == steps
@@ -251,7 +258,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, scrip
     output = process.communicate(timeout=60)[0]
     assert process.returncode == code, output
     result = train(*overrides, f"run_name={name}", script=script)
-    assert "going on from" in result.stdout
+    assert "continuing from" in result.stdout
     stopped = bits_of(folder.parent / name)
     stopped["best/README.md"] = stopped["best/README.md"].replace(name.encode(), b"run")
     assert stopped == bits_of(folder)
@@ -272,13 +279,13 @@ def test_a_step_never_waits_for_the_device(undisturbed, encoder_folder, encoder,
     overrides, _ = undisturbed
     config = load_config(PROJECT / "config.yaml", [*overrides, f"output_dir={tmp_path}",
                                                    f"model_config.model_name={encoder_folder(encoder)}"])
-    run = Run(config, SingleDevice(config))
-    batch = next(iter(run.train_loader))
+    run = Run.open(config, SingleDevice(config))
+    [batch] = next(iter(run.train_loader))
     assert "attention_mask" in batch
     with Waits() as waits:
-        main.train_step(run.model, run.optimizer, [batch, batch], 32, run.devices, 1.0)
+        main.train_step(run.model, run.optimizer, [batch, batch], 32, run.devices, run.scheduler, max_grad_norm=1.0)
         assert waits.count == 0
-        run.devices.failed.item()
+        run.devices.guard.failed.item()
         assert waits.count == 1  # it would have been seen
 
 
@@ -289,8 +296,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
     arguments = [*overrides, f"output_dir={tmp_path}", "run_name=run", f"train_config.optimizer={optimizer}"]
     config = load_config(PROJECT / "config.yaml", arguments)
     devices_class = SingleDevice if script == "main.py" else AcceleratedDevices
-    run = Run(config, devices_class(config))
-    run.start(None)
+    run = Run.open(config, devices_class(config))
     good = main.train_step
     weights = {}
 
@@ -307,12 +313,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
     main.train_step = poisoned
     try:
         with pytest.raises(FloatingPointError, match="optimizer step 5: loss or gradient is not finite") as stopped:
-            main.train_epoch(run)
+            main.train(run)
     finally:
         main.train_step = good
     assert run.progress.step == 6  # noticed at the next record
     assert all(torch.equal(weight, weights[name]) for name, weight in run.model.state_dict().items())
-    ids = run.train_loader.dataset.ids[np.sort(run.sampler.windows()[4])]
+    ids = run.train_loader.dataset.ids[np.sort(run.sampler.effective_batches()[4])]
     assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
     state = saved_states(run.folder / "last")[0]
     assert state.name.endswith("step-00000004")  # the last good one, untouched

@@ -46,6 +46,9 @@ class Devices(Protocol):
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
         """Update the weights, unless a number is not finite; False if fp16's loss scaler skipped the update."""
 
+    def steps_before_failure(self) -> int | None:
+        """How many optimizer steps were good before one that was not finite; None if all were. Waits for the device."""
+
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """The rows of all processes, one process after the other."""
 

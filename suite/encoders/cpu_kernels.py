@@ -1,23 +1,19 @@
 """Dropout and attention that take less time on a CPU than torch's own, at the same result within rounding.
 
-torch draws a dropout mask number by number; here four share one 64-bit number of the same generator, 16 bits each. The
-rate is rounded to 1/65,536, and kept values are scaled by exactly what was kept, so the expectation is the input.
-torch's fused attention knows no dropout on a CPU, and its backward pass in bf16 is slow for short inputs: there the
-matrix products are written out. On a GPU and under torch.compile nothing is replaced: fused kernels do both there.
+torch draws one random number for each element of a dropout mask. Here four elements share one 64-bit number of the same
+generator, 16 bits each. The rate is rounded to 1/65,536 and the kept values are scaled by exactly that rate, so the
+expectation is the input. torch's fused attention has no dropout on a CPU, and its backward pass in bf16 is slow for
+short inputs; in both cases the matrix products are written out here. On a GPU and under torch.compile nothing is
+replaced, because fused kernels do both there.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-from model import EncoderForClassification
-from utils import Config
 
 STEPS = 1 << 16
 SHORT = 256  # tokens up to which written-out attention in bf16 beats the fused kernel, measured in benchmarks/README.md
@@ -68,10 +64,3 @@ def use_cpu_kernels(model: nn.Module) -> None:
                 setattr(module, name, CPUDropout(child.p).train(child.training))
     if model.encoder.config._attn_implementation == "sdpa":
         model.encoder.config._attn_implementation = "sdpa_cpu"
-
-
-def place_model(model: nn.Module, config: Config, devices: Any) -> None:
-    """Move a model to its device, and let it use what is fast there."""
-    model.to(devices.device)
-    if devices.device.type == "cpu" and isinstance(model, EncoderForClassification) and not config.train_config.compile:
-        use_cpu_kernels(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,7 +31,7 @@ from suite.common.storage import (
     refuse_damage,
     write_json,
 )
-from utils import PROJECT, UserError, brief
+from utils import PROJECT, ModelConfig, UserError, brief
 
 WEIGHTS = "model.safetensors"
 LINE_BREAKS = r"(?i)(\s*<br\s*/?>\s*)+"
@@ -44,14 +43,17 @@ AutoModelForSequenceClassification.register(ClassifierConfig, EncoderForClassifi
 # An encoder, and a new head on it
 
 
-def new_model(model_config: Any, label_names: list[str] | None = None) -> EncoderForClassification:
+def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
+              encoder_config: PreTrainedConfig | None = None) -> EncoderForClassification:
     """A new head on the encoder `model_config.model_name`; fresh weights everywhere if not `pretrained`.
 
-    Raises UserError if the encoder cannot be loaded or lacks weights.
+    `label_names`: None numbers the classes; `encoder_config`: what `load_encoder_config` gave, None loads it. Raises
+    UserError if the encoder cannot be loaded or lacks weights.
     """
     name = model_config.model_name
-    with explained("model_config.model_name", name):
+    if encoder_config is None:
         encoder_config = load_encoder_config(model_config)
+    with explained("model_config.model_name", name):
         if model_config.pretrained:
             # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
             encoder, report = AutoModel.from_pretrained(
@@ -69,13 +71,13 @@ def new_model(model_config: Any, label_names: list[str] | None = None) -> Encode
         else:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
     names = label_names or [str(label) for label in range(model_config.num_labels)]
-    encoder_config.name_or_path = ""  # a folder of this machine, which is nobody else's business
+    encoder_config.name_or_path = ""  # a path of this machine, which concerns nobody else
     config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
                               id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
     return EncoderForClassification(config, encoder)
 
 
-def load_encoder_config(model_config: Any) -> PreTrainedConfig:
+def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
     """The configuration of the encoder `model_config.model_name`, before any weight is loaded.
 
     Raises UserError if it describes no text encoder, or one that cannot be built.

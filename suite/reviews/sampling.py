@@ -9,30 +9,31 @@ from dataclasses import dataclass
 import numpy as np
 
 
-def cut_window(rows: np.ndarray, lengths: np.ndarray, micro_batch: int, processes: int, pass_tokens: float = math.inf
-               ) -> list[list[np.ndarray]]:
-    """The reviews `rows` as micro-batches, [round][process], of up to `micro_batch` reviews of similar lengths.
+def cut(rows: np.ndarray, lengths: np.ndarray, batch_size: int, processes: int, pass_tokens: float = math.inf
+        ) -> list[list[np.ndarray]]:
+    """The reviews `rows` as batches, [round][process], of up to `batch_size` reviews of similar lengths.
 
-    The cut is the one of least work, where a further round costs as much as `pass_tokens` tokens; where that is more
-    than any padding, there are as few rounds as possible, of even sizes. Every process gets the same number of
-    micro-batches, for their forward passes wait for each other. Where a round has fewer reviews than processes, a
-    process gets ~row: a review that is computed and not counted.
+    The cut is the one of least work, where one more round costs as much as `pass_tokens` tokens do. With the default
+    there are as few rounds as possible, of even sizes. Every process gets the same number of batches, because forward
+    passes wait for each other. Where a round has fewer reviews than processes, a process gets ~row: a review that is
+    computed and not counted.
     """
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     longest = lengths[rows]  # descending
     if math.isinf(pass_tokens) or longest[0] == longest[-1]:
-        pieces = np.array_split(rows, -(-len(rows) // (micro_batch * processes)))
+        rounds = np.array_split(rows, -(-len(rows) // (batch_size * processes)))
     else:
-        pieces = np.split(rows, _cheapest_cuts(longest, micro_batch, processes, pass_tokens))
-    shared = ([piece[rank::processes] for rank in range(processes)] for piece in pieces)
-    return [[part if len(part) else ~rows[-1:] for part in parts] for parts in shared]
+        rounds = np.split(rows, _cheapest_cuts(longest, batch_size * processes, processes, pass_tokens))
+    shares = ([reviews[rank::processes] for rank in range(processes)] for reviews in rounds)
+    return [[share if len(share) else ~rows[-1:] for share in round_] for round_ in shares]
 
 
-def _cheapest_cuts(longest: np.ndarray, micro_batch: int, processes: int, pass_tokens: float) -> list[int]:
-    """Where to cut reviews of these descending lengths, so that padded tokens + pass_tokens x rounds is least."""
+def _cheapest_cuts(longest: np.ndarray, most: int, processes: int, pass_tokens: float) -> list[int]:
+    """Where to cut reviews of these descending lengths into rounds of up to `most`, so that padded tokens + pass_tokens
+    x rounds is least."""
     cost, start_of_last = np.zeros(len(longest) + 1), np.zeros(len(longest) + 1, dtype=np.int64)
     for stop in range(1, len(longest) + 1):  # the cheapest way for the first `stop` reviews, by their last round
-        starts = np.arange(max(0, stop - micro_batch * processes), stop)
+        starts = np.arange(max(0, stop - most), stop)
         costs = cost[starts] - (starts - stop) // processes * longest[starts] + pass_tokens
         best = costs.argmin()
         cost[stop], start_of_last[stop] = costs[best], starts[best]
@@ -43,35 +44,35 @@ def _cheapest_cuts(longest: np.ndarray, micro_batch: int, processes: int, pass_t
 
 
 @dataclass
-class WindowSampler:
-    """Yields this process's micro-batches of an epoch, as arrays of indices, window after window.
+class StepSampler:
+    """Yields this process's micro-batches of each optimizer step of an epoch: a list of arrays of indices.
 
-    A window is what one optimizer step learns from: `window_size` reviews, fewer in an epoch's last one. Which reviews
-    form it depends on seed and epoch alone, never on the micro-batch or the number of processes.
+    Which reviews form an effective batch depends on seed and epoch alone, never on the micro-batch or the number of
+    processes. The last one of an epoch may be smaller.
     """
 
-    lengths: np.ndarray
-    window_size: int
+    lengths: np.ndarray  # (reviews,) tokens
+    effective_batch: int  # reviews of an optimizer step, over all micro-batches and processes
     micro_batch: int
     seed: int
     rank: int = 0
     processes: int = 1
-    epoch: int = 0
-    first_window: int = 0  # windows to skip, when an epoch is resumed in its middle
     pass_tokens: float = math.inf  # what a forward and backward pass costs apart from its tokens, in tokens
+    epoch: int = 0
+    first_step: int = 0  # steps to skip, when an epoch is resumed in its middle
 
-    def windows(self) -> list[np.ndarray]:
+    def effective_batches(self) -> list[np.ndarray]:
+        """The reviews of each optimizer step of the epoch, those before `first_step` included."""
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
-        return [order[i:i + self.window_size] for i in range(0, len(order), self.window_size)]
+        return [order[i:i + self.effective_batch] for i in range(0, len(order), self.effective_batch)]
 
-    def cut(self, window: np.ndarray) -> list[np.ndarray]:
-        """This process's micro-batches of a window."""
-        rounds = cut_window(window, self.lengths, self.micro_batch, self.processes, self.pass_tokens)
-        return [micro_batches[self.rank] for micro_batches in rounds]
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        for rows in self.effective_batches()[self.first_step:]:
+            rounds = cut(rows, self.lengths, self.micro_batch, self.processes, self.pass_tokens)
+            yield [micro_batches[self.rank] for micro_batches in rounds]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for window in self.windows()[self.first_window:]:
-            yield from self.cut(window)
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.effective_batch) - self.first_step
 
 
 @dataclass
@@ -84,13 +85,8 @@ class LengthSampler:
     processes: int = 1
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for batches in cut_window(np.arange(len(self.lengths)), self.lengths, self.batch_size, self.processes):
+        for batches in cut(np.arange(len(self.lengths)), self.lengths, self.batch_size, self.processes):
             yield batches[self.rank]
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // (self.batch_size * self.processes))
-
-
-# What a forward and backward pass costs apart from its tokens (launching kernels, reading all weights), in FLOPs that
-# the device could do meanwhile. A CPU's was fitted to MiniLM on two cores; a GPU's is an estimate, not measured.
-PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}

@@ -1,7 +1,7 @@
 """Where the arithmetic happens: one device in plain PyTorch.
 
-The training loop asks for nothing but the methods of `SingleDevice`. main_accumulation.py puts Accelerate behind the
-same methods, and that is all in which the two scripts differ.
+The training loop asks for nothing but the methods of `suite.common.protocols.Devices`. `SingleDevice` is one device in
+plain PyTorch; main_accumulation.py puts Accelerate behind the same methods. That is all in which the scripts differ.
 """
 
 from __future__ import annotations
@@ -17,6 +17,35 @@ from torch import nn
 from utils import Config, UserError
 
 
+class FiniteGuard:
+    """Keeps numbers that are not finite away from the weights, without waiting for the device in each step.
+
+    From the first optimizer step whose number is not finite, no step changes the weights any more.
+    """
+
+    def __init__(self, device: torch.device):
+        self.failed = torch.zeros((), device=device)  # 1 from the first step whose number was not finite
+        self.good_steps = torch.zeros((), device=device)  # those before it
+
+    def check(self, number: torch.Tensor) -> None:
+        """Look at an optimizer step's gradient norm or loss, on the device."""
+        self.failed = torch.maximum(self.failed, (~number.isfinite()).float())
+        self.good_steps += 1 - self.failed
+
+    def step(self, optimizer: torch.optim.Optimizer, fused: bool = True) -> None:
+        """optimizer.step(), unless a check has failed. Waits for the device where the optimizer is not `fused`."""
+        plain = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
+        if fused and plain.defaults.get("fused"):
+            plain.found_inf = self.failed  # the fused kernel reads it on the device, and then changes nothing
+            optimizer.step()
+        elif not self.failed:
+            optimizer.step()
+
+    def steps_before_failure(self) -> int | None:
+        """How many optimizer steps were good before one failed; None if none has. Waits for the device."""
+        return int(self.good_steps) if self.failed else None
+
+
 class SingleDevice:
     """One device in plain PyTorch."""
 
@@ -27,37 +56,32 @@ class SingleDevice:
         self.device = pick_device(config.train_config.device)
         self.precision = pick_precision(config.train_config.mixed_precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
-        self.watch()
+        self.guard = FiniteGuard(self.device)
 
     def __str__(self) -> str:
         return f"{self.device.type} ({self.precision if self.precision != 'no' else 'fp32'})"
 
     def main_process_first(self):
-        """The main process does the work inside and fills the caches, the others follow."""
         return nullcontext()
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         return model, optimizer
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
     def accumulate(self, model: nn.Module, is_last: bool):
-        """Around each micro-batch of a window: gradients need no exchange on one device."""
-        return nullcontext()
+        return nullcontext()  # on one device, gradients need no exchange
 
     def backward(self, loss: torch.Tensor) -> None:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
-    def watch(self) -> None:
-        """Look for numbers that are not finite from now on."""
-        self.failed = torch.zeros((), device=self.device)  # 1 once a gradient was not finite
-        self.good_steps = torch.zeros((), device=self.device)  # before that
-
     def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
                        ) -> torch.Tensor:
-        """Scale the gradients down to `max_norm` if it is given; returns their L2 norm before that, on the device."""
         if self.scaler:
             self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -67,64 +91,42 @@ class SingleDevice:
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
-        """Update the weights; False if fp16's loss scaler skipped the update because of an overflow."""
-        self.look_at(loss if self.scaler else norm)  # fp16's scaler skips overflowing gradients, which is no failure
         if self.scaler is None:
-            if self.may_step(optimizer):
-                optimizer.step()
+            self.guard.check(norm)
+            self.guard.step(optimizer)
             return True
+        self.guard.check(loss)  # gradients may overflow in fp16: the scaler skips that step and lowers its scale
         scale = self.scaler.get_scale()
-        self.scaler.step(optimizer)
+        if not self.guard.failed:
+            self.scaler.step(optimizer)
         self.scaler.update()
         return self.scaler.get_scale() >= scale
 
-    def look_at(self, number: torch.Tensor) -> None:
-        """Remember on the device whether a number was not finite: asking here would wait for it in each step."""
-        self.failed = torch.maximum(self.failed, (~number.isfinite()).float())
-        self.good_steps += 1 - self.failed
-
-    def may_step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether to call optimizer.step(): never if this or an earlier step has failed."""
-        if optimizer.defaults.get("fused"):
-            optimizer.found_inf = self.failed  # the fused kernel reads it on the device, and then leaves all as it is
-            return True
-        return not self.failed
+    def steps_before_failure(self) -> int | None:
+        return self.guard.steps_before_failure()
 
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The rows of all processes, one process after the other."""
         return arrays
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over processes."""
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
         return flag
 
     def barrier(self) -> None:
-        """Wait for the other processes."""
+        pass
 
     def synchronize(self) -> None:
-        """Wait for the device, before a clock is read."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """All weights, as the unwrapped model names them."""
+    def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return model.state_dict()
 
-    def close(self) -> None:
-        """Part from the other processes."""
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model as it was before `prepare`."""
-        return model
-
     def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Save what `read_state` needs for going on; every process calls it."""
         if self.is_main:
-            with open(folder / "state.pt", "wb") as file:  # a path would hide why a write failed
+            with open(folder / "state.pt", "wb") as file:  # given a path, torch.save would hide why a write failed
                 torch.save({"model": self.unwrap(model).state_dict(), "optimizer": optimizer.state_dict(),
                             "scaler": self.scaler.state_dict() if self.scaler else {}}, file)
 
@@ -134,6 +136,9 @@ class SingleDevice:
         optimizer.load_state_dict(state["optimizer"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
+
+    def close(self) -> None:
+        pass
 
 
 def pick_device(name: str) -> torch.device:

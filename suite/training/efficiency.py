@@ -13,56 +13,57 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedConfig
 
+from suite.common.protocols import Devices
+from suite.encoders.placement import linear_layers
 from utils import PROJECT
 
-# Dense bf16 (fp16 before Ampere) matrix throughput in FLOP/s, from the vendors' data sheets; the longest name that the
-# device's name contains counts.
+# Dense bf16 (fp16 before Ampere) matrix throughput in FLOP/s, from the vendors' data sheets. Of the names that occur in
+# the device's name, the longest one counts.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10": 125e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 @dataclass
 class Work:
-    """What a model multiplies for a token, and for a review's first token."""
+    """What a model multiplies for each token, and for a review's first token."""
 
-    token_weights: int  # weights that are factors of matrix products for every token
-    first_weights: int  # those that only the first token meets
+    token_weights: int  # weights in matrix products with every token
+    first_weights: int  # weights in matrix products with the first token alone
     width: int
-    windows: list[float]  # how many tokens each layer lets a token attend to, for layers that compute every token
-    first_layers: int  # layers that compute the first token's attention only
+    spans: list[float]  # of each layer that computes every token: how many tokens a token attends to
+    first_layers: int  # layers that compute the first token's attention alone
 
 
 def work_of(model: nn.Module, executed: bool) -> Work:
-    """The work of an EncoderForClassification: the whole encoder's, or what is executed with the last layer read at the
-    first token alone. Embeddings and head are not counted."""
-    config = model.encoder.config
-    linear = [(name, module) for name, module in model.encoder.named_modules() if isinstance(module, nn.Linear)]
-    total, windows = sum(module.weight.numel() for _, module in linear), _attention_windows(config)
+    """The work of an EncoderForClassification: of the whole encoder, or (`executed`) without what the first-token fast
+    path of model.py saves. Embeddings and head are not counted."""
+    config, layers = model.encoder.config, linear_layers(model)
+    total, spans = sum(layer.weight.numel() for _, layer in layers), _attention_spans(config)
     if not (executed and model.reads_first_token):
-        return Work(total, 0, config.hidden_size, windows, 0)
-    last = max(int(number) for name, _ in linear for number in re.findall(r"layers?\.(\d+)\.", name))
-    of_last = sum(module.weight.numel() for name, module in linear if re.search(rf"layers?\.{last}\.", name))
+        return Work(total, 0, config.hidden_size, spans, 0)
+    last = max(int(number) for name, _ in layers for number in re.findall(r"layers?\.(\d+)\.", name))
+    of_last = sum(layer.weight.numel() for name, layer in layers if re.search(rf"layers?\.{last}\.", name))
     keys_and_values = 2 * config.hidden_size ** 2
-    return Work(total - of_last + keys_and_values, of_last - keys_and_values, config.hidden_size, windows[:-1], 1)
+    return Work(total - of_last + keys_and_values, of_last - keys_and_values, config.hidden_size, spans[:-1], 1)
 
 
 def training_flops(work: Work, lengths: np.ndarray) -> float:
     """FLOPs of one forward and backward pass over reviews of these lengths in tokens, padding not counted.
 
-    Kaplan et al. 2020 (arXiv 2001.08361, section 2.1): 6 a matrix weight and token; and, for queries x keys and weights
-    x values, 12 x width a token and key that it attends to, of which a local layer has at most its window.
+    Kaplan et al. 2020 (arXiv 2001.08361, section 2.1): 6 for each weight and token. The products of queries with keys
+    and of attention with values add 12 x width for each token and each key that it attends to.
     """
     lengths = lengths.astype(np.float64)
-    keys = sum((lengths * np.minimum(lengths, window)).sum() for window in work.windows)
+    keys = sum((lengths * np.minimum(lengths, span)).sum() for span in work.spans)
     keys += work.first_layers * lengths.sum()
     return 6.0 * (work.token_weights * lengths.sum() + work.first_weights * len(lengths)) + 12.0 * work.width * keys
 
 
-def _attention_windows(config: PretrainedConfig) -> list[float]:
-    """How many tokens each layer lets a token attend to."""
-    local = getattr(config, "local_attention", None)  # ModernBERT: this many around the token, and the token
+def _attention_spans(config: PreTrainedConfig) -> list[float]:
+    """How many tokens a token attends to, layer by layer."""
+    local = getattr(config, "local_attention", None)  # ModernBERT: so many around the token, and the token itself
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [local + 1 if local and kind == "sliding_attention" else float("inf") for kind in layer_types]
 
@@ -89,7 +90,7 @@ def peak_memory_mb(device: torch.device) -> float | None:
     return kilobytes / 1e6 if sys.platform == "darwin" else kilobytes * 1024 / 1e6  # macOS counts bytes
 
 
-def environment(devices: Any) -> dict[str, Any]:
+def environment(devices: Devices) -> dict[str, Any]:
     """What a result depends on besides its settings: versions, device, precision, and this project's git commit."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
     device = devices.device

@@ -1,115 +1,139 @@
-"""A training run: what changes from step to step, what is saved of it, and how it goes on from there."""
+"""A training run: its data, model, optimizer and schedule, where it is, and its records."""
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils.class_weight import compute_class_weight
-from torch import nn
-from transformers import get_scheduler
+from transformers import PreTrainedConfig
 
-from data import get_dataloader, prepare_data
+from data import PreparedData, get_dataloader, prepare_data
+from model import EncoderForClassification
 from suite.common.checks import position_limit, too_long
+from suite.common.protocols import Devices
 from suite.common.run_folder import save_config
+from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
-from suite.encoders.cpu_kernels import place_model
 from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
-from suite.reviews.sampling import PASS_FLOPS
-from suite.training.efficiency import work_of
+from suite.encoders.placement import Batch, pass_tokens, place_model
+from suite.training.meter import Meter
+from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
 from suite.training.states import (
     KEPT_STATES,
     Progress,
+    find_state,
     load_progress,
+    open_run,
     random_state,
     refuse_other_data,
     remove_run,
     save_state,
+    saved_states,
     set_random_state,
 )
-from suite.training.tracking import History, Wandb
+from suite.training.tracking import History, ProgressBar, Wandb
 from utils import Config, UserError, process_rank, say, set_seed
 
 
 class Run:
-    """Model, optimizer, schedule, data and progress of one training run, and its records."""
+    """What the loop in main.py works on."""
 
-    def __init__(self, config: Config, devices: Any):
+    @classmethod
+    def open(cls, config: Config, devices: Devices) -> Run:
+        """A new run, or the one in the run folder where it stopped.
+
+        Raises UserError, before anything is replaced, if data, encoder and run folder do not go together.
+        """
+        open_run(config.run_folder)
+        state = find_state(config)
         set_seed(config.train_config.seed)
-        self.config, self.devices, self.folder = config, devices, config.run_folder
-        load_encoder_config(config.model_config)  # what is no encoder is refused before the reviews are read
+        encoder_config = load_encoder_config(config.model_config)  # refuses what is no encoder before reviews are read
         with devices.main_process_first():
-            self.data = prepare_data(config)
-        self.train_loader, self.valid_loader = get_dataloader(config, "train"), get_dataloader(config, "valid")
-        self.sampler = self.train_loader.batch_sampler
-        self.steps_per_epoch = len(self.sampler.windows())
-        self.total_steps = self.steps_per_epoch * config.train_config.epochs
-        if config.train_config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.train_config.max_steps)
+            data = prepare_data(config)
+        refuse_misfit(config, encoder_config, data.splits["train"].tokens)
+        model = new_model(config.model_config, data.label_names, encoder_config)
+        model.config.update({"max_len": config.data_config.max_len, "truncation": config.data_config.truncation,
+                             "data_fingerprint": data.fingerprint})
+        run = cls(config, devices, data, model)
+        run.ensure_room()
+        if state is None:
+            run.begin()
+        else:
+            run.resume(state)
+        return run
 
-        model = new_model(config.model_config, self.data.label_names)
-        place_model(model, config, devices)
-        self.model_config = model.config
-        self.model_config.update({"max_len": config.data_config.max_len, "truncation": config.data_config.truncation,
-                                  "data_fingerprint": self.data.fingerprint})
-        self.work, self.executed_work = work_of(model, executed=False), work_of(model, executed=True)
-        self.sampler.pass_tokens = PASS_FLOPS[devices.device.type] / (6 * self.work.token_weights)
+    def __init__(self, config: Config, devices: Devices, data: PreparedData, model: EncoderForClassification):
+        self.config, self.devices, self.data, self.folder = config, devices, data, config.run_folder
+        train_config = config.train_config
+        place_model(model, devices.device, compiled=train_config.compile)
+        self.model_config, self.meter = model.config, Meter(model, devices)
         self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
-        refuse_misfit(config, model.config.encoder, self.train_loader.dataset.tokens)
-        labels = self.train_loader.dataset.labels
-        self.class_weights, self.weights = None, np.ones(len(labels))  # of each class, of each training review
-        if config.train_config.class_weights == "balanced":
-            weights = compute_class_weight("balanced", classes=np.arange(len(self.data.label_names)), y=labels)
-            self.class_weights = torch.tensor(weights, dtype=torch.float32, device=devices.device)
-            self.weights = weights[labels]
-        if config.train_config.compile:
+        self.train_loader = get_dataloader(data, "train", config, devices.device, pass_tokens(model, devices.device))
+        self.valid_loader = get_dataloader(data, "valid", config, devices.device)
+        self.sampler = self.train_loader.sampler
+        self.steps_per_epoch = len(self.sampler)
+        self.total_steps = min(self.steps_per_epoch * train_config.epochs, train_config.max_steps or math.inf)
+        self.class_weights, self.review_weights = weigh_classes(data, train_config, devices.device)
+        if train_config.compile:
             model.encoder.compile(dynamic=True)
-        self.model, self.optimizer = devices.prepare(model, build_optimizer(model, config.train_config))
-        self.scheduler = build_scheduler(self.optimizer, config.train_config, self.total_steps)
+        self.model, self.optimizer = devices.prepare(model, build_optimizer(model, train_config))
+        self.scheduler = build_scheduler(self.optimizer, train_config, self.total_steps)
         if process_rank() > 0:
-            torch.manual_seed(config.train_config.seed + process_rank())  # no two processes draw the same dropout
+            torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
+        self.progress = Progress(data_fingerprint=data.fingerprint)
+        self._out_of_memory = False
 
-        self.progress = Progress(data_fingerprint=self.data.fingerprint)
-        self.sums = torch.zeros(2, device=devices.device)  # loss and correct reviews since the last record
-        self.clock = time.perf_counter()
+    # -----------------------------------------------------------------------------------------------------------------
+    # Beginning, and continuing after an interruption
 
     @property
     def state_bytes(self) -> int:
         """What a saved state takes: the weights and, with Adam, its two moments of each."""
         return self.model_bytes * (1 if self.config.train_config.optimizer == "sgd" else 3)
 
-    def start(self, state: Path | None) -> None:
-        """From the beginning, or from a saved state."""
-        # At its largest, a run folder holds the kept states and the new one, the best model and its replacement.
+    def ensure_room(self) -> None:
+        """Raises UserError if the disk has no room for what the run folder will hold at its largest: the kept states
+        and a new one, the best model and its replacement."""
         most = (KEPT_STATES + 1) * self.state_bytes + 2 * self.model_bytes
         there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         with room_for(self.folder, max(most - there, self.state_bytes)):
             pass
-        if state is not None:
-            self.progress = load_progress(state)
-            refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
-            if self.progress.best_epoch:
-                best_model(self.folder)
-            self.devices.read_state(state, self.model, self.optimizer)
-            own = state / f"process_{process_rank()}.pt"
-            if not own.exists():
-                raise UserError(f"{state} was saved by fewer processes than are running now: start as many as before")
-            loop = torch.load(own, map_location="cpu", weights_only=True)
-            self.scheduler.load_state_dict(loop["scheduler"])
-            self.sums.copy_(loop["sums"])
-            set_random_state(loop["random"])
-            self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
-            say(f"going on from {state}: epoch {self.progress.epoch + 1}, optimizer step {self.progress.step}")
-        elif self.devices.is_main:
+
+    def begin(self) -> None:
+        """Start from the beginning. What another run has left goes only now that data and model are ready."""
+        if self.devices.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                remove_run(self.folder)  # nothing goes before data and model are ready to take its place
+                remove_run(self.folder)
                 save_config(self.config, self.folder / "config.yaml")
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
+        self._open_records()
+
+    def resume(self, state: Path) -> None:
+        """Continue from a saved state."""
+        self.progress = load_progress(state)
+        refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
+        if self.progress.best_epoch:
+            best_model(self.folder)  # raises UserError if it is lost or damaged
+        own = state / f"process_{process_rank()}.pt"
+        if not own.exists():
+            raise UserError(f"{state} was saved by fewer processes than are running now: start as many as before")
+        self.devices.read_state(state, self.model, self.optimizer)
+        loop = torch.load(own, map_location="cpu", weights_only=True)
+        self.scheduler.load_state_dict(loop["scheduler"])
+        self.meter.load_state_dict(loop["meter"])
+        set_random_state(loop["random"])
+        self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
+        say(f"continuing from {state}: epoch {self.progress.epoch + 1}, optimizer step {self.progress.step}")
+        self._open_records()
+
+    def _open_records(self) -> None:
         if self.devices.is_main:
             self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
         self.wandb = Wandb(self.config, self.progress.wandb_id)
@@ -117,12 +141,149 @@ class Run:
         self.start_step = self.progress.step
         self.model.train()
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # What the loop iterates over
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, counted from 0. They end with max_steps or early_stopping_patience, too."""
+        progress, train_config = self.progress, self.config.train_config
+        patience = train_config.early_stopping_patience or math.inf
+        while progress.steps_in_epoch > 0 or (  # then a signal came within an epoch, or before its validation
+                progress.epoch < train_config.epochs and progress.step < self.total_steps
+                and progress.epochs_without_improvement < patience):
+            yield progress.epoch
+
+    def steps(self) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+        """The optimizer steps that are left of this epoch: the reviews of the effective batch (reviews,), over all
+        processes, and this process's micro-batches of them.
+
+        After an out-of-memory error, the same step comes again in smaller micro-batches.
+        """
+        progress, sampler = self.progress, self.sampler
+        name = f"epoch {progress.epoch + 1}/{self.config.train_config.epochs}"
+        self.bar = ProgressBar(name, self.steps_per_epoch, progress.steps_in_epoch)
+        sampler.epoch = progress.epoch
+        while progress.steps_in_epoch < self.steps_per_epoch and progress.step < self.total_steps:
+            sampler.first_step = progress.steps_in_epoch
+            self.meter.start_clock()
+            for rows, micro_batches in zip(sampler.effective_batches()[sampler.first_step:], self.train_loader,
+                                           strict=True):
+                yield rows, micro_batches
+                if self._out_of_memory:
+                    self._halve_micro_batch()
+                    break
+                if progress.step == self.total_steps:
+                    break
+                self.meter.start_clock()  # which saving has stopped
+        self.settle()
+        self.bar.close()
+
+    @contextmanager
+    def retried_if_out_of_memory(self):
+        """Around an optimizer step. Where the device's memory runs out, `steps` cuts the step's micro-batches in half,
+        if train_config.auto_micro_batch asks for it."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            if not self.config.train_config.auto_micro_batch or self.sampler.micro_batch == 1:
+                raise
+            self._out_of_memory = True  # `steps` acts on it later: this traceback still keeps the step's tensors alive
+
+    def _halve_micro_batch(self) -> None:
+        self._out_of_memory = False
+        self.model.zero_grad(set_to_none=True)
+        self.settle()
+        self.sampler.micro_batch = self.progress.micro_batch = -(-self.sampler.micro_batch // 2)
+        if self.devices.device.type == "cuda":
+            torch.cuda.empty_cache()
+        say(f"out of memory at optimizer step {self.progress.step + 1}: continuing with micro-batches of "
+            f"{self.sampler.micro_batch} reviews, at the same {self.sampler.effective_batch} reviews an optimizer step")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # After an optimizer step
+
+    def total_weight(self, rows: np.ndarray) -> float:
+        """What the loss of these reviews is divided by: their number or, with class weights, the sum of theirs."""
+        return float(self.review_weights[rows].sum())
+
+    def count(self, rows: np.ndarray, loss: torch.Tensor, correct: torch.Tensor) -> None:
+        """An optimizer step is done: `loss` and `correct` are this process's sums over the reviews `rows`."""
+        self.meter.add(loss, correct, self.total_weight(rows), self.data.splits["train"].lengths[rows])
+        self.progress.step += 1
+        self.progress.steps_in_epoch += 1
+        self.bar.update()
+
+    def log_due(self) -> bool:
+        progress = self.progress
+        is_last = progress.steps_in_epoch == self.steps_per_epoch or progress.step == self.total_steps
+        return is_last or progress.step % self.config.log_config.log_every_steps == 0
+
+    def log(self) -> None:
+        """Record the means since the last record. Here, and in saving, training waits for the device."""
+        self.settle()
+        loss, accuracy, speed = self.meter.read()
+        self.record({"train/loss": loss, "train/accuracy": accuracy,
+                     "train/learning_rate": self.scheduler.get_last_lr()[0]}, {"train/samples_per_second": speed})
+        self.bar.show(loss=loss, accuracy=accuracy, reviews_per_second=speed)
+
+    def record(self, values: dict[str, float], speed: dict[str, float] | None = None) -> None:
+        """To history.jsonl and wandb; the speed, which no two runs share, to wandb alone."""
+        if self.devices.is_main:
+            epoch = self.progress.epoch + self.progress.steps_in_epoch / self.steps_per_epoch
+            record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
+            self.history.log(record)
+            self.wandb.log(record | (speed or {}))
+            self.progress.history_lines = self.history.lines
+
+    def settle(self) -> None:
+        """Wait for the device and stop the clock.
+
+        Raises FloatingPointError, naming step and reviews, if a step was not finite. The weights are those before that
+        step, because no later step has changed them: see FiniteGuard.
+        """
+        self.meter.stop_clock()
+        good_steps = self.devices.steps_before_failure()
+        if good_steps is None:
+            return
+        step = self.start_step + good_steps + 1
+        rows = self.sampler.effective_batches()[self.progress.steps_in_epoch - 1 - (self.progress.step - step)]
+        ids = self.data.splits["train"].ids[np.sort(rows)].tolist()
+        kept = next((str(state) for state in saved_states(self.folder / "last")), "none yet")
+        raise FloatingPointError(
+            f"optimizer step {step}: loss or gradient is not finite, so the weights were left as they were; reviews "
+            f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
+            f"at these reviews (last saved state: {kept})")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # After an epoch, and saving
+
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
+        """Record the validation metrics, keep the model if it is the best so far, save the state."""
+        progress, best_metric = self.progress, self.config.train_config.best_metric
+        self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
+        progress.epoch, progress.steps_in_epoch = progress.epoch + 1, 0
+        is_best = progress.best_epoch is None or rank(metrics, best_metric) > rank(progress.best_metrics, best_metric)
+        say(f"epoch {progress.epoch}: validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}"
+            + (", the best so far" if is_best else ""))
+        if is_best:
+            progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
+            self.save_best()
+        else:
+            progress.epochs_without_improvement += 1
+        self.save()
+
+    def save_due(self) -> bool:
+        return self.progress.step % self.config.train_config.save_every_steps == 0
+
     def save(self) -> None:
+        """Save all that `resume` needs."""
+        self.settle()
+
         def write(folder: Path) -> None:
             self.devices.write_state(folder, self.model, self.optimizer)
             with open(folder / f"process_{process_rank()}.pt", "wb") as file:  # a path would hide why a write failed
-                torch.save({"scheduler": self.scheduler.state_dict(), "sums": self.sums, "random": random_state()},
-                           file)
+                torch.save({"scheduler": self.scheduler.state_dict(), "meter": self.meter.state_dict(),
+                            "random": random_state()}, file)
 
         with room_for(self.folder, self.state_bytes):
             if self.devices.is_main:
@@ -131,7 +292,7 @@ class Run:
 
     def save_best(self) -> None:
         """Replace the best model by the present one."""
-        weights = self.devices.weights(self.model)
+        weights = self.devices.state_dict(self.model)
 
         def write(folder: Path) -> None:
             save_model(folder, self.model_config, weights, self.data.tokenizer)
@@ -140,24 +301,30 @@ class Run:
             with room_for(self.folder, self.model_bytes):
                 replace_folder(self.folder / "best", write)
 
-    def record(self, values: dict[str, float], speed: dict[str, float] | None = None) -> None:
-        """To history.jsonl and wandb; the speed, which no two runs share, to wandb alone."""
-        if self.devices.is_main:
-            epoch = self.progress.epoch + self.progress.windows / self.steps_per_epoch
-            record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
-            self.history.log(record)
-            self.wandb.log(record | (speed or {}))
-            self.progress.history_lines = self.history.lines
+    @contextmanager
+    def saved_when_stopped(self):
+        """Around the loop: SIGINT and SIGTERM let the optimizer step end, save the state and leave."""
+        with SIGNALS.deferred():
+            try:
+                yield
+            except StopRequested:
+                self.save()
+                say(f"{SIGNALS.name}: saved at optimizer step {self.progress.step}; the same command continues from "
+                    "there")
+                raise SystemExit(SIGNALS.exit_code) from None
 
-    def is_over(self) -> bool:
-        if self.progress.windows > 0:
-            return False  # stopped within an epoch, or before its validation: that is still to do
-        patience = self.config.train_config.early_stopping_patience
-        return (self.progress.epoch >= self.config.train_config.epochs or self.progress.step >= self.total_steps
-                or patience is not None and self.progress.epochs_without_improvement >= patience)
+    def figures(self) -> dict[str, Any]:
+        """What metrics.json says about training and validation."""
+        return {"train": self.meter.figures() | {"optimizer_steps": self.progress.step},
+                "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
 
 
-def refuse_misfit(config: Config, encoder_config: Any, tokens: np.ndarray) -> None:
+def rank(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
+    """The larger, the better. Equal accuracies, which small validation splits often have, are decided by the loss."""
+    return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
+
+
+def refuse_misfit(config: Config, encoder_config: PreTrainedConfig, tokens: np.ndarray) -> None:
     """Raises UserError for reviews that the encoder cannot read, before a kernel fails on them."""
     name = config.model_config.model_name
     if problem := too_long(config.data_config.max_len, name, position_limit(encoder_config.to_dict())):
@@ -165,20 +332,3 @@ def refuse_misfit(config: Config, encoder_config: Any, tokens: np.ndarray) -> No
     if (largest := int(tokens.max())) >= encoder_config.vocab_size:
         raise UserError(f"model_config.model_name: the tokenizer of {name} gives token {largest}, but its encoder only "
                         f"knows {encoder_config.vocab_size}: they do not belong together")
-
-
-def build_optimizer(model: nn.Module, train_config: Any) -> torch.optim.Optimizer:
-    """Weight decay, if any, goes to matrices only: not to biases and norms, as in BERT's own training."""
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train_config.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    fused = train_config.optimizer != "sgd"  # one kernel for all weights; SGD's does not know FSDP2's sharded ones
-    return kinds[train_config.optimizer](groups, lr=train_config.learning_rate, fused=fused)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, train_config: Any, total_steps: int) -> Any:
-    name = train_config.scheduler
-    if name == "constant" and train_config.warmup_ratio > 0:
-        name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, num_warmup_steps=round(train_config.warmup_ratio * total_steps),
-                         num_training_steps=total_steps)

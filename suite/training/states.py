@@ -1,10 +1,10 @@
-"""Saved states, from which an interrupted run goes on as if it had never stopped.
+"""Saved states, from which an interrupted run continues as if it had never stopped.
 
     last/0003-step-00000120/    files of the state, and manifest.json with their sizes and SHA-256 sums, written last
-    last/0002-step-00000100/    the state before it, which goes only when a third one is safe
-    best/                       the best model, sealed by such a manifest, too
+    last/0002-step-00000100/    the state before it, which is removed only when a third one is safe
+    best/                       the best model, sealed by such a manifest as well
 
-A folder is a state if its manifest is there and true. Whatever else lies in `last/` is what a killed process left.
+A folder is a state if its manifest is there and true. Anything else in `last/` was left by a killed process.
 """
 
 from __future__ import annotations
@@ -31,38 +31,31 @@ KEPT_STATES = 2
 
 @dataclass
 class Progress:
-    """Where a run is, apart from weights, optimizer and random generators."""
+    """Where a run is, apart from weights, optimizer, random generators and the meter."""
 
     data_fingerprint: str  # of the reviews and their split
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done
-    windows: int = 0  # optimizer steps done in the current epoch
+    steps_in_epoch: int = 0  # optimizer steps done in the current epoch
     best_epoch: int | None = None
     best_metrics: dict[str, Any] = field(default_factory=dict)  # its validation metrics
     epochs_without_improvement: int = 0
     micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
     history_lines: int = 0
     wandb_id: str | None = None
-    reviews: int = 0
-    recorded_reviews: int = 0  # those before the last training record
-    unrecorded_weight: float = 0.0  # of the reviews since then, see train_step
-    tokens: int = 0
-    flops: float = 0.0  # of the whole model, padding not counted
-    executed_flops: float = 0.0  # of what is computed of it
-    seconds: float = 0.0  # of training, without evaluation and saving
 
 
 def open_run(folder: Path) -> None:
-    """Keep the run folder for this process alone, and mend what a kill left of replacing the best model."""
+    """Lock the run folder for this process, and mend what a kill may have left of replacing the best model."""
     lock(folder)
     if process_rank() == 0:
         restore(folder / "best")
 
 
 def finished_metrics(config: Config) -> dict[str, Any] | None:
-    """The metrics of a finished run in the run folder; None if there is none, or it shall be replaced.
+    """The metrics of the finished run in the run folder; None if there is none, or if it is to be replaced.
 
-    Raises UserError if replacing was not asked for plainly, or the folder holds a run with other settings.
+    Raises UserError if the user has not asked plainly to replace it, or if the run has another configuration.
     """
     metrics = read_metrics(config.run_folder)
     if "test" not in metrics or "train" not in metrics:
@@ -77,9 +70,9 @@ def finished_metrics(config: Config) -> dict[str, Any] | None:
 
 
 def find_state(config: Config) -> Path | None:
-    """The saved state to go on from, as train_config.resume says; None to start from the beginning.
+    """The saved state to continue from, as train_config.resume says; None to start from the beginning.
 
-    Raises UserError if the folder holds a run with other settings, or nothing although resume=must.
+    Raises UserError if the folder holds a run with another configuration, or no state although resume=must.
     """
     folder = config.run_folder
     if config.train_config.resume == "never":
@@ -92,7 +85,7 @@ def find_state(config: Config) -> Path | None:
 
 
 def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
-    """Raises UserError if the run folder holds a run whose settings differ from `config` other than in `ignored`."""
+    """Raises UserError if the run in the run folder differs from `config` in other keys than the `ignored` ones."""
     path = config.run_folder / "config.yaml"
     if not path.exists():
         if any((path.parent / name).exists() for name in ("last", "best", "metrics.json")):
@@ -105,17 +98,17 @@ def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
 
 
 def refuse_other_data(config: Config, then: str, now: str) -> None:
-    """Raises UserError if the reviews or their split are not what the run was trained on: the test could know them."""
+    """Raises UserError if the reviews or their split have changed: the test split could hold what was trained on."""
     if then != now:
         raise UserError(f"{config.data_config.dataset} has changed since the run in {config.run_folder} began, and so "
                         "has its split: choose another run_name")
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run left, first of all what calls it finished."""
-    for name in ("metrics.json", "misclassified.html"):
+    """Remove everything that a run has written. metrics.json goes first, because it says that the run is finished."""
+    for name in ("metrics.json", "test_predictions.csv", "misclassified.csv", "misclassified.html"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("last", "best", "best" + PARTIAL, "best" + OLD, "onnx"):
+    for name in ("last", "best", "best" + PARTIAL, "best" + OLD, "plots", "onnx"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -179,7 +172,13 @@ def newest_good_state(folder: Path) -> Path | None:
 
 
 def load_progress(state: Path) -> Progress:
-    return Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+    """Raises UserError if another version of this project has saved the state."""
+    values = json.loads((state / "progress.json").read_text(encoding="utf-8"))
+    try:
+        return Progress(**values)
+    except TypeError:
+        raise UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
+                        "start it afresh with train_config.resume=never") from None
 
 
 def random_state() -> dict[str, Any]:

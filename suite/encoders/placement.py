@@ -1,0 +1,64 @@
+"""A model on its device: moving it there, what a pass costs, and its logits for batches of reviews."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from model import EncoderForClassification
+from suite.common.protocols import Devices
+from suite.encoders.cpu_kernels import use_cpu_kernels
+
+Batch = dict[str, torch.Tensor]  # `id` and `labels` (batch,), the other tensors are the model's inputs (batch, tokens)
+
+# What a forward and backward pass costs apart from its tokens (launching kernels, reading all weights), in FLOPs that
+# the device could do in that time. The CPU's was fitted to MiniLM on two cores; a GPU's is an estimate, not measured.
+PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
+
+
+def place_model(model: nn.Module, device: torch.device, compiled: bool = False) -> None:
+    """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled."""
+    model.to(device)
+    if device.type == "cpu" and isinstance(model, EncoderForClassification) and not compiled:
+        use_cpu_kernels(model)
+
+
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The encoder's layers that multiply every token by a matrix, with their names."""
+    encoder = getattr(model, "encoder", model.base_model)
+    return [(name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+
+
+def pass_tokens(model: nn.Module, device: torch.device) -> float:
+    """How many tokens cost as much as starting one more forward and backward pass: see `PASS_FLOPS`."""
+    weights = sum(layer.weight.numel() for _, layer in linear_layers(model))
+    return PASS_FLOPS[device.type] / (6 * weights)  # 6 FLOPs a weight and token, see `training_flops`
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, Batch]:
+    """(ids, labels, the model's inputs) of a batch, copied without waiting."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return moved.pop("id"), moved.pop("labels"), moved
+
+
+@torch.inference_mode()
+def compute_logits(model: nn.Module, batches: Iterable[Batch], reviews: int, devices: Devices
+                   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids (reviews,), labels (reviews,), logits (reviews, num_labels) float32) of batches that hold so many reviews.
+
+    Results stay on the device until the end, because reading them would wait for each batch. They get their place
+    before the first one: small tensors that live among a batch's large ones would leave a CPU's heap full of holes.
+    """
+    ids, labels = torch.empty(2, reviews, dtype=torch.int64, device=devices.device)
+    logits = torch.empty(reviews, devices.unwrap(model).config.num_labels, device=devices.device)
+    start = 0
+    for batch in batches:
+        batch_ids, batch_labels, inputs = to_device(batch, devices.device)
+        with devices.autocast():
+            batch_logits = model(**inputs).logits
+        place = slice(start, start := start + len(batch_ids))
+        ids[place], labels[place], logits[place] = batch_ids, batch_labels, batch_logits
+    return ids.cpu().numpy(), labels.cpu().numpy(), logits.cpu().numpy()
