@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,12 @@ def overrides(tmp_path, reviews_file, encoder_folder) -> list[str]:
             "data_config.max_len=32", "data_config.batch_size=16", "model_config.pooling=mean", "train_config.epochs=2",
             "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu",
             "log_config.wandb_mode=disabled", "log_config.log_every_steps=3"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_script(*arguments: str, environment: dict | None = None, timeout: float = 120, **options

@@ -1,7 +1,6 @@
 """An optimizer step is the mean loss over its effective batch, however that is cut and whoever computes it."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accumulation_worker import build_model, explicit_data, single_device, train_steps
-from conftest import PROJECT, run_script
+from conftest import PROJECT, free_port, run_script
 from safetensors.torch import load_file
 
 import main
@@ -76,10 +75,7 @@ def test_the_gradient_is_clipped_once_a_step(encoder_folder):
 
 
 def launcher(processes: int) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
 
 
 def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:

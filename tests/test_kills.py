@@ -1,7 +1,7 @@
-"""Whenever a run dies, the same command goes on and ends with the same bits, for both scripts.
+"""Whenever a run dies, the same command continues it and ends with the same bits, for both scripts.
 
-Runs are killed at random moments: in a save, in an accumulation window, in validation, twice in an epoch. The numbers
-are drawn from KILLS_SEED (printed), over KILLS_ROUNDS rounds:
+Runs are killed at random moments: in a save, among micro-batches, in validation, twice in an epoch. The numbers are
+drawn from KILLS_SEED (printed), over KILLS_ROUNDS rounds:
 
     python -m pytest tests/test_kills.py --long -n 0 -s                          50 rounds of each script, an hour
     KILLS_ROUNDS=3 KILLS_SEED=7 python -m pytest tests/test_kills.py --long -n 0 -s -k SIGKILL
@@ -41,9 +41,9 @@ def rounds(usual: int) -> int:
 
 def tensors_of(state: Path) -> list:
     """Everything that is saved in a state but the time that it took."""
-    progress = json.loads((state / "progress.json").read_text())
-    return [progress | {"seconds": None}, *(
-        torch.load(state / name, weights_only=True) for name in ("state.pt", "process_0.pt"))]
+    weights, loop = (torch.load(state / name, weights_only=True) for name in ("state.pt", "process_0.pt"))
+    del loop["meter"]["seconds"]
+    return [json.loads((state / "progress.json").read_text()), weights, loop]
 
 
 def is_equal(first, second) -> bool:
@@ -202,14 +202,12 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def fill_the_disk(script: str, name: str, undisturbed, chance: random.Random) -> None:
-    """Stop a run, go on under a limit that some file of a save exceeds, and then without it."""
+    """Continue a run, which has a state to save yet, under a limit that the weights exceed, and then without it."""
     arguments, whole = undisturbed(script)
-    folder, arguments = whole.parent / name, [*arguments, f"run_name={name}"]
-    process = start(script, arguments)
-    wait_for("after a save", folder, process, chance)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=90)
-    safe = newest_good_state(folder / "last")
+    folder, arguments = shutil.copytree(whole, whole.parent / name), [*arguments, f"run_name={name}"]
+    (folder / "metrics.json").unlink()
+    shutil.rmtree(saved_states(folder / "last")[0])  # the one after the last validation
+    [safe] = saved_states(folder / "last")
     before = content_of(safe)
     sizes = sorted(path.stat().st_size for path in safe.iterdir())
     limit = chance.randint(sizes[-2], sizes[-1] - 1)  # the weights do not fit, or only in part

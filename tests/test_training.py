@@ -132,6 +132,17 @@ def test_a_finished_run_is_not_repeated_and_not_overwritten(undisturbed):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_replacing_a_run_leaves_nothing_of_it(undisturbed):
+    overrides, folder = undisturbed
+    replaced = shutil.copytree(folder, folder.parent / "replaced")
+    (replaced / "misclassified.html").write_text("")
+    arguments = [*overrides, "run_name=replaced", "train_config.resume=never", "train_config.overwrite=true"]
+    config = load_config(PROJECT / "config.yaml", arguments)
+    Run.open(config, SingleDevice(config))
+    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl"}
+    assert not (replaced / "history.jsonl").read_text()
+
+
 def test_testing_on_other_data_than_the_training_split_left_out_is_refused(undisturbed):
     overrides, _ = undisturbed
     result = train_here(*overrides, "run_name=run", "data_config.split_seed=1", mode="test", code=2)
