@@ -32,15 +32,10 @@ class Predictions:
         order = np.argsort(self.ids)
         self.ids, self.labels, self.logits = self.ids[order], self.labels[order], self.logits[order]
 
-    @property
-    def log_probabilities(self) -> np.ndarray:
-        """(n, num_labels) float64."""
-        return log_softmax(self.logits.astype(np.float64), axis=1)
-
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
         """(n, num_labels) float64."""
-        return np.exp(self.log_probabilities)
+        return np.exp(log_softmax(self.logits.astype(np.float64), axis=1))
 
     @property
     def predicted(self) -> np.ndarray:
@@ -66,6 +61,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
                                  "train_config.max_grad_norm")
     labels, predicted = predictions.labels, predictions.predicted
     n, num_labels = predictions.logits.shape
+    log_probabilities = log_softmax(predictions.logits.astype(np.float64), axis=1)
     correct = int((predicted == labels).sum())
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
@@ -73,7 +69,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     scores = predictions.probabilities[:, 1] if num_labels == 2 else predictions.probabilities
     roc_auc = roc_auc_score(labels, scores, multi_class="ovr") if len(set(labels)) == num_labels else None
     return {
-        "loss": float(-predictions.log_probabilities[np.arange(n), labels].sum() / n),
+        "loss": float(-log_probabilities[np.arange(n), labels].sum() / n),
         "accuracy": correct / n,
         "accuracy_ci95": list(wilson_interval(correct, n)),
         "precision": float(precision),
@@ -81,7 +77,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "f1": float(f1),
         "macro_f1": float(macro_f1),
         "roc_auc": None if roc_auc is None else float(roc_auc),
-        "ece": calibration(predictions).error,
+        "ece": Calibration(predictions).error,
         "n": n,
     }
 
@@ -92,29 +88,21 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-@dataclass
 class Calibration:
     """How often the model is right, and how confident it is, in bins of equal width over the confidence."""
 
-    edges: np.ndarray  # (bins + 1,) from 0 to 1
-    accuracies: np.ndarray  # (bins,) share of the bin's reviews that are classified correctly; 0 in an empty bin
-    confidences: np.ndarray  # (bins,) mean over the bin's reviews; 0 in an empty bin
-    counts: np.ndarray  # (bins,) reviews
+    def __init__(self, predictions: Predictions, bins: int = 15):
+        self.edges = np.linspace(0, 1, bins + 1)
+        index = np.clip(np.digitize(predictions.confidence, self.edges, right=True) - 1, 0, bins - 1)
+        self.counts = np.bincount(index, minlength=bins)  # (bins,) reviews
+        filled, correct = np.maximum(self.counts, 1), predictions.predicted == predictions.labels
+        self.accuracies = np.bincount(index, correct, minlength=bins) / filled  # (bins,); 0 in an empty bin
+        self.confidences = np.bincount(index, predictions.confidence, minlength=bins) / filled  # (bins,) likewise
 
     @property
     def error(self) -> float:
         """The expected calibration error: the mean of |accuracy - confidence| (Guo et al. 2017, equation 3)."""
         return float((self.counts * np.abs(self.accuracies - self.confidences)).sum() / self.counts.sum())
-
-
-def calibration(predictions: Predictions, bins: int = 15) -> Calibration:
-    edges = np.linspace(0, 1, bins + 1)
-    index = np.clip(np.digitize(predictions.confidence, edges, right=True) - 1, 0, bins - 1)
-    counts = np.bincount(index, minlength=bins)
-    filled = np.maximum(counts, 1)
-    accuracies = np.bincount(index, predictions.predicted == predictions.labels, minlength=bins) / filled
-    confidences = np.bincount(index, predictions.confidence, minlength=bins) / filled
-    return Calibration(edges, accuracies, confidences, counts)
 
 
 def write_predictions(path: Path, predictions: Predictions, label_names: list[str]) -> None:

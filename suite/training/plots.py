@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, Scal
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from suite.common.storage import atomic_write
-from suite.training.evaluation import Predictions, calibration, wilson_interval
+from suite.training.evaluation import Calibration, Predictions, wilson_interval
 from utils import Config
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct for the colour-blind, too (Okabe and Ito)
@@ -90,7 +90,7 @@ def plot_confusion_matrix(config: Config, predictions: Predictions, label_names:
 
 def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     """Accuracy against confidence. On the diagonal, 80 % of the reviews with confidence 0.8 are right."""
-    bins = calibration(predictions)
+    bins = Calibration(predictions)
     filled = bins.counts > 0
     figure = new_figure(config, f"reliability on {bins.counts.sum():,} test reviews\n{config.run_name}", (5.5, 6))
     axis, histogram = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
