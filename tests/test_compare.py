@@ -167,6 +167,20 @@ def test_the_command_line():
     assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)  # so it is fast
 
 
+def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_path, monkeypatch):
+    """131,072 characters, by default. The script runs in a new process, because this one may have a higher limit."""
+    long = "long " * 30_000
+    monkeypatch.setitem(globals(), "text_of", lambda review: f"{long} {review}")
+    runs = [str(write_run(tmp_path / f"seed{seed}", 0.99, f"train_config.seed={seed}")[0]) for seed in (1, 2)]
+    result = run_script("compare.py", *runs)
+    assert result.returncode == 0, result.stderr
+    output = tmp_path / "comparison-report"
+    assert result.stdout.endswith(f"the report: {output / 'report.html'}\n")
+    reports = [(output / f"{name}.csv").read_text() for name in ("wrong_in_all_runs", "disagreements")]
+    assert any(long in text for text in reports)
+    assert long in (output / "report.html").read_text()
+
+
 def test_settings_are_named_by_what_tells_them_apart(tmp_path):
     runs = [write_run(tmp_path / name, 0.8, *overrides)[0] for name, overrides in {
         "a": ["model_config.model_name=some/folder/bert"], "b": ["model_config.model_name=some/folder/roberta"],
