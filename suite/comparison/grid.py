@@ -1,4 +1,4 @@
-"""An experiment file: a base configuration, a grid of settings, seeds; and which of its runs exist already.
+"""Read an experiment file (a base configuration, a grid of settings, seeds) and find out which of its runs exist.
 
     question: Which effective batch?                  the question that the report answers, in any words
     script: main_accumulation.py                      default: main.py, which cannot accumulate gradients
@@ -87,7 +87,7 @@ class Experiment:
 
 
 def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Raises UserError that lists every problem of the file and of the overrides (`section.key=value`)."""
+    """Raises a UserError that lists every problem of the file and of the overrides (`section.key=value`)."""
     tree = read_yaml(path, "name an experiment such as experiments/demo.yaml")
     tree = {key: value for key, value in tree.items() if value is not None}
     problems = []

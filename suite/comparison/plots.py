@@ -40,13 +40,12 @@ def plot_accuracies(summary: dict[str, Any], settings: Sequence[Setting]) -> Fig
     axis = figure.subplots()
     for place, row in enumerate(rows):
         mean, (low, high) = row["accuracy"], row["accuracy_ci95"]
-        label = {} if place else {"label": "mean over seeds, with its 95 % interval"}
         axis.errorbar(100 * mean, place, xerr=[[100 * (mean - low)], [100 * (high - mean)]], fmt="o", color=BLUE,
-                      markersize=8, capsize=4, linewidth=2, **label)
+                      markersize=8, capsize=4, linewidth=2,
+                      label=None if place else "mean over seeds, with its 95 % interval")
         if len(row["seeds"]) > 1:
-            label = {} if place else {"label": "one seed"}
             axis.plot(100 * np.array(row["accuracies"]), np.full(len(row["seeds"]), place - 0.18), "|", color=BLUE,
-                      markersize=9, markeredgewidth=1.5, linestyle="none", **label)
+                      markersize=9, markeredgewidth=1.5, linestyle="none", label=None if place else "one seed")
         for source, marker in zip(sources, "DsvP^<>X*" * len(sources), strict=False):
             if source in row["published"]:
                 known = f"published: {source}" in axis.get_legend_handles_labels()[1]

@@ -16,13 +16,11 @@ from suite.common.run_folder import read_history, read_metrics, read_mistakes, r
 from suite.training.evaluation import Predictions
 from utils import Config, UserError
 
-SEED = "train_config.seed"
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
 STEPS = "train_config.gradient_accumulation_steps"
 SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
                "data_config.max_len": "len"}
-PREFIX = "probability_"
 
 
 @dataclass
@@ -52,9 +50,9 @@ class Result:
 
     @functools.cached_property
     def values(self) -> dict[str, Any]:
-        """The configuration's values that shape the result, without the seed and the frequency of the log."""
+        """{dotted key: value} of the configuration that shape the result, without the seed and those of the log."""
         return {key: value for key, value in shaping_values(self.config).items()
-                if key != SEED and not key.startswith("log_config.")}
+                if key != "train_config.seed" and not key.startswith("log_config.")}
 
 
 @dataclass
@@ -76,9 +74,8 @@ class Setting:
         return [value for value in found if value is not None]
 
 
-def read_result(folder: str | Path) -> Result:
+def read_result(folder: Path) -> Result:
     """Raises UserError if the folder holds no finished run, or files that do not belong together."""
-    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
     metrics = read_metrics(folder)
@@ -91,7 +88,7 @@ def read_result(folder: str | Path) -> Result:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        names = [column.removeprefix(PREFIX) for column in header[3:]]
+        names = [column.removeprefix("probability_") for column in header[3:]]
         index = {name: place for place, name in enumerate(names)}
         ids, labels, predicted = (np.array([convert(row[place]) for row in rows]) for place, convert in
                                   enumerate((int, index.__getitem__, index.__getitem__)))
