@@ -57,10 +57,7 @@ def list_cells(experiment: Experiment, cells: list[Cell]) -> None:
 
 
 def write_report(experiment: Experiment, failed: dict[int, str]) -> None:
-    """Compare the finished runs; prints one line instead if there are fewer than two.
-
-    `failed`: {index: last line} of the runs that have failed just now.
-    """
+    """Compare the finished runs, if there are two or more. `failed`: {index: last line} of those that failed now."""
     # In the order of the grid, even where the first runs of a setting are missing
     order = [cell.setting for cell in experiment.cells]
     finished = sorted((cell for cell in experiment.cells if cell.is_finished),
@@ -97,8 +94,8 @@ def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace)
             find_finished(experiment.cells)
             write_report(experiment, failed)
     except OSError as error:
-        where = error.filename or experiment.report_folder
-        raise UserError(f"{where} cannot be written or read ({error.strerror}): set output_dir") from None
+        raise UserError(f"{error.filename or experiment.report_folder} cannot be written or read ({error.strerror}): "
+                        "set output_dir") from None
     for index, line in failed.items():
         say(f"failed: run {index}, {experiment.cells[index - 1].folder}: {line}")
     if failed:

@@ -1,8 +1,8 @@
 """The web page of a comparison: one file that needs neither a server nor the network.
 
-report_page.html is its template; a literal $ in its CSS or JavaScript is written $$. The plots are part of the page. The
-reviews lie in it as JSON, and its script shows them by `textContent`, so that a review is shown as text whatever it
-contains. The page's own security policy forbids it to load anything.
+report_page.html is its template, in which a literal $ is written $$. The plots are part of the page. The reviews lie in
+it as JSON, and its script shows them by `textContent`, so that a review is shown as text whatever it contains. The
+page's own security policy forbids it to load anything.
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
             find_finished([cell])
             if cell.is_finished:  # by another process, in the meantime
                 continue
-            place, is_new, started = f"[{cell.index}/{len(experiment.cells)}]", not cell.is_begun, time.monotonic()
-            say(f"{place} {describe(cell.setting)}, seed {cell.seed}: {cell.folder}{'' if is_new else ', going on'}")
+            number = f"[{cell.index}/{len(experiment.cells)}]"
+            is_new, started = not cell.is_begun, time.monotonic()
+            say(f"{number} {describe(cell.setting)}, seed {cell.seed}: {cell.folder}{'' if is_new else ', going on'}")
             problem = run_cell(experiment, cell)
             if SIGNALS.received:
                 break
@@ -48,7 +49,7 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
                 continue
             if problem or not cell.is_finished:
                 failed[cell.index] = problem or "ended without results"
-                say(f"{place} failed: {failed[cell.index]}")
+                say(f"{number} failed: {failed[cell.index]}")
             elif is_new:
                 seconds[cell.index] = time.monotonic() - started
             if pending:
