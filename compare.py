@@ -3,15 +3,14 @@
     python compare.py checkpoints/RUN checkpoints/RUN ...              the report: checkpoints/comparison-report/
     python compare.py checkpoints/bert-*seed4? --output bert-report    another folder for it
 
-Runs that differ in their seeds alone are put together. All must have been tested on the same reviews.
+Runs that differ only in their seeds count as one setting. All runs must have been tested on the same reviews.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from suite.common import cli
-from utils import UserError, say
+from utils import UserError
 
 
 def read_command() -> argparse.Namespace:
@@ -28,26 +27,16 @@ def read_command() -> argparse.Namespace:
     return command
 
 
-def compare_runs(runs: Sequence[Path], output: Path) -> None:
-    from suite.comparison.report import (  # here, so that --help does not wait for SciPy
-        print_summary,
-        summarize,
-        write_report,
-    )
-    from suite.comparison.results import group, read_result, refuse_different_tests
+def main(command: argparse.Namespace) -> None:
+    from suite.comparison.report import compare_runs  # imported here, so that --help does not wait for SciPy
 
-    results = [read_result(run) for run in runs]
-    refuse_different_tests(results)
-    settings = group(results)
-    summary = summarize(settings, f"{len(results)} runs compared")
-    print_summary(summary)
     try:
-        write_report(output, summary, settings)
+        compare_runs(command.runs, command.output, f"{len(command.runs)} runs compared")
     except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}): choose another folder by --output") from None
-    say(f"the report: {output / 'report.html'}")
+        raise UserError(f"{error.filename or command.output} cannot be written or read ({error.strerror}): choose "
+                        "another folder with --output") from None
 
 
 if __name__ == "__main__":
     COMMAND = read_command()
-    cli.run(lambda: compare_runs(COMMAND.runs, COMMAND.output))
+    cli.run(lambda: main(COMMAND))

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from conftest import PROJECT, run_script
 
-from compare import compare_runs
 from suite.common import cli
 from suite.common.run_folder import save_config
 from suite.common.storage import write_json
+from suite.comparison.report import compare_runs
 from suite.comparison.results import group, read_result
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from utils import load_config
 
 REVIEWS = 400
 HOSTILE = ("</script><script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">",
-           "<!-- <script>", "& | $x$ * `", "\u2028 \x1b ]]>", "@@TITLE@@")
+           "<!-- <script>", "& | $x$ * `", "\u2028 \x1b ]]>", "$title ${reviews}")
 
 
 def text_of(review: int) -> str:
@@ -67,7 +67,7 @@ def four_runs(tmp_path):
 def refusal(capsys, runs, output) -> str:
     """The one line of a refused comparison."""
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: compare_runs(runs, output))
+        cli.run(lambda: compare_runs(runs, output, "a comparison"))
     assert left.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert not output.exists()
@@ -76,7 +76,7 @@ def refusal(capsys, runs, output) -> str:
 
 def test_the_report_says_what_the_runs_say(four_runs, tmp_path, capsys):
     output = tmp_path / "report"
-    compare_runs(list(four_runs), output)
+    compare_runs(list(four_runs), output, "a comparison")
     summary = json.loads((output / "comparison.json").read_text())
     correct = np.stack([run.predicted == run.labels for run in four_runs.values()])
     first, second = summary["settings"]
@@ -136,7 +136,7 @@ def test_runs_that_were_not_tested_on_the_same_reviews_are_refused(tmp_path, cap
 def test_the_same_data_in_two_places_is_the_same_data(tmp_path):
     first, _ = write_run(tmp_path / "first", 0.8)
     other, _ = write_run(tmp_path / "other", 0.8, "data_config.dataset=a/copy", "train_config.seed=1")
-    compare_runs([first, other], tmp_path / "report")
+    compare_runs([first, other], tmp_path / "report", "a comparison")
     assert (tmp_path / "report" / "report.html").exists()
 
 
@@ -165,6 +165,20 @@ def test_the_command_line():
     result = run_script("-X", "importtime", "compare.py", "--help")
     assert "checkpoints/comparison-report" in result.stdout
     assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)  # so it is fast
+
+
+def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_path, monkeypatch):
+    """131,072 characters, by default. The script runs in a new process, because this one may have a higher limit."""
+    long = "long " * 30_000
+    monkeypatch.setitem(globals(), "text_of", lambda review: f"{long} {review}")
+    runs = [str(write_run(tmp_path / f"seed{seed}", 0.99, f"train_config.seed={seed}")[0]) for seed in (1, 2)]
+    result = run_script("compare.py", *runs)
+    assert result.returncode == 0, result.stderr
+    output = tmp_path / "comparison-report"
+    assert result.stdout.endswith(f"the report: {output / 'report.html'}\n")
+    reports = [(output / f"{name}.csv").read_text() for name in ("wrong_in_all_runs", "disagreements")]
+    assert any(long in text for text in reports)
+    assert long in (output / "report.html").read_text()
 
 
 def test_settings_are_named_by_what_tells_them_apart(tmp_path):
@@ -201,7 +215,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(four_runs, tmp_path) -> str:
-    compare_runs(list(four_runs), tmp_path / "report")
+    compare_runs(list(four_runs), tmp_path / "report", "a comparison")
     return (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
@@ -247,4 +261,4 @@ def test_the_page_in_a_browser(page, four_runs, tmp_path):
     ids = 10 * np.flatnonzero(wrong.any(axis=0))
     assert found["contains"].startswith(f"{(ids % len(HOSTILE) == 0).sum()} of ")
     assert HOSTILE[0] in found["cell"]
-    assert found["title"] == "4 runs compared"
+    assert found["title"] == "a comparison"

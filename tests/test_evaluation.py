@@ -7,8 +7,8 @@ import pytest
 from sklearn import metrics as reference
 
 from suite.training.evaluation import (
+    Calibration,
     Predictions,
-    calibration,
     compute_metrics,
     mistakes,
     write_mistakes,
@@ -66,7 +66,7 @@ def test_calibration_error_by_hand():
     logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1).astype(np.float32)
     predictions = Predictions(np.arange(8), np.array([0, 0, 0, 1, 0, 1, 1, 1]), logits)
     assert compute_metrics(predictions)["ece"] == pytest.approx(0.25, abs=1e-6)
-    assert calibration(predictions)[3].sum() == 8
+    assert Calibration(predictions).counts.sum() == 8
 
 
 def test_edge_cases():

@@ -15,10 +15,11 @@ import pytest
 from conftest import PROJECT, SHARED, run_script, write_reviews
 from test_compare import write_run
 
-from experiment import list_cells, read_command, remaining
+from experiment import list_cells, read_command
 from suite.common.run_folder import shaping_values
 from suite.common.stopping import SIGNALS
 from suite.comparison.grid import read_experiment
+from suite.comparison.running import remaining_time
 from utils import UserError, load_config
 
 SHIPPED = sorted(PROJECT.glob("experiments/*.yaml"))
@@ -56,7 +57,7 @@ def test_the_shipped_experiments_are_what_they_say(path, tmp_path):
     assert len(experiment.cells) == len({cell.folder for cell in experiment.cells}) == runs
     assert [cell.index for cell in experiment.cells] == list(range(1, runs + 1))
     shown = sum(len(experiment.published_for(cell.setting)) for cell in experiment.cells[:runs // 3])
-    assert shown == sum(len(entry["accuracy"]) for entry in experiment.published) == {
+    assert shown == sum(len(accuracy) for _, accuracy in experiment.published) == {
         "exp1": 8, "exp2": 21, "demo": 0, "minilm": 0, "line_breaks": 0}[path.stem]
 
 
@@ -188,9 +189,9 @@ def test_the_remaining_time_is_that_of_finished_runs_like_them(tmp_path):
     experiment, _ = finished_experiment(tmp_path)
     cells = experiment.cells
     cells[2].is_finished = cells[3].is_finished = False
-    assert remaining(experiment, cells[2:], {1: 100.0, 2: 7100.0}) == ", about 2.0 h"
-    assert remaining(experiment, cells[2:3], {1: 100.0}) == ", about 2 min"
-    assert remaining(experiment, cells[2:], {}) == ", about 20 s"  # each trained for 10 s, says its metrics.json
+    assert remaining_time(experiment, cells[2:], {1: 100.0, 2: 7100.0}) == ", about 2.0 h"
+    assert remaining_time(experiment, cells[2:3], {1: 100.0}) == ", about 2 min"
+    assert remaining_time(experiment, cells[2:], {}) == ", about 20 s"  # each trained for 10 s, says its metrics.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------

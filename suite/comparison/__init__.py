@@ -1,1 +1,1 @@
-"""Grids of runs, and finished runs side by side: statistics, reports, plots."""
+"""Run grids of settings, and compare finished runs: statistics, reports, plots."""

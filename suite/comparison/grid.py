@@ -1,18 +1,18 @@
-"""An experiment file: a base configuration, a grid of settings, seeds; and which of its runs exist already.
+"""Read an experiment file (a base configuration, a grid of settings, seeds) and find out which of its runs exist.
 
-    question: Which effective batch?                  what the report answers (free text)
-    script: main_accumulation.py                      main.py, unless a cell accumulates
+    question: Which effective batch?                  the question that the report answers, in any words
+    script: main_accumulation.py                      default: main.py, which cannot accumulate gradients
     config: config.yaml                               the base configuration
     overrides: {data_config.batch_size: 64}           for every run
     grid:                                             every combination of these values is a setting
       train_config.effective_batch_size: [64, 256, 1024]
-    seeds: [42, 43, 44]                               each setting runs with each of them
-    published:                                        others' figures, shown beside ours
+    seeds: [42, 43, 44]                               each setting runs with each of these seeds
+    published:                                        figures of others, shown beside ours
       - where: {train_config.effective_batch_size: 64}
         accuracy: {their name: 0.8918}
 
-A cell is one setting with one seed. All seeds of all settings are run in turn: first every setting with the first
-seed, so that an experiment which is cut short has something of each. Nothing here imports torch.
+A cell is one setting with one seed. Every setting runs with the first seed before any runs with the second, so that an
+experiment that is cut short has something of each setting. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suite.common.run_folder import read_saved_config, shaping_values
+from suite.common.run_folder import read_metrics, read_saved_config, shaping_values
 from utils import Config, UserError, config_fields, leaves, load_config, read_yaml, suggest
 
 SCRIPTS = ("main.py", "main_accumulation.py")
 KEYS = ("name", "question", "script", "config", "overrides", "grid", "seeds", "published")
 PER_CELL = {"train_config.seed": "list it under `seeds`", "run_name": "each run gets a name of its own"}
-NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")  # by the default name
+# The default run_name names these already.
+NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")
 
 
 @dataclass
@@ -42,23 +43,27 @@ class Cell:
     """One run of the grid."""
 
     index: int  # from 1, in the order of running
-    setting: dict[str, Any]  # the grid's keys
+    setting: dict[str, Any]  # {dotted key of the grid: value}
     seed: int
     config: Config
-    arguments: list[str]  # of the script, all but run_name
+    arguments: list[str]  # for the script; run_name is added when the cell runs
     is_finished: bool = False
 
     @property
     def folder(self) -> Path:
         return self.config.run_folder
 
+    @property
+    def is_begun(self) -> bool:
+        return (self.folder / "config.yaml").exists()
+
     @functools.cached_property
     def identity(self) -> str:
-        """Equal for runs that are the same, whatever their folders are called."""
         return identity(self.config)
 
 
 def identity(config: Config) -> str:
+    """Equal for two configurations if they give the same result, whatever the names of their run folders."""
     return json.dumps(shaping_values(config), sort_keys=True)
 
 
@@ -68,8 +73,8 @@ class Experiment:
     question: str
     script: str
     cells: list[Cell]
-    published: list[dict[str, Any]]  # {"where": {key: value}, "accuracy": {source: share of reviews}}
-    overrides: list[str]  # of the command line, those that shape results: the runs are not what the file describes
+    published: list[tuple[dict[str, Any], dict[str, float]]]  # ({dotted key of the grid: value}, {source: accuracy})
+    overrides: list[str]  # those of the command line that change results, so that the file alone does not describe them
 
     @property
     def report_folder(self) -> Path:
@@ -77,12 +82,12 @@ class Experiment:
 
     def published_for(self, setting: dict[str, Any]) -> dict[str, float]:
         """{source: accuracy} of others for a setting of the grid."""
-        return {source: accuracy for entry in self.published if entry["where"].items() <= setting.items()
-                for source, accuracy in entry["accuracy"].items()}
+        return {source: share for where, accuracy in self.published if where.items() <= setting.items()
+                for source, share in accuracy.items()}
 
 
 def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Raises UserError that lists every problem of the file and of the overrides (`section.key=value`)."""
+    """Raises a UserError that lists every problem of the file and of the overrides (`section.key=value`)."""
     tree = read_yaml(path, "name an experiment such as experiments/demo.yaml")
     tree = {key: value for key, value in tree.items() if value is not None}
     problems = []
@@ -96,8 +101,9 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
         problems.append(f"script is {script!r}: choose one of {', '.join(SCRIPTS)}")
     sections = {}
     for key in ("overrides", "grid"):
-        sections[key] = dict(leaves(tree.get(key, {}))) if isinstance(tree.get(key, {}), dict) else {}
-        if not isinstance(tree.get(key, {}), dict):
+        is_section = isinstance(tree.setdefault(key, {}), dict)
+        sections[key] = dict(leaves(tree[key])) if is_section else {}
+        if not is_section:
             problems.append(f"{key} must hold section.key: value, got {tree[key]!r}")
     problems += _grid_problems(sections["grid"], sections["overrides"], overrides) + _seed_problems(tree.get("seeds"))
     published, found = _read_published(tree.get("published", []), sections["grid"])
@@ -113,23 +119,21 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
         try:
             config = load_config(base, overrides, {path: replaced})
         except UserError as error:
-            if str(error) not in problems:  # each cell has the problems that all have
-                problems.append(str(error))
+            problems.append(str(error))
             continue
         if script == "main.py" and config.train_config.gradient_accumulation_steps > 1:
             problems.append(f"{path}: script main.py takes one micro-batch a step, and {describe(setting)} needs "
                             f"{config.train_config.gradient_accumulation_steps}: set script: main_accumulation.py")
             continue
-        # JSON is YAML, so each value reaches the script as what it is.
+        # JSON is valid YAML, so each value reaches the script with its type.
         arguments = ["--config", base, *(f"{key}={json.dumps(value)}" for key, value in replaced.items()), *overrides]
         cells.append(Cell(len(cells) + 1, setting, seed, config, arguments))
     if problems:
-        raise UserError("; ".join(dict.fromkeys(problems)))
-    if twins := [(one, other) for one, other in itertools.combinations(cells, 2)
-                 if one.identity == other.identity]:
+        raise UserError("; ".join(dict.fromkeys(problems)))  # most problems are common to all cells
+    if twins := [(one, other) for one, other in itertools.combinations(cells, 2) if one.identity == other.identity]:
         raise _refusal(path, [f"grid: runs {one.index} and {other.index} are the same ({describe(one.setting)}; "
                               f"{describe(other.setting)}): leave one out" for one, other in twins])
-    _find_runs(cells)
+    _name_runs(cells)
     shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
     return Experiment(str(name), str(tree.get("question", "")), script, cells, published, shaping)
 
@@ -172,7 +176,8 @@ def _seed_problems(seeds: Any) -> list[str]:
     return [f"seeds: {', '.join(map(str, twice))} more than once: the same seed gives the same run"] if twice else []
 
 
-def _read_published(entries: Any, grid: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_published(entries: Any, grid: dict[str, Any]) -> tuple[list[tuple[dict, dict]], list[str]]:
+    """(the entries as `Experiment.published` has them, their problems)."""
     published, problems = [], []
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
         parts = (entry.get("where"), entry.get("accuracy")) if isinstance(entry, dict) else (None, None)
@@ -185,7 +190,7 @@ def _read_published(entries: Any, grid: dict[str, Any]) -> tuple[list[dict[str, 
                      if not isinstance(grid.get(key), list) or value not in grid[key]]
         problems += [f"published, entry {number}: the accuracy of {source} is {value!r}: give a share from 0 to 1"
                      for source, value in accuracy.items() if not isinstance(value, float | int) or not 0 <= value <= 1]
-        published.append({"where": where, "accuracy": {str(source): value for source, value in accuracy.items()}})
+        published.append((where, {str(source): value for source, value in accuracy.items()}))
     return published, problems
 
 
@@ -198,30 +203,25 @@ def describe(setting: dict[str, Any]) -> str:
 # Which runs exist
 
 
-def _find_runs(cells: list[Cell]) -> None:
-    """Give each cell the name of the run folder that holds it, whatever its name, or else one that is free."""
+def _name_runs(cells: list[Cell]) -> None:
+    """Give each cell the name of the run folder that holds it already, or else a name that no other run has."""
     names = [_name(cell) for cell in cells]
     for cell, name in zip(cells, names, strict=True):
         long_name = f"{name}-{hashlib.sha256(cell.identity.encode()).hexdigest()[:8]}"
         cell.config.run_name = name if names.count(name) == 1 else long_name
         if cell.folder.exists() and any(cell.folder.iterdir()):
-            cell.config.run_name = long_name  # another run's, unless `recognise` finds that it is this one
-    recognise(cells)
+            cell.config.run_name = long_name  # the folder belongs to another run, unless find_finished says otherwise
+    find_finished(cells)
 
 
-def recognise(cells: list[Cell]) -> None:
-    """Look through the run folders for these cells, by their configurations."""
-    from suite.common.run_folder import (
-        read_metrics,  # here, for it imports SciPy and scikit-learn, and bad files are refused first
-    )
-
-    folder = Path(cells[0].config.output_dir)
-    found: dict[str, list[tuple[bool, bool, str]]] = {}
-    for path in sorted(folder.glob("*/config.yaml")):
+def find_finished(cells: list[Cell]) -> None:
+    """Look for the cells among the run folders. A cell takes over the name of the folder that has its configuration."""
+    found: dict[str, list[tuple[bool, str]]] = {}  # {identity: [(whether the run is finished, its folder's name)]}
+    for path in sorted(Path(cells[0].config.output_dir).glob("*/config.yaml")):
         try:
             key = identity(read_saved_config(path))
         except UserError:
-            continue  # no run of ours; where its name is taken, the script says so
+            continue  # not a run of this suite; if a cell needs its name, the script says so
         try:
             is_finished = {"train", "test"} <= read_metrics(path.parent).keys()
         except UserError:

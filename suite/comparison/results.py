@@ -1,4 +1,4 @@
-"""Finished runs, read from their folders, and put together into settings that differ in more than the seed."""
+"""Read finished runs from their folders, and group the runs that differ only in their seeds into settings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from suite.common.run_folder import read_history, read_metrics, read_mistakes, r
 from suite.training.evaluation import Predictions
 from utils import Config, UserError
 
-SEED = "train_config.seed"
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
 STEPS = "train_config.gradient_accumulation_steps"
-PUT_SHORT = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
-             "data_config.max_len": "len"}
-PREFIX = "probability_"
+SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
+               "data_config.max_len": "len"}
 
 
 @dataclass
@@ -34,8 +32,8 @@ class Result:
     metrics: dict[str, Any]
     label_names: list[str]
     predictions: Predictions  # logits: the logarithms of the saved probabilities
-    predicted: np.ndarray  # (reviews,) int64; as saved, for two probabilities that were rounded to the same may tie
-    data_fingerprint: str | None  # of all reviews and their split; None where the model is not there any more
+    predicted: np.ndarray  # (reviews,) int64; as saved, because two saved probabilities may have been rounded to a tie
+    data_fingerprint: str | None  # of all reviews and their split; None if the model has been removed
 
     @property
     def seed(self) -> int:
@@ -51,46 +49,46 @@ class Result:
         return read_history(self.folder / "history.jsonl")
 
     @functools.cached_property
-    def setting(self) -> dict[str, Any]:
-        """All that shapes the result but the seed, and how often it was recorded."""
+    def values(self) -> dict[str, Any]:
+        """{dotted key: value} of the configuration that shape the result, without the seed and those of the log."""
         return {key: value for key, value in shaping_values(self.config).items()
-                if key != SEED and not key.startswith("log_config.")}
+                if key != "train_config.seed" and not key.startswith("log_config.")}
 
 
 @dataclass
 class Setting:
-    """Runs that differ in their seeds alone."""
+    """Runs that differ only in their seeds."""
 
     label: str
     runs: list[Result]
-    published: dict[str, float] = field(default_factory=dict)  # {source: accuracy}
+    published: dict[str, float] = field(default_factory=dict)  # {source: accuracy} of others
 
     @functools.cached_property
     def correct(self) -> np.ndarray:
         """(seeds, reviews) bool."""
         return np.stack([run.correct for run in self.runs])
 
-    def values(self, split: str, name: str) -> list[float]:
-        """One of metrics.json's figures of each run; without those that are null or missing."""
-        found = [run.metrics.get(split, {}).get(name) for run in self.runs]
+    def figures(self, part: str, name: str) -> list[float]:
+        """A figure from a part of each run's metrics.json; runs in which it is null or missing are skipped."""
+        found = [run.metrics.get(part, {}).get(name) for run in self.runs]
         return [value for value in found if value is not None]
 
 
-def read_result(folder: str | Path) -> Result:
+def read_result(folder: Path) -> Result:
     """Raises UserError if the folder holds no finished run, or files that do not belong together."""
-    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
-    if not {"train", "test"} <= read_metrics(folder).keys():
-        raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): let it "
-                        "finish by giving its command again, or leave it out")
+    metrics = read_metrics(folder)
+    if not {"train", "test"} <= metrics.keys():
+        raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
+                        "run's command again to finish it, or leave the run out")
     config = read_saved_config(folder / "config.yaml")
     again = f"write it again by python main.py --mode test --config {folder / 'config.yaml'}"
     path = folder / "test_predictions.csv"
     try:
         with open(path, newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        names = [column.removeprefix(PREFIX) for column in header[3:]]
+        names = [column.removeprefix("probability_") for column in header[3:]]
         index = {name: place for place, name in enumerate(names)}
         ids, labels, predicted = (np.array([convert(row[place]) for row in rows]) for place, convert in
                                   enumerate((int, index.__getitem__, index.__getitem__)))
@@ -99,11 +97,10 @@ def read_result(folder: str | Path) -> Result:
         raise UserError(f"{path} is missing: {again}") from None
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path} is damaged ({error}): {again}") from None
-    metrics = read_metrics(folder)
     if len(ids) != metrics["test"]["n"] or (labels == predicted).sum() / len(ids) != metrics["test"]["accuracy"]:
         raise UserError(f"{path} and metrics.json are of different tests: {again}")
     order = np.argsort(ids)
-    with np.errstate(divide="ignore"):  # a probability that was rounded to 0
+    with np.errstate(divide="ignore"):  # some probabilities were rounded to 0
         predictions = Predictions(ids, labels, np.log(probabilities))
     return Result(folder, config, metrics, names, predictions, predicted[order], _fingerprint(folder))
 
@@ -116,13 +113,13 @@ def _fingerprint(folder: Path) -> str | None:
 
 
 def refuse_different_tests(results: Sequence[Result]) -> None:
-    """Raises UserError unless all runs were tested on the same reviews, split from the same data in the same way."""
+    """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data."""
     first = results[0]
     for other in results[1:]:
-        reasons = [f"{key}: {first.setting[key]} and {other.setting[key]}" for key in SAME_TEST
-                   if first.setting[key] != other.setting[key]]
+        reasons = [f"{key}: {first.values[key]} and {other.values[key]}" for key in SAME_TEST
+                   if first.values[key] != other.values[key]]
         datasets = [run.config.data_config.dataset for run in (first, other)]
-        # The fingerprint knows better than the name: the same data may lie in two places, other data under one name.
+        # Names alone can mislead: the same data may lie in two places, and other data may have taken over a name.
         if first.data_fingerprint and other.data_fingerprint:
             if first.data_fingerprint != other.data_fingerprint and not reasons:
                 reasons.append(f"data_config.dataset: {' and '.join(dict.fromkeys(datasets))}, with different contents")
@@ -140,41 +137,40 @@ def refuse_different_tests(results: Sequence[Result]) -> None:
 
 
 def group(results: Sequence[Result]) -> list[Setting]:
-    """The settings in the order of their first runs, each named by what tells it from the others.
+    """The settings in the order of their first runs, each named by the values in which it differs from the others.
 
-    Raises UserError if two runs are the same one.
+    Raises UserError if two runs have the same setting and the same seed.
     """
     grouped: dict[str, list[Result]] = {}
     for result in results:
-        runs = grouped.setdefault(repr(result.setting), [])
+        runs = grouped.setdefault(repr(result.values), [])
         if twin := next((run for run in runs if run.seed == result.seed), None):
             raise UserError(f"{twin.folder} and {result.folder} are the same setting with the same seed {result.seed}: "
                             "leave one out")
         runs.append(result)
-    firsts = [runs[0].setting for runs in grouped.values()]
-    implied = {STEPS}  # by the micro-batch and the effective batch, which are one where there is no accumulation
+    firsts = [runs[0].values for runs in grouped.values()]
+    implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
     if all(first[STEPS] == 1 for first in firsts):
         implied.add("data_config.batch_size")
     varying = [key for key in firsts[0] if key not in implied and len({repr(first[key]) for first in firsts}) > 1]
     labels = [_label(first, varying or ["model_config.model_name"]) for first in firsts]
-    if len(set(labels)) < len(labels):  # two paths that end alike
+    if len(set(labels)) < len(labels):  # two paths end in the same name
         labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
     return [Setting(label, sorted(runs, key=lambda run: run.seed))
             for label, runs in zip(labels, grouped.values(), strict=True)]
 
 
-def _label(setting: dict[str, Any], keys: list[str]) -> str:
-    """Such as `bert-base-uncased, batch 64`."""
+def _label(values: dict[str, Any], keys: list[str]) -> str:
+    """The setting's name, such as `bert-base-uncased, batch 64`."""
     parts = []
     for key in keys:
-        value = setting[key]
         if key in ("model_config.model_name", "data_config.dataset"):
-            parts.append(Path(value).name)  # the rest of a path says nothing outside of this machine
+            parts.append(Path(values[key]).name)  # the rest of a path means nothing on another machine
         else:
-            parts.append(f"{PUT_SHORT.get(key, key.rpartition('.')[2])} {value}")
+            parts.append(f"{SHORT_NAMES.get(key, key.rpartition('.')[2])} {values[key]}")
     return ", ".join(parts)
 
 
 def texts(results: Sequence[Result]) -> dict[int, str]:
-    """{id: text} of every test review that at least one run gets wrong, from the runs' misclassified.csv."""
+    """{id: text} of every test review that at least one run gets wrong, read from the runs' misclassified.csv."""
     return {int(row["id"]): row["text"] for result in results for row in read_mistakes(result.folder)}

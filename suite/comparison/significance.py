@@ -1,8 +1,8 @@
 """Is a difference between two settings real? Intervals and tests on the same test reviews, over seeds.
 
 `correct` always means an array (seeds, reviews) of bool: which reviews each run of a setting gets right. The reviews
-are the same in all settings and in the same order, so comparisons pair them. Seeds are not paired: nothing makes seed
-42 of one model luckier than seed 42 of another.
+are the same in all settings and in the same order, so comparisons pair them. Seeds are not paired: seed 42 of one model
+has nothing in common with seed 42 of another.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from scipy.stats import binomtest, norm
 
 from suite.training.evaluation import wilson_interval
 
-LEVEL = 0.95  # of the intervals; a difference is shown where p, corrected, is below 1 - LEVEL
-POWER = 0.8  # how often the smallest difference that we call detectable would be shown
-DRAWS = 10_000  # of the bootstrap: an interval's end varies by about 2 % of its half-width from draw to draw
+LEVEL = 0.95  # of the intervals; a difference counts as shown if the corrected p is below 1 - LEVEL
+POWER = 0.8  # the share of comparisons that would show the smallest difference that we call detectable
+DRAWS = 10_000  # of the bootstrap; with so many, an interval's ends vary by about 2 % of its half-width
 
 
 @dataclass
 class Pair:
-    """How the second setting of a pair compares with the first. Shares of reviews: 0.01 is one point of accuracy."""
+    """How the second setting of a pair compares with the first. Differences are shares: 0.01 is a point of accuracy."""
 
     first: str
     second: str
     reviews: int
     seeds: tuple[int, int]
-    difference: float  # mean accuracy of the second less that of the first
+    difference: float  # mean accuracy of the second minus that of the first
     interval: tuple[float, float]  # see `bootstrap_interval`
-    better_on: tuple[int, int]  # reviews that the first, or the second, gets right more often
+    better_on: tuple[int, int]  # on how many reviews the first, and the second, is right more often than the other
     p_value: float  # see `mcnemar`
     p_holm: float  # corrected for the number of pairs, see `holm`
     detectable: float  # see `detectable_difference`
 
     @property
     def is_shown(self) -> bool:
-        """Both are asked: McNemar's test knows these trained models alone, the interval also knows other seeds."""
+        """Both must agree: McNemar's test is about these trained models only, the interval also about other seeds."""
         low, high = self.interval
         return self.p_holm < 1 - LEVEL and not low <= 0 <= high
 
 
 def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DRAWS) -> list[Pair]:
-    """Every pair of settings; `names` and `correct` have one entry a setting."""
+    """Compare every pair of settings; `names` and `correct` have one entry for each setting."""
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     tests = [mcnemar(correct[i], correct[j]) for i, j in pairs]
     corrected = holm([p_value for _, p_value in tests])
@@ -62,20 +62,20 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
     """The 95 % interval, over reviews and seeds, of a setting's accuracy, or of its lead over `other`.
 
     Reviews are resampled with replacement, the same ones for both settings (Efron and Tibshirani 1993, chapter 13).
-    Three seeds are too few to resample: their scatter would come out a third too small, and with the tails of a normal
-    distribution. So each draw adds a deviation from Student's t, scaled by the standard error over the seeds; where two
-    settings are compared, with Welch's degrees of freedom (1947). What reviews and seeds do to each other (a review
-    that some seeds get right) lies in both parts and is taken out of the first: the variances are those of the two-way
-    layout with random effects (Searle, Casella and McCulloch 1992, chapter 4). One seed says nothing about others, so
-    its interval is over reviews alone.
+    Three seeds are too few to resample: their variance would come out a third too small, and the tails would be those
+    of a normal distribution. Instead, each draw adds a deviation from Student's t, scaled by the standard error over
+    the seeds. When two settings are compared, it has Welch's degrees of freedom (1947). The interaction of reviews and
+    seeds (a review that only some seeds get right) is part of both variances, so it is subtracted from that of the
+    reviews: the model is the two-way layout with random effects (Searle, Casella and McCulloch 1992, chapter 4). A
+    single seed says nothing about other seeds, so its interval is over reviews only.
     """
     generator = np.random.default_rng(seed)
     settings = [correct] if other is None else [correct, other]
     n = correct.shape[1]
     shares = correct.mean(axis=0) - (0 if other is None else other.mean(axis=0))  # (reviews,)
     center = shares.mean()
-    values, counts = np.unique(shares.round(12), return_counts=True)  # few, so resampling means drawing their counts
-    if len(values) == 1:  # no review differs from another: all that is known is how rare the next one must be
+    values, counts = np.unique(shares.round(12), return_counts=True)  # few values, so we draw their counts
+    if len(values) == 1:  # all reviews are alike: the data only limit how frequent a different one can be
         if other is None:
             return wilson_interval(round(center * n), n)
         rare = wilson_interval(0, n)[1]
@@ -95,25 +95,25 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
 
 
 def _interaction(correct: np.ndarray) -> float:
-    """The mean square of what neither the review nor the seed explains; needs two seeds."""
+    """The mean square of the residuals that neither the review nor the seed explains; needs at least two seeds."""
     seeds, reviews = correct.shape
     residual = correct - correct.mean(axis=0) - correct.mean(axis=1, keepdims=True) + correct.mean()
     return float((residual**2).sum() / ((seeds - 1) * (reviews - 1)))
 
 
 def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a setting's accuracy: Wilson's for one seed, else `bootstrap_interval`."""
+    """The 95 % interval of a setting's accuracy: Wilson's for a single seed, else `bootstrap_interval`."""
     if len(correct) == 1:
         return wilson_interval(int(correct.sum()), correct.shape[1])
     return bootstrap_interval(correct)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], float]:
-    """((reviews that the first gets right more often, those of the second), two-sided p): McNemar's exact test.
+    """McNemar's exact test: ((reviews on which the first is right more often, those of the second), two-sided p).
 
-    With one seed each, this is McNemar's test (1947) in its exact form: of the reviews that one of two models gets
-    right and the other wrong, half should fall to either. With several seeds, a review falls to the setting of which
-    the larger share of seeds gets it right. The reviews stay independent of each other, as the binomial test asks.
+    With one seed each, this is McNemar's test (1947) in its exact form: of the reviews that only one of the two models
+    gets right, half should be those of each model if neither is better. With several seeds, a review counts for the
+    setting whose seeds get it right in the larger share. The reviews remain independent, as the binomial test requires.
     """
     lead = (second.mean(axis=0) - first.mean(axis=0)).round(12)
     only_first, only_second = int((lead < 0).sum()), int((lead > 0).sum())
@@ -123,7 +123,7 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected so that the chance of any false claim among them stays below the level (Holm 1979)."""
+    """p values, corrected so that the chance of any false claim among all of them stays below the level (Holm 1979)."""
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     corrected = np.empty(len(p_values))
@@ -135,14 +135,14 @@ def detectable_difference(interval: tuple[float, float], pairs: int) -> float:
     """The smallest true difference that a comparison like this one would show in 80 % of all cases.
 
     Bloom 1995 (Evaluation Review 19:547): (z of the significance level + z of the power) x the standard error. The
-    level is shared out among the pairs, as in Holm's strictest step; the standard error is that of the interval.
+    level is divided by the number of pairs, as in Holm's strictest step. The standard error follows from the interval.
     """
     standard_error = (interval[1] - interval[0]) / 2 / norm.ppf((1 + LEVEL) / 2)
     return float((norm.ppf(1 - (1 - LEVEL) / 2 / pairs) + norm.ppf(POWER)) * standard_error)
 
 
 def sentence(pair: Pair) -> str:
-    """What a pair shows, in one plain sentence; differences in points of accuracy."""
+    """What a pair shows, in one plain sentence, with differences in points of accuracy."""
     points, (low, high) = 100 * pair.difference, (100 * end for end in pair.interval)
     seeds = f"{pair.seeds[0]}" if pair.seeds[0] == pair.seeds[1] else f"{pair.seeds[0]} and {pair.seeds[1]}"
     basis = f"{pair.reviews:,} reviews and {seeds} seed{'' if pair.seeds == (1, 1) else 's'}"
@@ -159,7 +159,7 @@ def sentence(pair: Pair) -> str:
                 f"(95 % interval {ends[0]:.1f} to {ends[1]:.1f}; {test}), at {basis}.")
     reason = ""
     if pair.p_holm < 1 - LEVEL:
-        reason = " These trained models differ, but other seeds could undo it."
+        reason = " These trained models differ, but with other seeds they might not."
     return (f"{pair.first} and {pair.second}: no difference shown at {basis}; {100 * pair.detectable:.1f} points would "
             f"be needed, {points:+.1f} were seen (95 % interval {low:+.1f} to {high:+.1f}; {test}).{reason}")
 

@@ -1,7 +1,7 @@
-"""What a model's logits on a split are worth: metrics, predictions and mistakes.
+"""Judge a model by its logits on a split: metrics, predictions and mistakes.
 
-Every metric is a sum over reviews divided by their number, computed in float64 from the logits in the order of the
-reviews' ids: it depends neither on the batch size nor on how many processes shared the work.
+Every metric is a sum over reviews divided by their number. The sum is computed in float64 and in the order of the
+reviews' ids, so it depends neither on the batch size nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from suite.common.storage import atomic_write
 
 @dataclass
 class Predictions:
-    """The logits of a split, ascending by id."""
+    """The logits of a split, sorted by the reviews' ids."""
 
     ids: np.ndarray  # (n,) int64, rows in the pooled data
     labels: np.ndarray  # (n,) int64
@@ -39,35 +39,35 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """(n,) int64, the class with the largest logit."""
+        """(n,) int64: the class with the largest logit."""
         return self.logits.argmax(axis=1)
 
     @property
     def confidence(self) -> np.ndarray:
-        """(n,) float64, the probability of the predicted class."""
+        """(n,) float64: the probability of the predicted class."""
         return self.probabilities.max(axis=1)
 
 
 def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] | int | None]:
-    """The metrics of metrics.json.
+    """The metrics of metrics.json. Raises FloatingPointError if a logit is not finite.
 
-    `loss`: mean cross-entropy in nats. `accuracy_ci95`: see `wilson_interval`. `precision`, `recall`, `f1`: of class 1
-    with two classes, else the unweighted mean over classes, which `macro_f1` always is. `roc_auc`: one against the
-    rest, mean over classes; None where a class does not occur. `ece`: see `calibration`.
+    `loss` is the mean cross-entropy in nats. With two classes, `precision`, `recall` and `f1` are those of class 1;
+    with more, they are unweighted means over the classes. `macro_f1` is always such a mean. `roc_auc` compares each
+    class with the rest and averages over the classes; it is None if a class does not occur in the split.
+    `accuracy_ci95`: see `wilson_interval`. `ece`: see `Calibration`.
     """
     if not np.isfinite(predictions.logits).all():
         raise FloatingPointError("the model's logits are not finite: lower train_config.learning_rate or set "
                                  "train_config.max_grad_norm")
     labels, predicted = predictions.labels, predictions.predicted
     n, num_labels = predictions.logits.shape
-    correct = int((predicted == labels).sum())
     log_probabilities = log_softmax(predictions.logits.astype(np.float64), axis=1)
+    correct = int((predicted == labels).sum())
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
     macro_f1 = f1_score(labels, predicted, labels=range(num_labels), average="macro", zero_division=0)
     scores = predictions.probabilities[:, 1] if num_labels == 2 else predictions.probabilities
     roc_auc = roc_auc_score(labels, scores, multi_class="ovr") if len(set(labels)) == num_labels else None
-    _, accuracies, confidences, counts = calibration(predictions)
     return {
         "loss": float(-log_probabilities[np.arange(n), labels].sum() / n),
         "accuracy": correct / n,
@@ -77,7 +77,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "f1": float(f1),
         "macro_f1": float(macro_f1),
         "roc_auc": None if roc_auc is None else float(roc_auc),
-        "ece": float((counts * np.abs(accuracies - confidences)).sum() / n),
+        "ece": Calibration(predictions).error,
         "n": n,
     }
 
@@ -88,22 +88,25 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def calibration(predictions: Predictions, bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(bin edges, accuracy, mean confidence, reviews) over equal-width bins of the confidence, empty bins as 0.
+class Calibration:
+    """How often the model is right, and how confident it is, in bins of equal width over the confidence."""
 
-    The expected calibration error is the mean of |accuracy - confidence| over reviews (Guo et al. 2017, equation 3).
-    """
-    edges = np.linspace(0, 1, bins + 1)
-    index = np.clip(np.digitize(predictions.confidence, edges, right=True) - 1, 0, bins - 1)
-    counts = np.bincount(index, minlength=bins)
-    filled = np.maximum(counts, 1)
-    accuracies = np.bincount(index, predictions.predicted == predictions.labels, minlength=bins) / filled
-    confidences = np.bincount(index, predictions.confidence, minlength=bins) / filled
-    return edges, accuracies, confidences, counts
+    def __init__(self, predictions: Predictions, bins: int = 15):
+        self.edges = np.linspace(0, 1, bins + 1)
+        index = np.clip(np.digitize(predictions.confidence, self.edges, right=True) - 1, 0, bins - 1)
+        self.counts = np.bincount(index, minlength=bins)  # (bins,) reviews
+        filled, correct = np.maximum(self.counts, 1), predictions.predicted == predictions.labels
+        self.accuracies = np.bincount(index, correct, minlength=bins) / filled  # (bins,); 0 in an empty bin
+        self.confidences = np.bincount(index, predictions.confidence, minlength=bins) / filled  # (bins,) likewise
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: the mean of |accuracy - confidence| (Guo et al. 2017, equation 3)."""
+        return float((self.counts * np.abs(self.accuracies - self.confidences)).sum() / self.counts.sum())
 
 
 def write_predictions(path: Path, predictions: Predictions, label_names: list[str]) -> None:
-    """test_predictions.csv: id, label, predicted, one probability column a class."""
+    """Write test_predictions.csv: id, label, predicted, and one column of probabilities for each class."""
     with atomic_write(path) as file:
         writer = csv.writer(file)
         writer.writerow(["id", "label", "predicted", *(f"probability_{name}" for name in label_names)])
@@ -113,7 +116,7 @@ def write_predictions(path: Path, predictions: Predictions, label_names: list[st
 
 
 def mistakes(predictions: Predictions, text: Callable[[int], str], label_names: list[str]) -> list[dict]:
-    """The misclassified reviews, the most confident first; `text` gives the review of an id."""
+    """The rows of misclassified.csv, the most confident mistakes first; `text` returns the review with an id."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     confidence = predictions.confidence
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
@@ -123,6 +126,7 @@ def mistakes(predictions: Predictions, text: Callable[[int], str], label_names: 
 
 
 def write_mistakes(path: Path, rows: list[dict]) -> None:
+    """Write misclassified.csv; `rows`: see `mistakes`."""
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, ["id", "text", "label", "predicted", "confidence"])
         writer.writeheader()

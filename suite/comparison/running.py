@@ -1,0 +1,137 @@
+"""Run the cells of an experiment one after the other, each as a process of its script."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from suite.common.run_folder import read_metrics
+from suite.common.stopping import EXIT_CODES, SIGNALS
+from suite.common.storage import is_locked
+from suite.comparison.grid import Cell, Experiment, describe, find_finished
+from utils import PROJECT, say
+
+POLL_SECONDS = 0.1  # between two looks for a signal or the end of the run
+WAIT_SECONDS = 2  # between two looks for a run that no other process is working on
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
+    """Run the cells that are not finished; returns {index: last line} of those that failed.
+
+    When a signal asks to stop, the cell that is running saves its state, and this process exits.
+    """
+    failed: dict[int, str] = {}
+    seconds: dict[int, float] = {}  # {index: duration} of the cells that this process ran from the beginning
+    pending = [cell for cell in cells if not cell.is_finished]
+    say(f"{experiment.name}: {len(cells) - len(pending)} of {len(cells)} runs are finished")
+    with SIGNALS.deferred():
+        while pending and (cell := _next_free(pending)):
+            pending.remove(cell)
+            find_finished([cell])
+            if cell.is_finished:  # by another process, in the meantime
+                continue
+            number = f"[{cell.index}/{len(experiment.cells)}]"
+            is_new, started = not cell.is_begun, time.monotonic()
+            say(f"{number} {describe(cell.setting)}, seed {cell.seed}: {cell.folder}{'' if is_new else ', going on'}")
+            problem = run_cell(experiment, cell)
+            if SIGNALS.received:
+                break
+            find_finished([cell])
+            if problem and is_locked(cell.folder):  # another process was quicker to begin this run
+                pending.append(cell)
+                continue
+            if problem or not cell.is_finished:
+                failed[cell.index] = problem or "ended without results"
+                say(f"{number} failed: {failed[cell.index]}")
+            elif is_new:
+                seconds[cell.index] = time.monotonic() - started
+            if pending:
+                say(f"{len(pending)} left{remaining_time(experiment, pending, seconds)}")
+        if SIGNALS.received:
+            say(f"{SIGNALS.received}: give the same command again to go on; {len(pending)} runs have not begun")
+    return failed
+
+
+def _next_free(pending: Sequence[Cell]) -> Cell | None:
+    """The first cell that no other process is working on; waits until there is one. None if a signal asks to stop."""
+    is_waiting = False
+    while not SIGNALS.received:
+        for cell in pending:
+            if not is_locked(cell.folder):
+                return cell
+        if not is_waiting:
+            say(f"{', '.join(str(cell.folder) for cell in pending)}: in use by other processes; waiting")
+        is_waiting = True
+        time.sleep(WAIT_SECONDS)
+    return None
+
+
+def run_cell(experiment: Experiment, cell: Cell) -> str | None:
+    """Run the script for a cell, show its output, and append it to a log file beside the report.
+
+    A signal is passed on, so that the script saves its state and ends. Returns None if the script succeeded, else one
+    line that says why it failed: its first line that starts with "error:", or else its last line.
+    """
+    log = experiment.report_folder / "logs" / f"{cell.config.run_name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [sys.executable, str(PROJECT / experiment.script), *cell.arguments, f"run_name={cell.config.run_name}"]
+    # The script gets a process group of its own. Otherwise the terminal would send it Ctrl-C, we would pass on a second
+    # one, and at the second one the script leaves without saving.
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                               start_new_session=True, preexec_fn=_end_with_parent if LIBC else None)
+    last = ""
+
+    def show_output() -> None:
+        nonlocal last
+        with open(log, "a", encoding="utf-8") as file:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                say("    " + line.rstrip())
+                if line.strip() and not last.startswith("error:"):
+                    last = line.strip()
+
+    reader = threading.Thread(target=show_output, daemon=True)
+    reader.start()
+    is_told = False
+    while process.poll() is None:
+        if SIGNALS.received and not is_told:
+            process.send_signal(getattr(signal, SIGNALS.received))
+            is_told = True
+        time.sleep(POLL_SECONDS)
+    reader.join(timeout=5)  # not forever: a process that the script started may outlive it and keep the output open
+    if process.returncode < 0:
+        return f"ended by {signal.Signals(-process.returncode).name} (the system kills what needs too much memory)"
+    if process.returncode in EXIT_CODES.values():
+        return "stopped by a signal; its state is saved"
+    return (last or f"exit code {process.returncode}") if process.returncode else None
+
+
+def _end_with_parent() -> None:
+    """Called in the new process: when its parent is killed, Linux sends it SIGTERM, so that it saves its state."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def remaining_time(experiment: Experiment, pending: Sequence[Cell], seconds: dict[int, float]) -> str:
+    """How long the pending cells will take, judged by the finished ones of the same setting, or else by all finished.
+
+    `seconds`: {index: duration} as measured here; for other cells, metrics.json has the duration of their training.
+    """
+    known = {cell.index: seconds.get(cell.index) or read_metrics(cell.folder)["train"]["seconds"]
+             for cell in experiment.cells if cell.is_finished}
+    if not known:
+        return ""
+    left = 0.0
+    for cell in pending:
+        alike = [known[other.index] for other in experiment.cells
+                 if other.index in known and other.setting == cell.setting] or known.values()
+        left += sum(alike) / len(alike)
+    return (f", about {left / 3600:.1f} h" if left > 5400 else f", about {round(left / 60)} min" if left > 90 else
+            f", about {round(left)} s")

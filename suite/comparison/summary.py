@@ -1,0 +1,101 @@
+"""A comparison of settings as data, and as tables and sentences that the console, Markdown and web page share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from suite.comparison.results import Result, Setting
+from suite.comparison.significance import accuracy_interval, compare, sentence
+
+COLUMNS = {  # heading: (part of metrics.json, figure, format)
+    "test loss (nats)": ("test", "loss", ".4f"), "F1": ("test", "f1", ".4f"), "ECE": ("test", "ece", ".4f"),
+    "optimizer steps": ("train", "optimizer_steps", ",.0f"), "training (s)": ("train", "seconds", ",.1f"),
+    "peak memory (MB)": ("train", "peak_memory_mb", ",.0f"), "reviews/s": ("train", "samples_per_second", ",.1f")}
+LEGEND = (
+    "Accuracy: mean over seeds ± their standard deviation. Its interval allows for other test reviews and, where there "
+    "are several seeds, for other seeds. The other columns are means over seeds. ECE: expected calibration error, 0 is "
+    "best. Training time is that of the optimizer steps alone.")
+PUBLISHED = "Each published figure is the accuracy of a single run without an interval, under its authors' conditions."
+
+
+def summarize(settings: Sequence[Setting], title: str, question: str = "", notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The contents of comparison.json. Accuracies and differences are shares of reviews."""
+    runs = [run for setting in settings for run in setting.runs]
+    config, hard = runs[0].config, hard_reviews(runs)
+    pairs = compare([setting.label for setting in settings], [setting.correct for setting in settings])
+    return {
+        "title": config.demo_mark + title, "question": question, "demo": config.is_demo,
+        "test_reviews": len(runs[0].predicted), "settings": [_row(setting) for setting in settings],
+        "pairs": [asdict(pair) | {"is_shown": pair.is_shown, "sentence": sentence(pair)} for pair in pairs],
+        "wrong_in_all_runs": len(hard["wrong_in_all_runs"]), "runs_disagree": len(hard["disagreements"]),
+        "notes": [*notes, *_conditions(runs)]}
+
+
+def _row(setting: Setting) -> dict[str, Any]:
+    accuracies = setting.correct.mean(axis=1)
+    figures = {name: setting.figures(part, name) for part, name, _ in COLUMNS.values()}
+    return {"setting": setting.label, "runs": [run.folder.name for run in setting.runs],
+            "seeds": [run.seed for run in setting.runs], "accuracies": accuracies.tolist(),
+            "accuracy": float(accuracies.mean()),
+            "accuracy_sd": float(accuracies.std(ddof=1)) if len(accuracies) > 1 else None,
+            "accuracy_ci95": list(accuracy_interval(setting.correct)),
+            **{name: float(np.mean(values)) if values else None for name, values in figures.items()},
+            "published": setting.published}
+
+
+def _conditions(runs: Sequence[Result]) -> list[str]:
+    """Sentences about the data, machines and versions that the runs were done with."""
+    data = runs[0].config.data_config
+    dataset = Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
+    limit = f", limited to {data.limit:,} rows" if data.limit else ""
+    lines = [f"Data: {dataset}, split {data.split}, split_seed {data.split_seed}{limit}. All runs were tested on the "
+             f"same {len(runs[0].predicted):,} reviews with the weights that were best on validation."]
+    places = {f"{found.get('device_name')} ({found.get('device')}, {found.get('precision')}, "
+              f"{found.get('processes')} process(es), {found.get('threads')} thread(s)), torch {found.get('torch')}, "
+              f"transformers {found.get('transformers')}, commit {str(found.get('git_commit'))[:10]}"
+              for found in (run.metrics.get("environment", {}) for run in runs)}
+    lines.append("Measured on: " + "; ".join(sorted(places)) + ".")
+    if len(places) > 1:
+        lines.append("The runs come from different machines or versions. Do not compare their time, memory or reviews "
+                     "a second; small differences in accuracy may have the same cause.")
+    return lines
+
+
+def hard_reviews(runs: Sequence[Result]) -> dict[str, np.ndarray]:
+    """The reviews that every run gets wrong, and those that not all runs put into the same class.
+
+    Each value: (n,) int64, their places in the test split.
+    """
+    return {"wrong_in_all_runs": np.flatnonzero(~np.any([run.correct for run in runs], axis=0)),
+            "disagreements": np.flatnonzero(np.any([run.predicted != runs[0].predicted for run in runs], axis=0))}
+
+
+def settings_table(summary: dict[str, Any]) -> list[list[str]]:
+    """Rows of text, the headings first."""
+    rows = [["setting", "seeds", "test accuracy", "95 % interval", *COLUMNS]]
+    for row in summary["settings"]:
+        spread = f" ± {row['accuracy_sd']:.4f}" if row["accuracy_sd"] is not None else ""
+        interval = "{:.4f} to {:.4f}".format(*row["accuracy_ci95"])
+        rows.append([row["setting"], str(len(row["seeds"])), f"{row['accuracy']:.4f}{spread}", interval,
+                     *("-" if row[name] is None else format(row[name], style) for _, name, style in COLUMNS.values())])
+    return rows
+
+
+def published_table(summary: dict[str, Any]) -> list[list[str]]:
+    """Rows of text, the headings first; empty if nothing was published for these settings."""
+    sources = list(dict.fromkeys(source for row in summary["settings"] for source in row["published"]))
+    rows = [["setting", "here", *sources]]
+    for row in summary["settings"]:
+        figures = [f"{row['published'][source]:.4f}" if source in row["published"] else "-" for source in sources]
+        rows.append([row["setting"], f"{row['accuracy']:.4f}", *figures])
+    return rows if sources else []
+
+
+def counts(summary: dict[str, Any]) -> str:
+    return (f"Of {summary['test_reviews']:,} test reviews, all runs get {summary['wrong_in_all_runs']:,} wrong, and on "
+            f"{summary['runs_disagree']:,} they disagree.")
