@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from data import PreparedData, get_dataloader, prepare_data
 from model import EncoderForClassification
 from suite.common.hub import check_hub, quiet_libraries
+from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import read_history, read_metrics
 from suite.common.stopping import SIGNALS, StopRequested
@@ -46,7 +47,7 @@ from suite.training.evaluation import Predictions, compute_metrics, mistakes, wr
 from suite.training.model_card import write_model_card
 from suite.training.run import Run
 from suite.training.states import finished_metrics, open_run, refuse_differences, refuse_other_data
-from suite.training.tracking import ProgressBar, Wandb, try_plots
+from suite.training.tracking import Wandb, try_plots
 from utils import Config, UserError, say
 
 # ---------------------------------------------------------------------------------------------------------------------

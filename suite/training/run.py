@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from data import PreparedData, get_dataloader, prepare_data
 from model import EncoderForClassification
 from suite.common.checks import position_limit, too_long
+from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import save_config
 from suite.common.stopping import SIGNALS, StopRequested
@@ -36,7 +37,7 @@ from suite.training.states import (
     saved_states,
     set_random_state,
 )
-from suite.training.tracking import History, ProgressBar, Wandb
+from suite.training.tracking import History, Wandb
 from utils import Config, UserError, process_rank, say, set_seed
 
 

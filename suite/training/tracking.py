@@ -1,7 +1,7 @@
-"""The record of a run: history.jsonl always, wandb beside it where it can.
+"""The records of a run: history.jsonl always, wandb and plots where they work.
 
-Whatever wandb does, a run never waits at a prompt and never dies of it: at its first failure it is left out, and the
-files of the run folder are complete without it.
+A run never waits at wandb's prompt and never dies of wandb. At its first failure the run goes on without it, and the
+files of the run folder are complete all the same.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from suite.common.hub import answers
 from suite.common.run_folder import read_history
@@ -23,7 +21,7 @@ from suite.common.storage import atomic_write
 from suite.training.evaluation import Predictions
 from utils import Config, UserError, brief, process_rank, say
 
-FINISH_TIMEOUT_SECONDS = 15  # what a server that has gone may cost at the end; the record stays on disk
+FINISH_TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the end; the record stays on disk
 INIT_TIMEOUT_SECONDS = 15  # wandb's own default for an unreachable server is 90
 TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv has them all
 
@@ -32,7 +30,7 @@ class History:
     """history.jsonl: one JSON object a line, with step, epoch and the values logged."""
 
     def __init__(self, path: Path, keep_lines: int = 0):
-        """Go on after the first `keep_lines` lines: what an interrupted run wrote after its last saved state goes."""
+        """Keep the first `keep_lines` lines. What an interrupted run wrote after its last saved state is removed."""
         self.path = path
         read_history(path, keep_lines)  # damage is found now, not when training is over
         written = path.read_text(encoding="utf-8") if keep_lines and path.exists() else ""
@@ -55,7 +53,7 @@ class History:
 
 
 class Wandb:
-    """A wandb run that cannot hurt: every call that fails ends it with one line."""
+    """A wandb run that cannot do harm: the first call that fails ends it with one line."""
 
     def __init__(self, config: Config, run_id: str | None = None, job_type: str = "train"):
         self.run = None
@@ -163,34 +161,10 @@ class Wandb:
 def try_plots(module: str, *arguments: Any) -> list[Path]:
     """The paths that the module's `save_plots` returns; none, and one line, where matplotlib is broken.
 
-    The module is imported here, for it imports matplotlib: no result waits for a picture.
+    The module is imported here because it imports matplotlib, and no result may depend on a picture.
     """
     try:
         return importlib.import_module(module).save_plots(*arguments)
     except Exception as error:
         say(f"plots: left out ({type(error).__name__}: {brief(error)}); everything else is in the folder")
         return []
-
-
-class ProgressBar:
-    """A bar with the running loss, accuracy and reviews a second; plain lines where the output is no terminal."""
-
-    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
-        self.name, self.total, self.done, self.printed = name, total, done, done
-        is_terminal = process_rank() == 0 and sys.stderr.isatty()
-        self.bar = tqdm(desc=name, total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True,
-                        disable=not is_terminal)
-
-    def update(self) -> None:
-        self.done += 1
-        self.bar.update()
-
-    def show(self, loss: float, accuracy: float, reviews_per_second: float) -> None:
-        text = f"loss {loss:.4f}, accuracy {accuracy:.4f}, {reviews_per_second:.1f} reviews/s"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable and (self.done - self.printed) * 10 >= self.total:  # about ten lines an epoch
-            say(f"{self.name}, step {self.done}/{self.total}: {text}")
-            self.printed = self.done
-
-    def close(self) -> None:
-        self.bar.close()

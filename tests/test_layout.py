@@ -1,0 +1,75 @@
+"""Where things stand: the files at the top level, the direction of imports, and the size of functions."""
+
+import ast
+from pathlib import Path
+
+from conftest import PROJECT
+
+# From the bottom up. A module may import from its own floor, within its own folder, and from the floors below.
+FLOORS = [
+    ["suite.common.checks"],  # utils checks the configuration with it, and it imports nothing of this project
+    ["model", "utils"],
+    ["suite.common"],
+    ["suite.reviews", "suite.encoders"],
+    ["data"],
+    ["suite.training", "suite.inference"],
+    ["suite.comparison"],
+    ["main", "main_accumulation", "experiment", "compare"],
+]
+MOST_LINES = 60  # of a function: a screen
+
+
+def sources() -> list[Path]:
+    return [*PROJECT.glob("*.py"), *PROJECT.glob("suite/**/*.py")]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> tuple[int, str] | None:
+    """(floor, folder or file) of a module; None for a library's."""
+    rooms = [(floor, room) for floor, rooms in enumerate(FLOORS) for room in rooms
+             if module == room or module.startswith(room + ".")]
+    return max(rooms, key=lambda room: len(room[1]), default=None)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in sources():
+        room = room_of(module_of(path))
+        for name in imports(path):
+            other = room_of(name)
+            if room and other and room != other and other[0] >= room[0]:
+                wrong.append(f"{path.relative_to(PROJECT)} imports {name}")
+    assert wrong == ["main_accumulation.py imports main.main"]  # it is the same loop
+
+
+def test_the_top_level_holds_what_is_looked_for_by_name():
+    assert {path.name for path in PROJECT.glob("*.py")} == {
+        "main.py", "main_accumulation.py", "experiment.py", "compare.py", "model.py", "data.py", "utils.py"}
+
+
+def test_only_tracking_knows_wandb_and_only_scripts_know_argparse():
+    knowing = {library: {str(path.relative_to(PROJECT)) for path in sources()
+                         if any(name.partition(".")[0] == library for name in imports(path))}
+               for library in ("wandb", "argparse")}
+    assert knowing["wandb"] == {"suite/training/tracking.py"}
+    assert knowing["argparse"] <= {"suite/common/cli.py", "experiment.py", "compare.py"}
+
+
+def test_a_function_fits_on_a_screen():
+    long = [f"{path.relative_to(PROJECT)}: {node.name}" for path in sources()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES]
+    assert long == []
