@@ -30,6 +30,15 @@ CPU_BATCH = 64
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
 
 
+def pad(rows: list, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of sequences of token ids: (batch, longest) int64 each."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate(rows)
+    return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
+
+
 class IMDBDataset(torch.utils.data.Dataset):
     """The tokenized reviews of one split, as flat arrays: nothing is looked up or padded item by item.
 
