@@ -20,7 +20,7 @@ from test_training import expect, train_here
 from transformers import BertForSequenceClassification
 
 from suite.encoders.loading import load_tokenizer
-from suite.inference import classifier, labelling
+from suite.inference import chunks, classifier, labelling
 from suite.training.devices import SingleDevice
 from utils import load_config
 
@@ -44,8 +44,8 @@ def trained(tmp_path_factory, encoder_folder):
 
 @pytest.fixture
 def predicting(trained, tmp_path, monkeypatch):
-    """predicting(input, output) -> the rows that are written, with windows of 16 rows."""
-    monkeypatch.setattr(labelling, "WINDOW", 16)
+    """predicting(input, output) -> the rows that are written, with chunks of 16 rows."""
+    monkeypatch.setattr(chunks, "CHUNK_ROWS", 16)
 
     def run(path, name: str = "out.csv", code: int = 0, **options):
         result = expect(code, run_here(*trained[0], mode="predict", input=str(path), output=str(tmp_path / name),
@@ -173,15 +173,15 @@ def test_a_file_without_the_column_or_with_the_added_ones_is_refused(predicting,
 
 @pytest.fixture
 def interrupted(trained, predicting, tmp_path, monkeypatch):
-    """(input, number of windows that were labelled before the stop) of a job that was stopped in its fourth window."""
+    """(input, number of chunks that were labelled before the stop) of a job that was stopped in its fourth chunk."""
     source = write_reviews(tmp_path / "many.csv", 200, seed=3)
     with open(source, "a") as file:
         file.write('"never closed,bad\n,empty\n')
     calls, whole = Counter(), classifier.Classifier.probabilities
 
     def stopping(self, texts):
-        calls["windows"] += 1
-        if calls["windows"] == 4:
+        calls["chunks"] += 1
+        if calls["chunks"] == 4:
             raise SystemExit(130)
         return whole(self, texts)
 
@@ -195,8 +195,8 @@ def interrupted(trained, predicting, tmp_path, monkeypatch):
 def test_a_stopped_job_goes_on_where_it_stopped(predicting, interrupted, tmp_path):
     source, calls = interrupted
     result, output = predicting(source, "stopped.csv")
-    assert "going on: 3 times 16 rows" in result.stdout
-    assert calls["windows"] == 4 + 10  # of 13 windows, the first three are not labelled again
+    assert "going on: 3 chunks of 16 rows" in result.stdout
+    assert calls["chunks"] == 4 + 10  # of 13 chunks, the first three are not labelled again
     _, whole = predicting(source, "whole.csv")
     assert output.read_bytes() == whole.read_bytes()
     assert len(rows_of(whole)) == 200
@@ -260,14 +260,14 @@ def test_a_folder_that_is_no_job_s_is_left_alone(predicting, tmp_path):
     source, parts = write_reviews(tmp_path / "few.csv", 6), tmp_path / "out.csv.parts"
     parts.mkdir()
     (parts / "thesis.jsonl").write_text("mine")
-    assert "holds other files" in predicting(source, code=2)[0].stderr
+    assert "holds files that no labelling job wrote" in predicting(source, code=2)[0].stderr
     assert (parts / "thesis.jsonl").read_text() == "mine"
 
 
-def test_an_output_that_comes_into_being_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
+def test_an_output_that_appears_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
     source, join = write_reviews(tmp_path / "few.csv", 6), labelling.Job.join
     monkeypatch.setattr(labelling.Job, "join", lambda job: (job.output.write_text("mine"), join(job)))
-    assert "come into being" in predicting(source, code=2)[0].stderr
+    assert "has appeared meanwhile" in predicting(source, code=2)[0].stderr
     assert (tmp_path / "out.csv").read_text() == "mine"
     (tmp_path / "out.csv").unlink()
     monkeypatch.setattr(labelling.Job, "join", join)
@@ -292,7 +292,7 @@ def test_without_rows_the_columns_stay(predicting, tmp_path):
 
 
 def test_several_processes_write_the_same_file(trained, tmp_path):
-    source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three windows, the last one shorter
+    source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three chunks, the last one shorter
     arguments = [*trained[0], "--mode", "predict", "--input", str(source), "--output"]
     expect(0, launch(2, "main_accumulation.py", *arguments, str(tmp_path / "two.csv")))
     expect(0, run_script("main.py", *arguments, str(tmp_path / "one.csv")))
@@ -340,7 +340,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
     assert "is for --mode predict and explain, not for train" in refusal("--text", "a")
 
 
-def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_window(trained):
+def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_chunk(trained):
     overrides, folder = trained
     config = load_config(PROJECT / "config.yaml", overrides)
     model = classifier.Classifier(folder / "best", config, SingleDevice(config))
