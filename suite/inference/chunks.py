@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from suite.inference.classifier import Classifier
 from suite.reviews.rows import Row, columns_of, read_rows
@@ -23,7 +23,7 @@ def read_chunks(path: str, column: str, added: list[str]) -> Iterator[list[Row]]
     Raises UserError if there is no text column, or if a column has the name of one that will be `added`.
     """
     if path == "-":
-        rows, columns = read_rows("-.txt", standard_input()), ["text"]
+        rows, columns = read_rows("-.txt", sys.stdin.buffer), ["text"]
     else:
         rows, columns = read_rows(path), columns_of(path)
     if path == "-" or Path(path).suffix == ".txt":
@@ -35,12 +35,6 @@ def read_chunks(path: str, column: str, added: list[str]) -> Iterator[list[Row]]
     rows = (checked(row, column, added) for row in rows)
     while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
         yield chunk
-
-
-def standard_input() -> BinaryIO:
-    if sys.stdin is None:
-        raise UserError("--input -: standard input is closed: give a file")
-    return sys.stdin.buffer
 
 
 def checked(row: Row, column: str, added: list[str]) -> Row:
@@ -62,9 +56,7 @@ def checked(row: Row, column: str, added: list[str]) -> Row:
 def label(classifier: Classifier, chunk: list[Row]) -> list[dict[str, Any]]:
     """The values of a chunk's whole rows, each with what is predicted for it."""
     whole = [row for row in chunk if row.problem is None]
-    if not whole:
-        return []
-    probabilities = classifier.probabilities([row.text for row in whole])
+    probabilities = classifier.probabilities([row.text for row in whole]) if whole else []
     return [row.values | classifier.columns(values) for row, values in zip(whole, probabilities, strict=True)]
 
 

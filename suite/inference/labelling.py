@@ -124,7 +124,7 @@ class Job:
             self.refuse(["input"])
         self.remove("[0-9]*")
         with atomic_write(self.source, "wb") as file:
-            shutil.copyfileobj(chunks.standard_input(), file)
+            shutil.copyfileobj(sys.stdin.buffer, file)
 
     def describe(self) -> dict[str, Any]:
         """Everything that the labels depend on."""

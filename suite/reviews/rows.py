@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +43,7 @@ def read_rows(path: str, file: BinaryIO | None = None) -> Iterator[Row]:
         yield from _read_parquet(path)
         return
     with nullcontext(file) if file else _opened(path) as file:
-        yield from {".csv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_txt}[kind](path, file)
+        yield from _read_csv(path, file) if kind == ".csv" else _read_lines(file, PARSERS[kind])
 
 
 def columns_of(path: str) -> list[str]:
@@ -150,18 +150,18 @@ def _read_csv(path: str, file: BinaryIO) -> Iterator[Row]:
         yield lines.row(number, dict(zip(header, values, strict=False)), problem)
 
 
-def _read_jsonl(path: str, file: BinaryIO) -> Iterator[Row]:
+def _read_lines(file: BinaryIO, parse: Callable[[str], tuple[dict[str, Any], str | None]]) -> Iterator[Row]:
+    """The rows of a file with one row a line; `parse` gives a line's values and its problem, if it has one."""
     lines, number = _Lines(file), 0
     for line in lines:
         if line.strip():
             number += 1
-            values, problem = _parse_json(line)
+            values, problem = parse(line)
             yield lines.row(number, values, problem and f"line {lines.number} {problem}")
         lines.mark()
 
 
 def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
-    """(the object that a line holds, None), or ({}, what is wrong with the line)."""
     try:
         values = json.loads(line)
         if "\\ud" in line.lower():  # JSON can name half of a character, which no file can hold
@@ -188,13 +188,7 @@ def _is_deep(values: dict[str, Any], line: str) -> bool:
     return bool(level)
 
 
-def _read_txt(path: str, file: BinaryIO) -> Iterator[Row]:
-    lines, number = _Lines(file), 0
-    for line in lines:
-        if line.strip():
-            number += 1
-            yield lines.row(number, {"text": line.rstrip("\r\n")})
-        lines.mark()
+PARSERS = {".jsonl": _parse_json, ".txt": lambda line: ({"text": line.rstrip("\r\n")}, None)}
 
 
 def _read_parquet(path: str) -> Iterator[Row]:
