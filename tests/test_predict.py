@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +57,12 @@ def predicting(trained, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def stdin(monkeypatch):
+    """stdin(bytes): what standard input holds from now on."""
+    return lambda content: monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+
+
 def rows_of(path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -85,7 +93,7 @@ def test_the_input_s_columns_and_order_with_the_probabilities_of_the_test(traine
     assert not list(output.parent.glob("*.parts"))
 
 
-def test_every_kind_of_file_says_the_same(trained, predicting, tmp_path, monkeypatch):
+def test_every_kind_of_file_says_the_same(trained, predicting, stdin, tmp_path):
     rows = rows_of(trained[1].parent.parent / "reviews.csv")[:50]
     texts = [row["review"] for row in rows]
     with open(tmp_path / "in.csv", "w", newline="") as file:
@@ -111,13 +119,10 @@ def test_every_kind_of_file_says_the_same(trained, predicting, tmp_path, monkeyp
     assert found.column("when").to_pylist() == table.column("when").to_pylist()
     assert [str(p) for p in found.column("probability_good").to_pylist()] == [row[ADDED[2]] for row in expected]
 
-    class Stdin:
-        buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
-
-    monkeypatch.setattr(sys, "stdin", Stdin)
+    stdin((tmp_path / "in.txt").read_bytes())
     printed = list(csv.DictReader(io.StringIO(expect(0, run_here(*trained[0], mode="predict", input="-")).stdout)))
     assert [{name: row[name] for name in ADDED} for row in printed] == expected
-    Stdin.buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
+    stdin((tmp_path / "in.txt").read_bytes())
     assert rows_of(predicting("-", "d.csv")[1]) == printed
 
 
@@ -254,6 +259,43 @@ def test_what_another_job_has_left_is_not_mixed_in(predicting, interrupted, trai
                                 **options))
     assert "remove this folder" in result.stderr
     assert sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "standard input"])
+@pytest.mark.parametrize("moment", ["before", "while labelling"])
+def test_a_full_disk_is_named_by_the_output_and_the_job_goes_on(predicting, stdin, tmp_path, monkeypatch, kind, moment):
+    lines = "".join(f"a gripping film number {number}\n" for number in range(100))
+    (tmp_path / "many.txt").write_text(lines)
+    source = tmp_path / "many.txt" if kind == "file" else "-"
+    with monkeypatch.context() as patch:
+        if moment == "before":
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if moment == "before" else 1500, limits[1]))
+        stdin(lines.encode())
+        try:  # job.json has less than 1,500 bytes, 16 labelled rows and the copy of standard input have more
+            error = predicting(source, code=2)[0].stderr
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.startswith(f"error: {tmp_path}: no room to write 1 MB")
+    assert "make room or choose another --output, and give the same command again" in error
+    assert "output_dir" not in error
+    stdin(lines.encode())
+    assert len(rows_of(predicting(source)[1])) == 100
+
+
+def test_standard_input_starts_again(predicting, interrupted, stdin, tmp_path):
+    stdin(b"one\n" * 20)
+    error = predicting("-", "stopped.csv", code=2)[0].stderr  # a file's job is not standard input's
+    assert "an interrupted job with another input:" in error
+    calls = interrupted[1]
+    calls["chunks"] = 2
+    stdin(b"one\n" * 40)
+    predicting("-", "stdin.csv", code=130)
+    stdin(b"two\n" * 20)
+    result, output = predicting("-", "stdin.csv")
+    assert "going on" not in result.stdout
+    assert [row["text"] for row in rows_of(output)] == ["two"] * 20
 
 
 def test_a_folder_that_is_no_job_s_is_left_alone(predicting, tmp_path):

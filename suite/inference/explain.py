@@ -43,7 +43,7 @@ def remarks(explanation: Explanation) -> list[str]:
         found.append(f"not read: {len(explanation.text[start:end].split()):,} of {len(explanation.text.split()):,} "
                      "words, because the review is longer than the model's input")
     if not explanation.is_complete:
-        found.append("rough: the attributions add up to the difference between these two only within "
+        found.append("rough: the attributions add up to the difference between the two logits only within "
                      f"{explanation.error:.2f}")
     return found
 
