@@ -22,7 +22,7 @@ from test_training import expect, train_here
 from transformers import BertForSequenceClassification
 
 from suite.encoders.loading import load_tokenizer
-from suite.inference import chunks, classifier, labelling
+from suite.inference import classifier, labelling, parts
 from suite.training.devices import SingleDevice
 from utils import load_config
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory, encoder_folder):
 @pytest.fixture
 def predicting(trained, tmp_path, monkeypatch):
     """predicting(input, output) -> the rows that are written, with chunks of 16 rows."""
-    monkeypatch.setattr(chunks, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(labelling, "CHUNK_ROWS", 16)
 
     def run(path, name: str = "out.csv", code: int = 0, **options):
         result = expect(code, run_here(*trained[0], mode="predict", input=str(path), output=str(tmp_path / name),
@@ -225,12 +225,12 @@ def test_stopped_at_any_point_of_the_joining(predicting, tmp_path, monkeypatch, 
             return function(*arguments, **settings)
         return called
 
-    def joining(job, join=labelling.Job.join):
+    def joining(job, join=parts.Parts.join):
         reached["joining"] = 1
         join(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(labelling.Job, "join", joining)
+        patch.setattr(parts.Parts, "join", joining)
         for module, name in ((os, "replace"), (os, "link"), (Path, "unlink"), (Path, "rmdir")):
             patch.setattr(module, name, stopping(getattr(module, name)))
         predicting(source, "stopped.csv", code=143)
@@ -302,17 +302,17 @@ def test_a_folder_that_is_no_job_s_is_left_alone(predicting, tmp_path):
     source, parts = write_reviews(tmp_path / "few.csv", 6), tmp_path / "out.csv.parts"
     parts.mkdir()
     (parts / "thesis.jsonl").write_text("mine")
-    assert "holds files that no labelling job wrote" in predicting(source, code=2)[0].stderr
+    assert "holds files that no job wrote" in predicting(source, code=2)[0].stderr
     assert (parts / "thesis.jsonl").read_text() == "mine"
 
 
 def test_an_output_that_appears_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
-    source, join = write_reviews(tmp_path / "few.csv", 6), labelling.Job.join
-    monkeypatch.setattr(labelling.Job, "join", lambda job: (job.output.write_text("mine"), join(job)))
+    source, join = write_reviews(tmp_path / "few.csv", 6), parts.Parts.join
+    monkeypatch.setattr(parts.Parts, "join", lambda job: (job.output.write_text("mine"), join(job)))
     assert "has appeared meanwhile" in predicting(source, code=2)[0].stderr
     assert (tmp_path / "out.csv").read_text() == "mine"
     (tmp_path / "out.csv").unlink()
-    monkeypatch.setattr(labelling.Job, "join", join)
+    monkeypatch.setattr(parts.Parts, "join", join)
     assert len(rows_of(predicting(source)[1])) == 6
 
 

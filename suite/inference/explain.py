@@ -30,10 +30,6 @@ GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # numbers of 
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In the terminal
-
-
 def remarks(explanation: Explanation) -> list[str]:
     """What a reader must know: the two logits, which part was not read, and whether the attributions are rough."""
     found = [f"logit of this class minus the mean of the others: {explanation.score:+.2f}; with padding instead of the "
@@ -82,10 +78,6 @@ def show(heading: str, explanation: Explanation) -> None:
         say(as_plain_text(explanation).translate(CONTROLS))
     for remark in remarks(explanation):
         say(remark)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As a page
 
 
 def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, Explanation]]) -> None:

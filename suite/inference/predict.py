@@ -11,9 +11,9 @@ from pathlib import Path
 from suite.common.cli import Command
 from suite.common.protocols import Devices
 from suite.encoders.loading import best_model
-from suite.inference.chunks import cells, label, read_chunks
 from suite.inference.classifier import Classifier
-from suite.inference.labelling import Job
+from suite.inference.labelling import Job, label, read_chunks
+from suite.inference.parts import cells
 from utils import say
 
 
