@@ -3,6 +3,8 @@
 import csv
 import re
 import shutil
+from html import unescape
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from utils import ModelConfig, UserError, load_config
 
 TELLING = {"good": {"gripping", "moving", "delightful"}, "bad": {"dull", "dreary", "pointless"}}
 ODD_TEXTS = ["word", "a dull film 😀🎬 👨\u200d👩\u200d👧 great", "これは素晴らしい映画です。最高！", "فيلم رائع جدا",
-             "½ ﬁne ①", "x<br /><br />y &amp; <b>z</b> @@TITLE@@ </script>", "\u200b", "[SEP] [MASK] <s>",
+             "½ ﬁne ①", "x<br /><br />y &amp; <b>z</b> $title ${note} $$ </script>", "\u200b", "[SEP] [MASK] <s>",
              "a\x00b\x1b[31mred\x07", "  lead\n\n\ttail  ", "x" * 3000, "dull " * 100_000]
 
 
@@ -131,6 +133,8 @@ def test_any_text(random_model, tmp_path, name, truncation):
     body = page[page.index("<body>"):]
     assert not set(re.findall(r"</?(\w+)", body)) - {"body", "h1", "h2", "p", "span", "html"}
     assert not set(page) & set(map(chr, explain.CONTROLS))
+    shown = unescape(re.sub("<[^>]+>", "", body))
+    assert all(text.translate(explain.CONTROLS) in shown for text in ODD_TEXTS)
 
 
 def test_the_cut_part_is_where_it_was_cut(random_model):
@@ -206,6 +210,25 @@ def test_a_run_without_mistakes_has_none_to_explain(run, tmp_path):
 def test_a_page_needs_its_folder(run):
     with pytest.raises(UserError, match="--output: no such folder: /nowhere"):
         command(run, text="a film", output="/nowhere/page.html")
+
+
+def test_a_full_disk_matters_only_where_a_page_is_written(run, tmp_path, monkeypatch, capsys):
+    config = load_config("config.yaml", run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+
+    def explained(**options) -> None:
+        explain.explain(cli.Command("explain", config, **options), SingleDevice(config))
+
+    explained(text="a gripping film")
+    assert capsys.readouterr().out.startswith("predicted good")
+    no_room = "{}: no room to write 1 MB .*: make room or choose another --output, and give the same command again"
+    with pytest.raises(UserError, match=no_room.format(tmp_path)):
+        explained(text="a gripping film", output=str(tmp_path / "page.html"))
+    assert not list(tmp_path.iterdir())
+    write_mistakes(config.run_folder / "misclassified.csv",
+                   [{"id": 1, "text": "a film", "label": "good", "predicted": "bad", "confidence": 0.9}])
+    with pytest.raises(UserError, match=no_room.format(config.run_folder)):
+        explained()
 
 
 def test_explaining_changes_no_weight(run):

@@ -1,7 +1,9 @@
 """The exported model: PyTorch's logits from ONNX Runtime for every family, checked or not there at all."""
 
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ import main
 from suite.common import cli
 from suite.encoders.loading import load_tokenizer, new_model, save_model
 from suite.inference import export
+from suite.inference.classifier import Classifier
+from suite.training.devices import SingleDevice
 from utils import ModelConfig, UserError, load_config
 
 TEXTS = ["word", "a gripping and moving film", "dull dreary pointless " * 40]
@@ -94,9 +98,6 @@ def test_a_model_that_differs_gets_no_name(bert, monkeypatch):
 
 def test_the_check_reads_every_size_and_length(bert):
     config = load_config("config.yaml", ["train_config.device=cpu"])
-    from suite.inference.classifier import Classifier
-    from suite.training.devices import SingleDevice
-
     encode = Classifier(bert, config, SingleDevice(config)).encode
     batches = list(export.check_batches(encode))
     assert {len(rows) for rows in batches} == set(export.BATCHES)
@@ -104,6 +105,16 @@ def test_the_check_reads_every_size_and_length(bert):
     assert {1, 2, 4, 8, 16, 32, 38} <= lengths
     assert max(lengths) == encode.room == 38
     assert any(len({len(row) for row in rows}) > 3 for rows in batches)  # ragged
+
+
+def test_a_full_disk_is_named_by_the_output(bert, tmp_path, monkeypatch):
+    config = load_config("config.yaml", ["train_config.device=cpu"])
+    command = cli.Command("export", config, str(bert), output=str(tmp_path / "elsewhere" / "onnx"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=f"{tmp_path / 'elsewhere'}: no room to write .*: make room or choose another "
+                                        "--output, and give the same command again"):
+        export.export(command, SingleDevice(config))
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("problem", ["exists", "parent is a file", "no packages", "not exportable"])

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,7 @@ from test_training import expect, train_here
 from transformers import BertForSequenceClassification
 
 from suite.encoders.loading import load_tokenizer
-from suite.inference import classifier, labelling
+from suite.inference import classifier, labelling, parts
 from suite.training.devices import SingleDevice
 from utils import load_config
 
@@ -44,8 +46,8 @@ def trained(tmp_path_factory, encoder_folder):
 
 @pytest.fixture
 def predicting(trained, tmp_path, monkeypatch):
-    """predicting(input, output) -> the rows that are written, with windows of 16 rows."""
-    monkeypatch.setattr(labelling, "WINDOW", 16)
+    """predicting(input, output) -> the rows that are written, with chunks of 16 rows."""
+    monkeypatch.setattr(labelling, "CHUNK_ROWS", 16)
 
     def run(path, name: str = "out.csv", code: int = 0, **options):
         result = expect(code, run_here(*trained[0], mode="predict", input=str(path), output=str(tmp_path / name),
@@ -53,6 +55,12 @@ def predicting(trained, tmp_path, monkeypatch):
         return result, tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """stdin(bytes): what standard input holds from now on."""
+    return lambda content: monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
 
 
 def rows_of(path) -> list[dict]:
@@ -85,7 +93,7 @@ def test_the_input_s_columns_and_order_with_the_probabilities_of_the_test(traine
     assert not list(output.parent.glob("*.parts"))
 
 
-def test_every_kind_of_file_says_the_same(trained, predicting, tmp_path, monkeypatch):
+def test_every_kind_of_file_says_the_same(trained, predicting, stdin, tmp_path):
     rows = rows_of(trained[1].parent.parent / "reviews.csv")[:50]
     texts = [row["review"] for row in rows]
     with open(tmp_path / "in.csv", "w", newline="") as file:
@@ -111,13 +119,10 @@ def test_every_kind_of_file_says_the_same(trained, predicting, tmp_path, monkeyp
     assert found.column("when").to_pylist() == table.column("when").to_pylist()
     assert [str(p) for p in found.column("probability_good").to_pylist()] == [row[ADDED[2]] for row in expected]
 
-    class Stdin:
-        buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
-
-    monkeypatch.setattr(sys, "stdin", Stdin)
+    stdin((tmp_path / "in.txt").read_bytes())
     printed = list(csv.DictReader(io.StringIO(expect(0, run_here(*trained[0], mode="predict", input="-")).stdout)))
     assert [{name: row[name] for name in ADDED} for row in printed] == expected
-    Stdin.buffer = io.BytesIO((tmp_path / "in.txt").read_bytes())
+    stdin((tmp_path / "in.txt").read_bytes())
     assert rows_of(predicting("-", "d.csv")[1]) == printed
 
 
@@ -173,15 +178,15 @@ def test_a_file_without_the_column_or_with_the_added_ones_is_refused(predicting,
 
 @pytest.fixture
 def interrupted(trained, predicting, tmp_path, monkeypatch):
-    """(input, number of windows that were labelled before the stop) of a job that was stopped in its fourth window."""
+    """(input, number of chunks that were labelled before the stop) of a job that was stopped in its fourth chunk."""
     source = write_reviews(tmp_path / "many.csv", 200, seed=3)
     with open(source, "a") as file:
         file.write('"never closed,bad\n,empty\n')
     calls, whole = Counter(), classifier.Classifier.probabilities
 
     def stopping(self, texts):
-        calls["windows"] += 1
-        if calls["windows"] == 4:
+        calls["chunks"] += 1
+        if calls["chunks"] == 4:
             raise SystemExit(130)
         return whole(self, texts)
 
@@ -195,8 +200,8 @@ def interrupted(trained, predicting, tmp_path, monkeypatch):
 def test_a_stopped_job_goes_on_where_it_stopped(predicting, interrupted, tmp_path):
     source, calls = interrupted
     result, output = predicting(source, "stopped.csv")
-    assert "going on: 3 times 16 rows" in result.stdout
-    assert calls["windows"] == 4 + 10  # of 13 windows, the first three are not labelled again
+    assert "going on: 3 chunks of 16 rows" in result.stdout
+    assert calls["chunks"] == 4 + 10  # of 13 chunks, the first three are not labelled again
     _, whole = predicting(source, "whole.csv")
     assert output.read_bytes() == whole.read_bytes()
     assert len(rows_of(whole)) == 200
@@ -220,12 +225,12 @@ def test_stopped_at_any_point_of_the_joining(predicting, tmp_path, monkeypatch, 
             return function(*arguments, **settings)
         return called
 
-    def joining(job, join=labelling.Job.join):
+    def joining(job, join=parts.Parts.join):
         reached["joining"] = 1
         join(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(labelling.Job, "join", joining)
+        patch.setattr(parts.Parts, "join", joining)
         for module, name in ((os, "replace"), (os, "link"), (Path, "unlink"), (Path, "rmdir")):
             patch.setattr(module, name, stopping(getattr(module, name)))
         predicting(source, "stopped.csv", code=143)
@@ -256,21 +261,58 @@ def test_what_another_job_has_left_is_not_mixed_in(predicting, interrupted, trai
     assert sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir()) == before
 
 
+@pytest.mark.parametrize("kind", ["file", "standard input"])
+@pytest.mark.parametrize("moment", ["before", "while labelling"])
+def test_a_full_disk_is_named_by_the_output_and_the_job_goes_on(predicting, stdin, tmp_path, monkeypatch, kind, moment):
+    lines = "".join(f"a gripping film number {number}\n" for number in range(100))
+    (tmp_path / "many.txt").write_text(lines)
+    source = tmp_path / "many.txt" if kind == "file" else "-"
+    with monkeypatch.context() as patch:
+        if moment == "before":
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if moment == "before" else 1500, limits[1]))
+        stdin(lines.encode())
+        try:  # job.json has less than 1,500 bytes, 16 labelled rows and the copy of standard input have more
+            error = predicting(source, code=2)[0].stderr
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.startswith(f"error: {tmp_path}: no room to write 1 MB")
+    assert "make room or choose another --output, and give the same command again" in error
+    assert "output_dir" not in error
+    stdin(lines.encode())
+    assert len(rows_of(predicting(source)[1])) == 100
+
+
+def test_standard_input_starts_again(predicting, interrupted, stdin, tmp_path):
+    stdin(b"one\n" * 20)
+    error = predicting("-", "stopped.csv", code=2)[0].stderr  # a file's job is not standard input's
+    assert "an interrupted job with another input:" in error
+    calls = interrupted[1]
+    calls["chunks"] = 2
+    stdin(b"one\n" * 40)
+    predicting("-", "stdin.csv", code=130)
+    stdin(b"two\n" * 20)
+    result, output = predicting("-", "stdin.csv")
+    assert "going on" not in result.stdout
+    assert [row["text"] for row in rows_of(output)] == ["two"] * 20
+
+
 def test_a_folder_that_is_no_job_s_is_left_alone(predicting, tmp_path):
     source, parts = write_reviews(tmp_path / "few.csv", 6), tmp_path / "out.csv.parts"
     parts.mkdir()
     (parts / "thesis.jsonl").write_text("mine")
-    assert "holds other files" in predicting(source, code=2)[0].stderr
+    assert "holds files that no job wrote" in predicting(source, code=2)[0].stderr
     assert (parts / "thesis.jsonl").read_text() == "mine"
 
 
-def test_an_output_that_comes_into_being_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
-    source, join = write_reviews(tmp_path / "few.csv", 6), labelling.Job.join
-    monkeypatch.setattr(labelling.Job, "join", lambda job: (job.output.write_text("mine"), join(job)))
-    assert "come into being" in predicting(source, code=2)[0].stderr
+def test_an_output_that_appears_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
+    source, join = write_reviews(tmp_path / "few.csv", 6), parts.Parts.join
+    monkeypatch.setattr(parts.Parts, "join", lambda job: (job.output.write_text("mine"), join(job)))
+    assert "has appeared meanwhile" in predicting(source, code=2)[0].stderr
     assert (tmp_path / "out.csv").read_text() == "mine"
     (tmp_path / "out.csv").unlink()
-    monkeypatch.setattr(labelling.Job, "join", join)
+    monkeypatch.setattr(parts.Parts, "join", join)
     assert len(rows_of(predicting(source)[1])) == 6
 
 
@@ -292,7 +334,7 @@ def test_without_rows_the_columns_stay(predicting, tmp_path):
 
 
 def test_several_processes_write_the_same_file(trained, tmp_path):
-    source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three windows, the last one shorter
+    source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three chunks, the last one shorter
     arguments = [*trained[0], "--mode", "predict", "--input", str(source), "--output"]
     expect(0, launch(2, "main_accumulation.py", *arguments, str(tmp_path / "two.csv")))
     expect(0, run_script("main.py", *arguments, str(tmp_path / "one.csv")))
@@ -340,7 +382,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
     assert "is for --mode predict and explain, not for train" in refusal("--text", "a")
 
 
-def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_window(trained):
+def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_chunk(trained):
     overrides, folder = trained
     config = load_config(PROJECT / "config.yaml", overrides)
     model = classifier.Classifier(folder / "best", config, SingleDevice(config))

@@ -120,10 +120,11 @@ def refuse_existing(*names: str | Path) -> None:
 
 
 @contextmanager
-def room_for(folder: Path, needed: float = MEGABYTE):
-    """Around writing `needed` bytes below `folder`. Raises UserError if they do not fit, before or while writing."""
+def room_for(folder: Path, needed: float = MEGABYTE, fix: str = "make room or set output_dir to another disk"):
+    """Around writing `needed` bytes below `folder`. Raises UserError, with the `fix`, if they do not fit, before or
+    while writing."""
     if _free(folder) < needed:
-        raise _full(folder, needed)
+        raise _full(folder, needed, fix)
     try:
         yield
     except UserError:
@@ -131,7 +132,7 @@ def room_for(folder: Path, needed: float = MEGABYTE):
     except Exception as error:
         if not any(map(_says_full, chain(error))):  # torch.save wraps what the disk said
             raise
-        raise _full(folder, needed) from error
+        raise _full(folder, needed, fix) from error
 
 
 def _says_full(error: BaseException) -> bool:
@@ -141,10 +142,10 @@ def _says_full(error: BaseException) -> bool:
     return from_rust is not None and int(from_rust[1]) in FULL
 
 
-def _full(folder: Path, needed: float) -> UserError:
+def _full(folder: Path, needed: float, fix: str) -> UserError:
     return UserError(f"{folder}: no room to write {max(needed / MEGABYTE, 1):,.0f} MB ({_free(folder) / MEGABYTE:,.0f} "
-                     "MB are free; quotas and ulimit -f count, too): make room or set output_dir to another disk, and "
-                     "give the same command again; what was saved before is intact")
+                     f"MB are free; quotas and ulimit -f count, too): {fix}, and give the same command again; what was "
+                     "saved before is intact")
 
 
 def _free(folder: Path) -> int:

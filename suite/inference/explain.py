@@ -1,53 +1,51 @@
-"""--mode explain: which words a trained model's decision rests on, in the terminal and as a page of HTML.
+"""--mode explain: shows which words a trained model's decision rests on, in the terminal and as an HTML page.
 
-What is attributed, and how, stands in attribution.py.
+attribution.py computes what each word adds to the decision.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
-from typing import Any
+from string import Template
 
+from tqdm import tqdm
+
+from suite.common.cli import Command
+from suite.common.protocols import Devices
 from suite.common.run_folder import read_mistakes
-from suite.common.storage import atomic_write
-from suite.encoders.loading import best_model
+from suite.common.storage import atomic_write, room_for
 from suite.inference.attribution import Explanation, attribute
 from suite.inference.classifier import Classifier
-from suite.training.tracking import ProgressBar
+from suite.inference.predict import model_folder
 from utils import UserError, say
 
 MISTAKES, SHOWN_MISTAKES, SHOWN_WORDS = 20, 3, 10
-FAINT = 0.1  # of the strongest attribution: words below it stay uncoloured in the terminal
-GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # of the terminal's 256 colours, weak to strong
+FAINT = 0.1  # of the strongest attribution: the terminal shows weaker words without a colour
+GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # numbers of terminal colours, from weak to strong
+# Control characters could change the terminal's state, and HTML has no place for them.
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In the terminal
-
-
-def headline(explanation: Explanation) -> str:
-    return f"predicted {explanation.predicted} ({explanation.probability:.4f})"
-
-
 def remarks(explanation: Explanation) -> list[str]:
-    """What a reader must know: where the words start from, the part that was not read, shares that do not add up."""
-    found = [f"its logit over the others' mean: {explanation.score:+.2f}; with padding in place of the words: "
-             f"{explanation.baseline:+.2f}"]
+    """What a reader must know: the two logits, which part was not read, and whether the attributions are rough."""
+    found = [f"logit of this class minus the mean of the others: {explanation.score:+.2f}; with padding instead of the "
+             f"words: {explanation.baseline:+.2f}"]
     if explanation.unread:
         start, end = explanation.unread
         found.append(f"not read: {len(explanation.text[start:end].split()):,} of {len(explanation.text.split()):,} "
-                     "words, for the review is longer than the model's input")
+                     "words, because the review is longer than the model's input")
     if not explanation.is_complete:
-        found.append(f"rough: the attributions sum to the difference of these only within {explanation.error:.2f}")
+        found.append("rough: the attributions add up to the difference between the two logits only within "
+                     f"{explanation.error:.2f}")
     return found
 
 
 def as_plain_text(explanation: Explanation) -> str:
-    """The strongest words, each with its share of all that is attributed."""
+    """The strongest words, each with its share of the sum of all attributions without their signs."""
     strongest = sorted(explanation.words, key=lambda word: -abs(word.attribution))[:SHOWN_WORDS]
     texts = [" ".join(explanation.text[word.start:word.end].split()) or "(space)" for word in strongest]
     return "\n".join(f"  {100 * word.attribution / explanation.total:+6.1f} %  {text}"
@@ -55,7 +53,7 @@ def as_plain_text(explanation: Explanation) -> str:
 
 
 def in_colour(explanation: Explanation) -> str:
-    """What was read: green speaks for the predicted class, red against it, the stronger the more."""
+    """The text that was read: green words speak for the predicted class, red ones against it."""
     parts = []
     for text, word, is_read in explanation.pieces():
         strength = abs(word.attribution) / explanation.largest if word else 0.0
@@ -70,9 +68,8 @@ def in_colour(explanation: Explanation) -> str:
     return "".join(parts)
 
 
-def show(explanation: Explanation, label: str | None = None) -> None:
-    """Print an explanation; `label`: the review's true class, where it is known."""
-    say(headline(explanation) + ("" if label is None else f", labelled {label}"))
+def show(heading: str, explanation: Explanation) -> None:
+    say(heading)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         say("green words speak for it, red ones against it:")
         say(in_colour(explanation))
@@ -83,23 +80,19 @@ def show(explanation: Explanation, label: str | None = None) -> None:
         say(remark)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As a page
-
-
 def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, Explanation]]) -> None:
-    """A page that needs neither a server nor the network; `explanations`: each with its heading."""
-    parts = {"TITLE": escape(title), "NOTE": escape(note), "REVIEWS": "".join(
-        f"<h2>{escape(heading)}</h2>\n{''.join(f'<p class=remark>{escape(remark)}</p>' for remark in remarks(each))}"
-        f'<p class="review" dir="auto">{as_html(each)}</p>\n' for heading, each in explanations)}
-    # Cut at the marks instead of replaced one after the other: a review may contain what looks like one.
-    page = "".join(part if place % 2 == 0 else parts[part] for place, part in enumerate(PAGE.split("@@")))
+    """Write a page that needs neither a server nor the network, from (heading, explanation) of each review."""
+    reviews = "".join(f"<h2>{escape(heading)}</h2>\n"
+                      f"{''.join(f'<p class=remark>{escape(remark)}</p>' for remark in remarks(explanation))}"
+                      f'<p class="review" dir="auto">{as_html(explanation)}</p>\n'
+                      for heading, explanation in explanations)
+    page = PAGE.substitute(title=escape(title), note=escape(note), reviews=reviews)
     with atomic_write(path) as file:
         file.write(page.translate(CONTROLS))
 
 
 def as_html(explanation: Explanation) -> str:
-    """The whole text, its words coloured as strongly as they speak for or against the predicted class."""
+    """The whole text, with words coloured by how strongly they speak for or against the predicted class."""
     parts = []
     for text, word, is_read in explanation.pieces():
         if word:
@@ -112,13 +105,13 @@ def as_html(explanation: Explanation) -> str:
     return "".join(parts)
 
 
-PAGE = """<!DOCTYPE html>
+PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>@@TITLE@@</title>
+<title>$title</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1240px; margin: 2rem auto;
        padding: 0 1rem; }
@@ -132,33 +125,34 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
 </style>
 </head>
 <body>
-<h1>@@TITLE@@</h1>
-<p class="note">@@NOTE@@</p>
+<h1>$title</h1>
+<p class="note">$note</p>
 <p class="note"><span class="for" style="--strength: 1">Green</span> words speak for the predicted class,
-<span class="against" style="--strength: 1">red</span> ones against it, the stronger the more; point at a word for its
-share of all that is attributed, and for its logits. Grey: not read, for the review is longer than the model's input.
-Integrated gradients from a review of padding tokens (Sundararajan et al. 2017).</p>
-@@REVIEWS@@
+<span class="against" style="--strength: 1">red</span> ones against it; stronger words have stronger colours. Point at a
+word for its share of all attributions, and for its logits. Grey text was not read, because the review is longer than
+the model's input. Method: integrated gradients from a review of padding tokens (Sundararajan et al. 2017).</p>
+$reviews
 </body>
 </html>
-"""
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One review, or the run's most confident mistakes
+""")
 
 
-def explain(command: Any, devices: Any) -> None:
+def explain(command: Command, devices: Devices) -> None:
     """Explain `command.text`, or the most confident mistakes of the run.
 
-    Raises UserError if there is no model, its tokenizer does not know where its tokens stand in a text, or there is no
-    usable misclassified.csv.
+    Raises UserError if there is no model, if its tokenizer cannot tell where its tokens stand in a text, or if there is
+    no usable misclassified.csv.
     """
-    config, output = command.config, command.output and Path(command.output)
+    config, text, output = command.config, command.text, command.output and Path(command.output)
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {output.absolute().parent}")
-    folder = Path(command.model) if command.model else best_model(config.run_folder)
-    rows = [] if command.text is not None else read_mistakes(config.run_folder, MISTAKES)
-    if command.text is None and not rows:
+    folder = model_folder(command)
+    if text is not None:
+        rows, title = [{"text": text}], "What the decision rests on"
+    else:
+        rows, title = read_mistakes(config.run_folder, MISTAKES), f"{config.run_name}: its most confident mistakes"
+        output = output or config.run_folder / "misclassified.html"
+    if not rows:
         raise UserError(f"{config.run_folder} has no misclassified reviews, which is good news: explain one review "
                         "with --text")
     if not devices.is_main:
@@ -167,24 +161,19 @@ def explain(command: Any, devices: Any) -> None:
     if not classifier.tokenizer.is_fast:
         raise UserError(f"{folder}: its tokenizer cannot tell where a token stands in the text: save it as "
                         "tokenizer.json")
-    if command.text is not None:
-        explanation = attribute(classifier, command.text)
-        show(explanation)
+    with room_for(output.parent, fix="make room or choose another --output") if output else nullcontext():
+        reviews = []
+        for row in tqdm(rows, desc="explain", unit="review", leave=False, dynamic_ncols=True,
+                        disable=text is not None or not sys.stderr.isatty()):
+            explanation = attribute(classifier, row["text"])
+            heading = f"predicted {explanation.predicted} ({explanation.probability:.4f})"
+            if text is None:
+                heading = f"review {row['id']}: labelled {row['label']}, {heading}"
+            reviews.append((heading, explanation))
+        for heading, explanation in reviews[:SHOWN_MISTAKES]:
+            show(heading, explanation)
+            if text is None:
+                say("")
         if output:
-            write_page(output, "What the decision rests on", f"{config.demo_mark}Model: {folder}",
-                       [(headline(explanation), explanation)])
+            write_page(output, title, f"{config.demo_mark}Model: {folder}", reviews)
             say(f"as a page: {output}")
-        return
-    output = output or config.run_folder / "misclassified.html"
-    explanations, bar = [], ProgressBar("explain", len(rows), unit="review")
-    for row in rows:
-        explanation = attribute(classifier, row["text"])
-        explanations.append((f"review {row['id']}: labelled {row['label']}, {headline(explanation)}", explanation))
-        bar.update()
-    bar.close()
-    for row, (_, explanation) in list(zip(rows, explanations, strict=True))[:SHOWN_MISTAKES]:
-        say(f"\nreview {row['id']}")
-        show(explanation, row["label"])
-    write_page(output, f"{config.run_name}: its most confident mistakes", f"{config.demo_mark}Model: {folder}",
-               explanations)
-    say(f"\nthe {len(rows)} most confident mistakes as a page: {output}")

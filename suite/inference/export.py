@@ -1,13 +1,13 @@
-"""--mode export: a trained model as ONNX, for programs that know no PyTorch.
+"""--mode export: writes a trained model as ONNX, for programs without PyTorch.
 
     checkpoints/my-run/onnx/
         model.onnx      input_ids, attention_mask: (batch, tokens) int64  ->  logits: (batch, num_labels) float32
-        tokenizer.json  and what else belongs to the tokenizer, as it lies in the model's folder
+        tokenizer.json  and the tokenizer's other files, copied from the model's folder
         config.json     id2label, max_len (tokens, special tokens included), truncation
         manifest.json   the SHA-256 sums of these files
 
-The folder gets its name when ONNX Runtime has computed PyTorch's logits from it, on inputs of many lengths: whatever is
-called model.onnx in a folder without `.partial` has been checked.
+The folder gets its name only after ONNX Runtime has computed the same logits as PyTorch on inputs of many lengths. So
+every model.onnx has been checked, unless its folder still ends in `.partial`.
 """
 
 from __future__ import annotations
@@ -26,47 +26,49 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
-from data import Encode
+from data import Encode, pad
+from suite.common.cli import Command
+from suite.common.protocols import Devices
 from suite.common.storage import replace_folder, room_for, write_json
-from suite.encoders.loading import WEIGHTS, best_model
+from suite.encoders.loading import WEIGHTS
 from suite.inference.classifier import Classifier
+from suite.inference.predict import model_folder
 from utils import PROJECT, UserError, brief, say
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MODEL = "model.onnx"
-TOLERANCE = 1e-4  # between logits, absolute
+TOLERANCE = 1e-4  # the largest allowed difference between two logits, absolute
 BATCHES = (1, 2, 7, 33)  # reviews
-MOST_SCORES = 1 << 23  # batch x tokens x tokens: ONNX Runtime keeps a float of each for every head, 32 MB at this size
+MOST_SCORES = 1 << 23  # batch x tokens x tokens of a checked batch: 32 MB of attention scores for every head
 
 
-def export(command: Any, devices: Any) -> None:
+def export(command: Command, devices: Devices) -> None:
     """Write the model of `command` to the folder `command.output`, or to `onnx` in the run folder.
 
-    Raises UserError if the packages are missing, the folder exists or the architecture cannot be exported, and
-    RuntimeError, with the figures, if the exported model's logits are not PyTorch's. Nothing is left then.
+    Raises UserError if packages are missing, the folder exists or the architecture cannot be exported, and RuntimeError
+    if the exported model's logits differ from PyTorch's. In each case it leaves nothing behind.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"--mode export needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
-    folder = Path(command.model) if command.model else best_model(command.config.run_folder)
+    folder = model_folder(command)
     target = output_folder(command, folder)
     if not devices.is_main:
         return
     classifier = Classifier(folder, command.config, devices)
     classifier.model.cpu()
-    with room_for(target.parent, (folder / WEIGHTS).stat().st_size):
+    with room_for(target.parent, (folder / WEIGHTS).stat().st_size, fix="make room or choose another --output"):
         replace_folder(target, lambda partial: write_export(partial, folder, classifier))
     size = sum(path.stat().st_size for path in target.glob(MODEL + "*"))
     say(f"exported: {target / MODEL} ({size / 1e6:,.1f} MB), its tokenizer beside it")
 
 
-def output_folder(command: Any, model_folder: Path) -> Path:
-    """Raises UserError if the folder exists or its parent cannot be made."""
+def output_folder(command: Command, source: Path) -> Path:
+    """Where the model of the folder `source` goes. Raises UserError if that exists or its parent cannot be made."""
     if command.output:
         target = Path(command.output)
     elif command.model:
-        target = model_folder.resolve().with_name(model_folder.resolve().name + "-onnx")
+        target = source.resolve().with_name(source.resolve().name + "-onnx")
     else:
         target = command.config.run_folder / "onnx"
     if target.exists():
@@ -79,13 +81,13 @@ def output_folder(command: Any, model_folder: Path) -> Path:
     return target
 
 
-def write_export(folder: Path, model_folder: Path, classifier: Classifier) -> None:
-    """Everything that belongs into the folder, checked."""
+def write_export(folder: Path, source: Path, classifier: Classifier) -> None:
+    """Write model, tokenizer and config.json into `folder`, and check the model."""
     tokenizer = classifier.tokenizer
     for name in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                  *tokenizer.vocab_files_names.values()}:
-        if (model_folder / name).is_file():
-            shutil.copyfile(model_folder / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     encode = classifier.encode
     write_json(folder / "config.json", {
         "id2label": dict(enumerate(classifier.label_names)), "truncation": encode.truncation,
@@ -97,9 +99,9 @@ def write_export(folder: Path, model_folder: Path, classifier: Classifier) -> No
 
 
 def write_onnx(model: nn.Module, path: Path) -> None:
-    """Write an eval-mode classifier on the CPU in float32, its weights in the same file up to protobuf's 2 GB.
+    """Write an eval-mode classifier that is on the CPU in float32. Raises UserError if torch cannot export it.
 
-    Raises UserError if torch cannot export it.
+    The weights are in the same file, unless it would exceed the 2 GB that protobuf allows.
     """
     input_ids = torch.ones(2, 8, dtype=torch.int64)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -119,7 +121,7 @@ def write_onnx(model: nn.Module, path: Path) -> None:
 
 @contextmanager
 def quiet():
-    """The exporter's remarks are for its authors: on their deprecations, on operators that are not used here."""
+    """Hide the exporter's remarks about its own deprecations and about operators that are not used here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
@@ -141,16 +143,14 @@ def session(path: Path) -> Any:
 
 @torch.inference_mode()
 def check(model: nn.Module, path: Path, encode: Encode) -> tuple[float, int]:
-    """(the largest difference of a logit from PyTorch's, batches compared). Raises RuntimeError beyond TOLERANCE."""
+    """(largest difference between a logit and PyTorch's, number of batches). Raises RuntimeError above TOLERANCE."""
     onnx, largest, batches = session(path), 0.0, 0
     for rows in check_batches(encode):
-        input_ids, mask = (pad_sequence(values, batch_first=True, padding_value=padding) for values, padding in (
-            ([torch.tensor(row) for row in rows], encode.tokenizer.pad_token_id),
-            ([torch.ones(len(row), dtype=torch.int64) for row in rows], 0)))
+        input_ids, mask = pad(rows, encode.tokenizer.pad_token_id)
         logits, = onnx.run(["logits"], {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()})
         expected = model(input_ids=input_ids, attention_mask=mask).logits.numpy()
         difference = float(np.abs(logits - expected).max())
-        if not difference <= TOLERANCE:  # nor NaN
+        if not difference <= TOLERANCE:  # true for NaN, too
             raise RuntimeError(f"the exported model differs from PyTorch's by {difference:.1e} in a logit, more than "
                                f"{TOLERANCE:g}, on a batch of {' x '.join(map(str, input_ids.shape))} tokens")
         largest, batches = max(largest, difference), batches + 1
@@ -158,7 +158,7 @@ def check(model: nn.Module, path: Path, encode: Encode) -> tuple[float, int]:
 
 
 def check_batches(encode: Encode) -> Iterator[list[list[int]]]:
-    """Batches of every size and length, each of them ragged: rows of random tokens and of the demo's reviews."""
+    """Token ids in batches of every size and of every length, at random or from words of the demo's reviews."""
     random = np.random.default_rng(0)
     tokenizer = encode.tokenizer
     vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))

@@ -7,26 +7,31 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
+from suite.common.cli import Command
+from suite.common.protocols import Devices
 from suite.encoders.loading import best_model
 from suite.inference.classifier import Classifier
-from suite.inference.labelling import Job, cells, label, read_windows
+from suite.inference.labelling import Job, label, read_chunks
+from suite.inference.parts import cells
 from utils import say
 
 
-def predict(command: Any, devices: Any) -> None:
+def model_folder(command: Command) -> Path:
+    """The folder of the model that the command names, or of the run's best model."""
+    return Path(command.model) if command.model else best_model(command.config.run_folder)
+
+
+def predict(command: Command, devices: Devices) -> None:
     """Label `command.text`, or the rows of the file `command.input`."""
-    config = command.config
-    folder = Path(command.model) if command.model else best_model(config.run_folder)
-    classifier = Classifier(folder, config, devices)
+    classifier = Classifier(model_folder(command), command.config, devices)
     classifier.cast_weights()
     if command.text is not None:
         show(classifier, command.text)
     elif command.output is None:
-        print_rows(classifier, command.input, config.data_config.text_column)
+        print_rows(classifier, command.input, command.config.data_config.text_column)
     else:
-        Job(command.input, Path(command.output), classifier, config).run()
+        Job(command.input, Path(command.output), classifier, command.config).run()
 
 
 def show(classifier: Classifier, text: str) -> None:
@@ -39,17 +44,16 @@ def show(classifier: Classifier, text: str) -> None:
 
 
 def print_rows(classifier: Classifier, path: str, column: str) -> None:
-    """To standard output as they come: as JSON lines if the input is .jsonl, else as CSV."""
+    """Print the rows of a file chunk by chunk: as JSON lines if the input is .jsonl, else as CSV."""
     writer, broken = None, 0
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8", newline="")  # as in a file
+        sys.stdout.reconfigure(encoding="utf-8", newline="")  # the same bytes as in a file
     try:
-        for window in read_windows(path, column, classifier.added):
-            for row in window:
-                if row.problem:
-                    broken += 1
-                    print(f"left out: {row.problem}", file=sys.stderr)
-            for values in label(classifier, window):
+        for chunk in read_chunks(path, column, classifier.added):
+            for problem in (row.problem for row in chunk if row.problem):
+                broken += 1
+                print(f"skipped: {problem}", file=sys.stderr)
+            for values in label(classifier, chunk):
                 if Path(path).suffix == ".jsonl":
                     print(json.dumps(values, ensure_ascii=False))
                     continue
@@ -58,7 +62,7 @@ def print_rows(classifier: Classifier, path: str, column: str) -> None:
                     writer.writeheader()
                 writer.writerow(cells(values))
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does the interpreter write at its end
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: nothing is written to it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if broken:
-        print(f"{broken:,} broken rows were left out", file=sys.stderr)
+        print(f"{broken:,} broken rows were skipped", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""The rows of .csv, .jsonl, .parquet and .txt files, one by one, whole ones and broken ones.
+"""Reads the rows of .csv, .jsonl, .parquet and .txt files one by one.
 
-A broken row says what is wrong with it, and reading goes on behind it: whoever trains stops there, whoever predicts
-puts it aside. What makes a whole file unreadable is a UserError.
+A row that cannot be used comes with its problem, and reading goes on after it: training stops at such a row, prediction
+sets it aside. A file that cannot be read at all raises UserError.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +22,18 @@ import pyarrow.parquet
 
 from utils import UserError, brief
 
-LONGEST_FIELD = 1 << 24  # characters of a .csv: a quote that is never closed would swallow the rest of the file
-DEEPEST = 100  # brackets within brackets in a line of .jsonl: Python's own limit depends on who asks
+LONGEST_FIELD = 1 << 24  # characters of a .csv field: a quote that is never closed would swallow the rest of the file
+DEEPEST = 100  # nested brackets in a .jsonl line; Python's own limit depends on how deep the calling code already is
 
 
 @dataclass
 class Row:
-    number: int  # from 1, without a header or blank lines
-    position: int  # how far its file is read with it, in the unit of `size_of`
+    number: int  # from 1; the header and blank lines do not count
+    position: int  # how much of the file has been read after this row, in the unit of `size_of`
     values: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None  # of a broken row: where and what it is, and the fix
-    content: str = ""  # of a broken row, as it stands in the file
-    text: str = ""  # of a whole row, where its reader looks for one
+    problem: str | None = None  # of a broken row: where it is, what is wrong and how to fix it
+    content: str = ""  # of a broken row: what the file says there
+    text: str = ""  # of a whole row: the review, once its reader has found it among the values
 
 
 def read_rows(path: str, file: BinaryIO | None = None) -> Iterator[Row]:
@@ -43,11 +43,11 @@ def read_rows(path: str, file: BinaryIO | None = None) -> Iterator[Row]:
         yield from _read_parquet(path)
         return
     with nullcontext(file) if file else _opened(path) as file:
-        yield from {".csv": _read_csv, ".jsonl": _read_jsonl, ".txt": _read_txt}[kind](path, file)
+        yield from _read_csv(path, file) if kind == ".csv" else _read_lines(file, PARSERS[kind])
 
 
 def columns_of(path: str) -> list[str]:
-    """The columns of a file, also where it holds no rows; [] for .jsonl, whose rows bring their own."""
+    """The columns of a file, even if it has no rows; [] for .jsonl, where each row names its own."""
     kind = Path(path).suffix
     if kind == ".parquet":
         with _opened_parquet(path) as file:
@@ -59,7 +59,7 @@ def columns_of(path: str) -> list[str]:
 
 
 def size_of(path: str) -> int:
-    """What the position of the last row will be: bytes, or the rows of a .parquet file."""
+    """The position after the last row: the file's bytes, or the number of rows of a .parquet file."""
     if Path(path).suffix != ".parquet":
         return os.path.getsize(path)
     with _opened_parquet(path) as file:
@@ -67,7 +67,7 @@ def size_of(path: str) -> int:
 
 
 class _Lines:
-    """The lines of a text file; those since `mark` can be given back."""
+    """The lines of a text file. Those since the last `mark` make up a row, and can be given back."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -90,38 +90,39 @@ class _Lines:
         self.since_mark, self.characters = [], 0
 
     def give_back(self, kept: int) -> None:
-        """Give back the lines since the mark but for the first `kept` of them."""
+        """Give back the lines since the mark, except for the first `kept` of them."""
         self.returned.extendleft(reversed(self.since_mark[kept:]))
         self.number -= len(self.since_mark[kept:])
         del self.since_mark[kept:]
 
-    @property
-    def content(self) -> str:
+    def row(self, number: int, values: dict[str, Any], problem: str | None = None) -> Row:
+        """The row that the lines since the mark make up: a broken one if it has a problem or is not UTF-8."""
+        position = self.file.tell() if self.file.seekable() else 0
+        if not (problem := self.encoding_problem() or problem):
+            return Row(number, position, values)
         content = "".join(self.since_mark).rstrip("\r\n")
-        return content.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        content = content.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return Row(number, position, problem=problem, content=content)
 
-    def first_not_utf8(self) -> int | None:
-        """The number of the first line since the mark that is not UTF-8."""
+    def encoding_problem(self) -> str | None:
+        """Names the first line since the mark that is not UTF-8."""
         for number, line in enumerate(self.since_mark, start=self.number - len(self.since_mark) + 1):
             if not line.isascii() and any("\udc80" <= character <= "\udcff" for character in line):
-                return number
+                return f"line {number} is not UTF-8: save it as UTF-8"
         return None
-
-    def position(self) -> int:
-        return self.file.tell() if self.file.seekable() else 0
 
 
 def _read_header(path: str, file: BinaryIO) -> tuple[_Lines, Any, list[str]]:
-    """The lines of a .csv file, their csv.reader behind the header, and the header; [] of an empty file."""
+    """(lines, the csv.reader of the rows after the header, the header) of a .csv file; an empty file's header is []."""
     csv.field_size_limit(LONGEST_FIELD)
     lines = _Lines(file)
     reader = csv.reader(lines, strict=True)
     try:
-        header = next((values for values in reader if values), [])  # a blank line is none
+        header = next((values for values in reader if values), [])  # a blank line gives []
     except csv.Error as error:
         raise UserError(f"{path}: line {lines.number}: {error}: mend the quotes there") from None
-    if line := lines.first_not_utf8():
-        raise UserError(f"{path}: line {line} is not UTF-8: save it as UTF-8")
+    if problem := lines.encoding_problem():
+        raise UserError(f"{path}: {problem}")
     if len(set(header)) < len(header):
         raise UserError(f"{path}: two columns have the same name in {', '.join(header)}: rename one")
     return lines, reader, header
@@ -136,72 +137,58 @@ def _read_csv(path: str, file: BinaryIO) -> Iterator[Row]:
         try:
             values = next(reader)
             if not values:
-                continue  # a blank line is no row
+                continue  # a blank line
         except StopIteration:
             return
         except csv.Error as error:
             lines.give_back(1)  # the quote that is wrong here may have swallowed good rows
             problem = f"line {lines.number}: {error}: mend the quotes there"
-        if (line := lines.first_not_utf8()) is not None:
-            problem = f"line {line} is not UTF-8: save it as UTF-8"
         number += 1
         if problem is None and len(values) != len(header):
             problem = (f"row {number} (line {lines.number}) has {len(values)} fields, the header has {len(header)}: "
                        "put quotes around a text with commas")
-        if problem:
-            yield Row(number, lines.position(), problem=problem, content=lines.content)
-        else:
-            yield Row(number, lines.position(), dict(zip(header, values, strict=True)))
+        yield lines.row(number, dict(zip(header, values, strict=False)), problem)
 
 
-def _read_jsonl(path: str, file: BinaryIO) -> Iterator[Row]:
+def _read_lines(file: BinaryIO, parse: Callable[[str], tuple[dict[str, Any], str | None]]) -> Iterator[Row]:
+    """The rows of a file with one row a line; `parse` gives a line's values and its problem, if it has one."""
     lines, number = _Lines(file), 0
     for line in lines:
         if line.strip():
             number += 1
-            problem, row = None, None
-            try:
-                row = json.loads(line)
-                if "\\ud" in line.lower():  # JSON can name half a character, which no text can hold
-                    json.dumps(row, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                problem = f"line {lines.number} holds half of a \\ud... pair: write the character itself"
-            except (ValueError, RecursionError) as error:
-                problem = f"line {lines.number} is not JSON: {error}"
-            if lines.first_not_utf8():
-                problem = f"line {lines.number} is not UTF-8: save it as UTF-8"
-            if problem is None and not isinstance(row, dict):
-                problem = f"line {lines.number} is no JSON object such as {{\"text\": ..., \"label\": ...}}"
-            if problem is None and _is_deep(row, line):
-                problem = f"line {lines.number} nests more than {DEEPEST} brackets: flatten it"
-            if problem:
-                yield Row(number, lines.position(), problem=problem, content=lines.content)
-            else:
-                yield Row(number, lines.position(), row)
+            values, problem = parse(line)
+            yield lines.row(number, values, problem and f"line {lines.number} {problem}")
         lines.mark()
 
 
-def _is_deep(row: dict, line: str) -> bool:
-    if line.count("[") + line.count("{") <= DEEPEST:
+def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
+    try:
+        values = json.loads(line)
+        if "\\ud" in line.lower():  # JSON can name half of a character, which no file can hold
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return {}, "holds half of a \\ud... pair: write the character itself"
+    except (ValueError, RecursionError) as error:
+        return {}, f"is not JSON: {error}"
+    if not isinstance(values, dict):
+        return {}, 'is no JSON object such as {"text": ..., "label": ...}'
+    if _is_deep(values, line):
+        return {}, f"nests more than {DEEPEST} brackets: flatten it"
+    return values, None
+
+
+def _is_deep(values: dict[str, Any], line: str) -> bool:
+    """Whether more than DEEPEST brackets are nested."""
+    if line.count("[") + line.count("{") <= DEEPEST:  # nearly every line
         return False
-    level: list[Any] = [row]
+    level: list[Any] = [values]
     for _ in range(DEEPEST):
         level = [value for each in level for value in (each.values() if isinstance(each, dict) else each)
                  if isinstance(value, dict | list)]
     return bool(level)
 
 
-def _read_txt(path: str, file: BinaryIO) -> Iterator[Row]:
-    lines, number = _Lines(file), 0
-    for line in lines:
-        if line.strip():
-            number += 1
-            if lines.first_not_utf8():
-                yield Row(number, lines.position(), problem=f"line {lines.number} is not UTF-8: save it as UTF-8",
-                          content=lines.content)
-            else:
-                yield Row(number, lines.position(), {"text": line.rstrip("\r\n")})
-        lines.mark()
+PARSERS = {".jsonl": _parse_json, ".txt": lambda line: ({"text": line.rstrip("\r\n")}, None)}
 
 
 def _read_parquet(path: str) -> Iterator[Row]:
