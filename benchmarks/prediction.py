@@ -31,7 +31,7 @@ from benchmarks.workload import PROJECT
 from suite.common.hub import quiet_libraries
 from suite.encoders.loading import load_model
 from suite.inference.classifier import Classifier
-from suite.inference.labelling import Job, read_windows
+from suite.inference.labelling import Job, read_chunks
 from suite.training.devices import SingleDevice
 from utils import Config
 
@@ -40,8 +40,8 @@ PARTS, BATCH_SIZES, TRIED = 5, (1, 8, 16, 32, 64), 512
 
 def read_texts(path: str, column: str, rows: int) -> list[str]:
     texts = []
-    for window in read_windows(path, column, []):
-        texts += [row.text for row in window if row.problem is None]
+    for chunk in read_chunks(path, column, []):
+        texts += [row.text for row in chunk if row.problem is None]
         if len(texts) >= rows:
             break
     return texts[:rows]
