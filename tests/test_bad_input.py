@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GPT2Config, T5Config, ViTConfig
 
 import data
 from suite.common import cli, hub
+from suite.common.storage import room_for
 from suite.reviews import sources
 from suite.training import run
 from utils import DataConfig, UserError, load_config
@@ -273,3 +274,10 @@ def test_an_output_dir_that_cannot_be(overrides, tmp_path):
         assert result.returncode == 2
         assert folder in result.stderr
         assert "set output_dir" in result.stderr
+
+
+def test_a_full_disk_names_the_fix_of_whoever_writes(tmp_path):
+    for fix, words in (({}, "set output_dir to another disk"), ({"fix": "choose another --output"}, "another --output")):
+        with (pytest.raises(UserError, match=f"{tmp_path}: no room to write .*same command again.*{words}$"),
+              room_for(tmp_path, needed=1e18, **fix)):
+            pytest.fail("there is no such disk")
