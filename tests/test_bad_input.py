@@ -276,8 +276,9 @@ def test_an_output_dir_that_cannot_be(overrides, tmp_path):
         assert "set output_dir" in result.stderr
 
 
-def test_a_full_disk_names_the_fix_of_whoever_writes(tmp_path):
-    for fix, words in (({}, "set output_dir to another disk"), ({"fix": "choose another --output"}, "another --output")):
-        with (pytest.raises(UserError, match=f"{tmp_path}: no room to write .*same command again.*{words}$"),
-              room_for(tmp_path, needed=1e18, **fix)):
-            pytest.fail("there is no such disk")
+@pytest.mark.parametrize(("fix", "words"), [
+    ({}, "set output_dir to another disk"), ({"fix": "choose another --output"}, "choose another --output")])
+def test_a_full_disk_names_the_fix(tmp_path, fix, words):
+    with (pytest.raises(UserError, match=f"{tmp_path}: no room to write .*same command again.*{words}$"),
+          room_for(tmp_path, needed=1e18, **fix)):
+        pytest.fail("there is no such disk")

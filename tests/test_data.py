@@ -340,7 +340,7 @@ def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
 
 @pytest.mark.parametrize("kept", [2, 3, 58, 59])
 def test_any_limit_keeps_that_many_rows(kept):
-    rows, rest = splitting._draw(np.arange(60), np.arange(60) % 2, kept, DataConfig(limit=kept), "limit")
+    rows, rest = splitting.draw_stratified(np.arange(60), np.arange(60) % 2, kept, DataConfig(limit=kept), "limit")
     assert len(rows) == kept
     assert sorted([*rows, *rest]) == list(range(60))
 
