@@ -150,7 +150,7 @@ def test_the_unlabelled_split_is_never_used(dataset_folder, overrides, capsys):
     assert sum(len(dataset) for dataset in prepared.splits.values()) == 100
     for dataset in prepared.splits.values():
         assert all(int(dataset.text(i).split()[1]) < 2000 for i in dataset.ids)
-    assert "the split unsupervised has no labels and is left out (30 rows)" in capsys.readouterr().out
+    assert "the split unsupervised has no labels and is not used (30 rows)" in capsys.readouterr().out
 
 
 def test_the_official_test_split(dataset_folder, overrides):

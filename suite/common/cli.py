@@ -135,40 +135,31 @@ def check_prediction(given: argparse.Namespace) -> None:
         if given.output is not None:
             raise UserError("--output is for the rows of --input FILE: leave it out, the label of --text is printed")
         return
-    check_input(given.input)
-    if given.output in (None, "-"):
+    check_files(given.input, given.output)
+
+
+def check_files(source: str, output: str | None) -> None:
+    """Raises UserError if the rows of `source` cannot be labelled into `output`; - is standard input and output."""
+    kind = Path(source).suffix
+    if source != "-":
+        if Path(source).is_dir():
+            raise UserError(f"--input: {source} is a folder: name one file in it")
+        if not Path(source).is_file():
+            raise UserError(f"--input: no such file: {source}")
+        if kind not in ROW_FILES:
+            raise UserError(f"--input: {source}: a file must end in {', '.join(ROW_FILES)}")
+    if output in (None, "-"):
         if num_processes() > 1:
             raise UserError("--output: several processes cannot share standard output: give a file")
-    else:
-        check_output(given.output, given.input)
-
-
-def check_input(path: str) -> None:
-    """Raises UserError if rows cannot be read from `path`: a file, or - for standard input."""
-    if path == "-":
         return
-    if Path(path).is_dir():
-        raise UserError(f"--input: {path} is a folder: name one file in it")
-    if not Path(path).is_file():
-        raise UserError(f"--input: no such file: {path}")
-    if Path(path).suffix not in ROW_FILES:
-        raise UserError(f"--input: {path}: a file must end in {', '.join(ROW_FILES)}")
-
-
-def check_output(path: str, source: str) -> None:
-    """Raises UserError if the labelled rows of `source` cannot be written to the file `path`."""
-    kind = Path(source).suffix
     kinds = [".csv", ".jsonl"] + [".parquet"] * (kind == ".parquet")
-    if Path(path).suffix not in kinds:
-        raise UserError(f"--output: {path}: from {'standard input' if source == '-' else kind}, the file must end in "
+    if Path(output).suffix not in kinds:
+        raise UserError(f"--output: {output}: from {'standard input' if source == '-' else kind}, the file must end in "
                         f"{', '.join(kinds)}")
-    if len(os.fsencode(Path(path).name)) > 235:
-        raise UserError(f"--output: {path}: the name is too long, because other names are made from it: choose a "
-                        "shorter one")
-    if not Path(path + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
-        refuse_existing(path, path + ".rejected.csv")
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--output: no such folder: {Path(path).absolute().parent}")
+    if not Path(output + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
+        refuse_existing(output, output + ".rejected.csv")
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
 
 
 def run(work: Callable[[], None]) -> None:

@@ -88,18 +88,15 @@ def answers(url: str) -> bool:
     def ask():
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
-            answered.set()
         except urllib.error.HTTPError:
-            answered.set()  # a refusal is an answer, too
+            pass  # a refusal is an answer, too
         except OSError:
-            pass
-        finally:
-            done.set()
+            return
+        answered.set()
 
-    # In a thread, because looking up a host name has no timeout.
-    done = threading.Event()
-    threading.Thread(target=ask, daemon=True).start()
-    done.wait(PROBE_SECONDS)
+    thread = threading.Thread(target=ask, daemon=True)  # because looking up a host name has no timeout
+    thread.start()
+    thread.join(PROBE_SECONDS)
     return answered.is_set()
 
 

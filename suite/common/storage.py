@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils import UserError, process_rank, say
 
@@ -178,9 +178,8 @@ def lock(folder: Path, otherwise: str = "choose another run_name") -> None:
     except OSError as error:
         raise UserError(f"{path.parent} cannot be written ({error.strerror}): set output_dir") from None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder} is in use by another process: wait until it ends, or {otherwise}") from None
+        if _is_taken(file):
+            raise UserError(f"{folder} is in use by another process: wait until it ends, or {otherwise}")
     except OSError as error:  # a file system without locks
         say(f"{path}: cannot be locked ({error.strerror}): make sure that no other process uses this run folder")
     _locks.append(file)
@@ -189,15 +188,19 @@ def lock(folder: Path, otherwise: str = "choose another run_name") -> None:
 def is_locked(folder: Path) -> bool:
     """Whether another process is using this run folder now."""
     path = folder.with_name(f".{folder.name}.lock")
-    if fcntl is None or not path.exists():
-        return False
     try:
-        with path.open("a") as file:  # closing it gives the lock back
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("r+") as file:  # closing it gives the lock back
+            return fcntl is not None and _is_taken(file)
+    except OSError:  # no such file, or a file system without locks
+        return False
+
+
+def _is_taken(file: IO) -> bool:
+    """Lock an open file; True if another process has locked it already."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
-    except OSError:
-        return False  # a file system without locks
     return False
 
 

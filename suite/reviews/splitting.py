@@ -29,8 +29,11 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
 
     Raises UserError if a class is too rare to be split.
     """
-    name, keep_copies = data_config.dataset, not data_config.drop_duplicates
-    is_test = _official_test(split_names, data_config)
+    name, official = data_config.dataset, data_config.split == "official"
+    is_test, keep_copies = (split_names == "test") & official, not data_config.drop_duplicates
+    if official and not is_test.any():
+        raise UserError(f"data_config.split is official, but {name} has no labelled test split (found "
+                        f"{', '.join(sorted(set(split_names)))}): give shares such as [0.8, 0.1, 0.1]")
     originals = _first_rows(digests)
     # The official test split stays whole, so that its figures compare with those of others. What repeats one of its
     # texts is not trained on.
@@ -45,7 +48,6 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
         pool = np.sort(pool)
         together, pool = pool, np.sort(pool[np.unique(originals[pool], return_index=True)[1]])
     splits = _draw_splits(pool, test, labels, split_names, data_config)
-    _refuse_gaps(splits, labels, name)
     if keep_copies:
         copies = np.setdiff1d(together, pool)
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
@@ -76,20 +78,12 @@ def _first_rows(digests: np.ndarray) -> np.ndarray:
     return first[inverse]
 
 
-def _official_test(split_names: np.ndarray, data_config: DataConfig) -> np.ndarray:
-    """(rows,) bool: which rows are the official test split; none if shares are drawn instead."""
-    if data_config.split != "official":
-        return np.zeros(len(split_names), dtype=bool)
-    is_test = split_names == "test"
-    if not is_test.any():
-        raise UserError(f"data_config.split is official, but {data_config.dataset} has no labelled test split (found "
-                        f"{', '.join(sorted(set(split_names)))}): give shares such as [0.8, 0.1, 0.1]")
-    return is_test
-
-
 def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_names: np.ndarray,
                  data_config: DataConfig) -> dict[str, np.ndarray]:
-    """Divide the rows of `pool` into train and valid and, unless the official `test` rows are given, test."""
+    """Divide the rows of `pool` into train, valid and test; with an official split, `test` stays as it is.
+
+    Raises UserError if a split is empty, or a class is validated or tested but not trained on.
+    """
     if data_config.split == "official":
         is_valid = np.isin(split_names[pool], ("validation", "valid", "dev"))
         train, valid = (pool[~is_valid], pool[is_valid]) if is_valid.any() else draw_stratified(
@@ -100,18 +94,14 @@ def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_n
         train, rest = draw_stratified(pool, labels, len(pool) - held_out, data_config)
         valid, test = draw_stratified(rest, labels, round(held_out * valid_share / (valid_share + test_share)),
                                       data_config)
-    return {"train": train, "valid": valid, "test": test}
-
-
-def _refuse_gaps(splits: dict[str, np.ndarray], labels: np.ndarray, name: str) -> None:
-    """Raises UserError if a split is empty, or a class is validated or tested but not trained on."""
+    splits, name = {"train": train, "valid": valid, "test": test}, data_config.dataset
     if empty := [split for split, rows in splits.items() if len(rows) == 0]:
         raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
-    # Draws are stratified, so only an official split can lack a class.
-    others = set(labels[np.concatenate([splits["valid"], splits["test"]])].tolist())
-    if lacking := others - set(labels[splits["train"]].tolist()):
+    others = set(labels[np.concatenate([valid, test])].tolist())
+    if lacking := others - set(labels[train].tolist()):  # only in an official split: draws are stratified
         raise UserError(f"{name}: no row to train on has the class {min(lacking)}, counted from 0: add some, or give "
                         "shares such as data_config.split=[0.8,0.1,0.1]")
+    return splits
 
 
 def draw_stratified(rows: np.ndarray, labels: np.ndarray, count: int, data_config: DataConfig, key: str = "split"
