@@ -67,8 +67,8 @@ class ModelConfig:
 class DataConfig:
     dataset: str = option("stanfordnlp/imdb", "Hub id, local folder, or a .csv, .jsonl or .parquet file")
     text_column: str = option("text", "column that holds the review")
-    label_column: str = option("label", "column that holds the class: integers from 0, or names, which "
-                              "are numbered in the order of their Unicode code points")
+    label_column: str = option("label", "column that holds the class: integers from 0, or names (numbered in the order "
+                               "of their Unicode code points)")
     split: Any = option([0.8, 0.1, 0.1], "shares of train, valid and test in all labelled rows, stratified by class; "
                         "or `official`: the dataset's own test split")
     split_seed: int = option(42, "seed of the split; independent of train_config.seed", at_least=0, at_most=2**32 - 1)
@@ -88,24 +88,19 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    seed: int = option(42, "seed of the head's weights, dropout and the order of the reviews", at_least=0,
-                       at_most=2**32 - 1)
+    seed: int = option(42, "seed of the head's weights, dropout and review order", at_least=0, at_most=2**32 - 1)
     epochs: int = option(5, "passes over the training reviews", at_least=1)
-    max_steps: int | None = option(None, "end after this many optimizer steps, if that is before the last epoch's end",
-                                   at_least=1)
+    max_steps: int | None = option(None, "end after this many optimizer steps, if not before", at_least=1)
     optimizer: str = option("adam", "adam adds weight decay to the gradient (L2), adamw decouples it from the gradient",
                             choices=("adam", "adamw", "sgd"))
     learning_rate: float = option(5e-5, "learning rate after the warm-up", above=0, at_most=1e30)
     weight_decay: float = option(0.0, "weight decay, on all weights except biases and norms", at_least=0)
-    class_weights: str | None = option(None, "`balanced`: a review counts in the loss in inverse proportion to how "
-                                       "frequent its class is in training; null: all count the same",
-                                       choices=("balanced",))
+    class_weights: str | None = option(None, "`balanced`: a review's weight in the loss is inversely proportional to "
+                                       "its class's share of training; null: all count the same", choices=("balanced",))
     scheduler: str = option("constant", "how the learning rate changes with the optimizer steps after the warm-up",
                             choices=("constant", "linear", "cosine"))
-    warmup_ratio: float = option(0.0, "share of the optimizer steps in which the learning rate rises from 0",
-                                 at_least=0, at_most=1)
-    max_grad_norm: float | None = option(None, "clip the gradient to this L2 norm at every optimizer step; null: never",
-                                         above=0)
+    warmup_ratio: float = option(0.0, "share of the optimizer steps that warm up from 0", at_least=0, at_most=1)
+    max_grad_norm: float | None = option(None, "clip each step's gradient to this L2 norm; null: never", above=0)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step on each device; above 1 for "
                                               "main_accumulation.py", at_least=1)
     effective_batch_size: int | None = option(None, "reviews per optimizer step, over all micro-batches and devices; "
@@ -116,10 +111,8 @@ class TrainConfig:
     mixed_precision: str = option("auto", "precision of the forward pass; auto: bf16 if the device supports it, else "
                                   "no", choices=("auto", "no", "bf16", "fp16"))
     compile: bool = option(False, "compile the encoder with torch.compile")
-    early_stopping_patience: int | None = option(None, "stop after this many epochs without a better validation metric",
-                                                 at_least=1)
-    best_metric: str = option("accuracy", "validation metric that chooses the best epoch",
-                              choices=("accuracy", "loss"))
+    early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
+    best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
     resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
                          "there is nothing to continue", choices=("auto", "never", "must"), shapes_result=False)
     overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)

@@ -227,6 +227,12 @@ def test_copies_count_towards_the_limit(tmp_path, overrides, drop):
     assert len(set.union(*texts)) == sum(map(len, texts))
 
 
+def test_fp16_on_a_cpu_that_nobody_named_is_refused(refused, monkeypatch):
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    assert "a CPU cannot train in" in refused("train_config.mixed_precision=fp16", "train_config.device=auto")
+
+
 @pytest.mark.parametrize(("error", "stays"), [
     (TypeError("a bug"), True), (KeyError("a bug"), True), (AttributeError("a bug"), True), (RuntimeError("bug"), True),
     (OSError("no such file"), False), (ValueError("a bad value"), False), (UserError("said already"), False)])
