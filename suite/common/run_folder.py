@@ -76,7 +76,7 @@ def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, s
     Raises UserError if the file is missing or damaged.
     """
     path = run_folder / "misclassified.csv"
-    again = f"write it again by python main.py --mode test --config {run_folder / 'config.yaml'}"
+    again = f"write it again with python main.py --mode test --config {run_folder / 'config.yaml'}"
     csv.field_size_limit(2**31 - 1)  # the csv module's own limit is 131,072 characters, less than some reviews have
     try:
         with open(path, newline="", encoding="utf-8") as file:
