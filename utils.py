@@ -1,8 +1,8 @@
 """The configuration, and small helpers that every script shares.
 
 `load_config` reads config.yaml with omegaconf, applies overrides such as `train_config.epochs=3`, and refuses unknown
-keys, wrong types and impossible values in one error that lists them all. Nothing here imports torch, so a typing
-mistake is answered at once.
+keys, wrong types and impossible values in one error that lists them all. Torch is only imported when it is needed, so
+the answer to a typing mistake comes at once.
 """
 
 from __future__ import annotations
@@ -23,17 +23,15 @@ from omegaconf.errors import OmegaConfBaseException
 from suite.common.checks import impossible_values
 
 PROJECT = Path(__file__).resolve().parent
-
-
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
 
 class UserError(Exception):
-    """The user's input is wrong. Its message is one line that names the file, key, row or value and the fix."""
+    """The user's input is wrong. The message is one line that names the file, key, row or value, and the fix."""
 
 
 def brief(error: BaseException) -> str:
-    """What an error of a library says, on one line of at most 200 characters; its type where it says nothing."""
+    """The message of a library's error as one line of at most 200 characters; the error's type if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -42,10 +40,10 @@ def brief(error: BaseException) -> str:
 
 
 def option(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A field of the configuration.
+    """A field of the configuration. `meaning` stands in the table of settings, docs/settings.md.
 
     `bounds`: `choices` (a tuple of allowed values), `at_least`, `at_most`, `above` and `below` (numbers).
-    `shapes_result=False` marks what may change between two parts of one run: no trained weight depends on it.
+    `shapes_result=False` marks a key that no trained weight depends on. It may change when a run is resumed.
     """
     metadata = {"meaning": meaning, "shapes_result": True, **bounds}
     if isinstance(default, list):
@@ -56,83 +54,85 @@ def option(default: Any, meaning: str, **bounds: Any) -> Any:
 @dataclass
 class ModelConfig:
     model_name: str = option("bert-base-uncased", "the pretrained encoder: Hub id or local folder")
-    pretrained: bool = option(True, "false: the same architecture with fresh weights")
-    num_labels: int = option(2, "classes", at_least=2, at_most=100_000)
-    pooling: str = option("cls", "`cls`: the first token's hidden state; `mean`: over real tokens, never over padding",
-                          choices=("cls", "mean"))
+    pretrained: bool = option(True, "false: the same architecture with random weights")
+    num_labels: int = option(2, "number of classes", at_least=2, at_most=100_000)
+    pooling: str = option("cls", "what represents a review: `cls`, the first token's hidden state, or `mean`, the mean "
+                          "over its tokens without padding", choices=("cls", "mean"))
     dropout_rate: float = option(0.1, "dropout before the classification head", at_least=0, below=1)
-    encoder_dropout: float | None = option(None, "null: the encoder's own; a number replaces all of its dropouts",
+    encoder_dropout: float | None = option(None, "dropout everywhere in the encoder; null: the encoder's own rates",
                                            at_least=0, below=1)
 
 
 @dataclass
 class DataConfig:
     dataset: str = option("stanfordnlp/imdb", "Hub id, local folder, or a .csv, .jsonl or .parquet file")
-    text_column: str = option("text", "column with the review")
-    label_column: str = option("label", "column with the class: integers from 0, or names")
-    split: Any = option([0.8, 0.1, 0.1], "train, valid, test shares of all labelled rows, stratified; "
+    text_column: str = option("text", "column that holds the review")
+    label_column: str = option("label", "column that holds the class: integers from 0, or names (numbered in the order "
+                               "of their Unicode code points)")
+    split: Any = option([0.8, 0.1, 0.1], "shares of train, valid and test in all labelled rows, stratified by class; "
                         "or `official`: the dataset's own test split")
-    split_seed: int = option(42, "draws the split; independent of train_config.seed", at_least=0, at_most=2**32 - 1)
-    drop_duplicates: bool = option(True, "keep the first of exactly equal texts; "
-                                   "false: keep all, on the same side of the split")
+    split_seed: int = option(42, "seed of the split; independent of train_config.seed", at_least=0, at_most=2**32 - 1)
+    drop_duplicates: bool = option(True, "keep only the first of exactly equal texts; "
+                                   "false: keep them all, in the same part of the split")
     limit: int | None = option(None, "use only this many rows, for a quick look", at_least=1)
-    max_len: int = option(128, "tokens a review, special tokens included", at_least=4)
-    truncation: str = option("head", "the part of a long review that is read", choices=("head", "tail", "head_tail"))
-    line_breaks: str = option("keep", "`<br />` in a text: read as it is written, or as a space",
+    max_len: int = option(128, "longest input in tokens, special tokens included", at_least=4)
+    truncation: str = option("head", "which part of a longer review is kept", choices=("head", "tail", "head_tail"))
+    line_breaks: str = option("keep", "how `<br />` in a text is read: as it is written, or as a space",
                               choices=("keep", "space"))
-    batch_size: int = option(64, "reviews a forward pass on one device: the micro-batch", at_least=1)
-    eval_batch_size: int = option(256, "reviews a forward pass in evaluation and prediction; "
+    batch_size: int = option(64, "reviews per forward pass on one device: the micro-batch", at_least=1)
+    eval_batch_size: int = option(256, "reviews per forward pass in evaluation and prediction; "
                                   "at most 64 on a CPU", at_least=1, shapes_result=False)
-    num_workers: int = option(0, "processes that prepare batches; a batch takes 0.15 ms without any", at_least=0,
+    num_workers: int = option(0, "processes that prepare batches; without them, a batch takes 0.15 ms", at_least=0,
                               shapes_result=False)
 
 
 @dataclass
 class TrainConfig:
-    seed: int = option(42, "weights of the head, dropout and order of the reviews", at_least=0, at_most=2**32 - 1)
+    seed: int = option(42, "seed of the head's weights, dropout and review order", at_least=0, at_most=2**32 - 1)
     epochs: int = option(5, "passes over the training reviews", at_least=1)
-    max_steps: int | None = option(None, "optimizer steps; ends earlier than epochs", at_least=1)
-    optimizer: str = option("adam", "adam applies weight decay as L2 inside its moments, adamw apart from them",
+    max_steps: int | None = option(None, "end after this many optimizer steps, if not before", at_least=1)
+    optimizer: str = option("adam", "adam adds weight decay to the gradient (L2), adamw decouples it from the gradient",
                             choices=("adam", "adamw", "sgd"))
-    learning_rate: float = option(5e-5, "at the end of the warm-up", above=0, at_most=1e30)
-    weight_decay: float = option(0.0, "on all weights but biases and norms", at_least=0)
-    class_weights: str | None = option(None, "`balanced`: the rarer a review's class in training, the more the review "
-                                       "counts in the loss; null: all alike", choices=("balanced",))
-    scheduler: str = option("constant", "of the learning rate, counted in optimizer steps",
+    learning_rate: float = option(5e-5, "learning rate after the warm-up", above=0, at_most=1e30)
+    weight_decay: float = option(0.0, "weight decay, on all weights except biases and norms", at_least=0)
+    class_weights: str | None = option(None, "`balanced`: a review's weight in the loss is inversely proportional to "
+                                       "its class's share of training; null: all count the same", choices=("balanced",))
+    scheduler: str = option("constant", "how the learning rate changes with the optimizer steps after the warm-up",
                             choices=("constant", "linear", "cosine"))
-    warmup_ratio: float = option(0.0, "share of the optimizer steps", at_least=0, at_most=1)
-    max_grad_norm: float | None = option(None, "clip the gradient's L2 norm once a window; null: no clipping", above=0)
-    gradient_accumulation_steps: int = option(1, "micro-batches an optimizer step (main_accumulation.py)", at_least=1)
-    effective_batch_size: int | None = option(None, "reviews an optimizer step, over all micro-batches and processes; "
+    warmup_ratio: float = option(0.0, "share of the optimizer steps that warm up from 0", at_least=0, at_most=1)
+    max_grad_norm: float | None = option(None, "clip each step's gradient to this L2 norm; null: never", above=0)
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step on each device; above 1 for "
+                                              "main_accumulation.py", at_least=1)
+    effective_batch_size: int | None = option(None, "reviews per optimizer step, over all micro-batches and devices; "
                                               "sets gradient_accumulation_steps", at_least=1)
     auto_micro_batch: bool = option(False, "halve the micro-batch when a GPU runs out of memory, at the same effective "
                                     "batch", shapes_result=False)
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
-    mixed_precision: str = option("auto", "auto: bf16 where the device computes in it, else no",
-                                  choices=("auto", "no", "bf16", "fp16"))
-    compile: bool = option(False, "torch.compile the encoder")
-    early_stopping_patience: int | None = option(None, "epochs without a better validation metric", at_least=1)
-    best_metric: str = option("accuracy", "chooses the best epoch, on validation", choices=("accuracy", "loss"))
-    resume: str = option("auto", "auto: go on where the same run stopped; never: start afresh; must: fail if there is "
-                         "nothing to go on from", choices=("auto", "never", "must"), shapes_result=False)
+    mixed_precision: str = option("auto", "precision of the forward pass; auto: bf16 if the device supports it, else "
+                                  "no", choices=("auto", "no", "bf16", "fp16"))
+    compile: bool = option(False, "compile the encoder with torch.compile")
+    early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
+    best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
+    resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
+                         "there is nothing to continue", choices=("auto", "never", "must"), shapes_result=False)
     overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
-    save_every_steps: int = option(500, "optimizer steps between two saved states; one more at each epoch's end",
+    save_every_steps: int = option(500, "optimizer steps between two saved states; one more is saved after each epoch",
                                    at_least=1, shapes_result=False)
 
 
 @dataclass
 class LogConfig:
-    wandb_project: str = option("imdb-sentiment", "project on wandb", shapes_result=False)
-    wandb_mode: str = option("auto", "auto: online where a login exists, else offline",
+    wandb_project: str = option("imdb-sentiment", "name of the project on wandb", shapes_result=False)
+    wandb_mode: str = option("auto", "auto: online if there is a login, else offline",
                              choices=("auto", "online", "offline", "disabled"), shapes_result=False)
     log_every_steps: int = option(10, "optimizer steps between two training records", at_least=1)
 
 
 @dataclass
 class Config:
-    run_name: str | None = option(None, "null: `<model>-len<max_len>-bs<effective batch>-seed<seed>`",
-                                  shapes_result=False)
-    output_dir: str = option("checkpoints", "folder of the run folders", shapes_result=False)
+    run_name: str | None = option(None, "name of the run folder; null: `<model>-len<max_len>-bs<effective batch>-"
+                                  "seed<seed>`", shapes_result=False)
+    output_dir: str = option("checkpoints", "folder that holds the run folders", shapes_result=False)
     model_config: ModelConfig = field(default_factory=ModelConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     train_config: TrainConfig = field(default_factory=TrainConfig)
@@ -144,27 +144,27 @@ class Config:
 
     @property
     def is_demo(self) -> bool:
-        """Whether the reviews are the built-in, generated ones: every result of such a run is marked DEMO."""
+        """Whether the reviews are the demo's generated ones. Every result of such a run is marked DEMO."""
         return (PROJECT / "demo") in Path(self.data_config.dataset).resolve().parents
 
     @property
     def demo_mark(self) -> str:
-        """What stands before every result of the demo; nothing before others."""
+        """Text to put before every result of a demo run; empty for other runs."""
         return "DEMO (generated reviews, not IMDB): " if self.is_demo else ""
 
 
 def num_processes() -> int:
-    """How many processes the launcher started (torchrun and `accelerate launch` set WORLD_SIZE); 1 without one."""
+    """The number of processes that torchrun or `accelerate launch` started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def process_rank() -> int:
-    """This process's number among them; 0 writes the files."""
+    """This process's number among them. Process 0 writes the files."""
     return int(os.environ.get("RANK", 0))
 
 
 def say(text: str) -> None:
-    """Print a line for the user, once however many processes there are."""
+    """Print a line for the user, in process 0 only."""
     if process_rank() == 0:
         print(text, flush=True)
 
@@ -187,8 +187,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
                 ) -> Config:
     """The configuration of `path` with the overrides (`section.key=value`) applied.
 
-    `between` replaces values of the file and yields to the overrides: {where they come from: {dotted key: value}}.
-    Raises UserError that lists every problem: unknown keys with the nearest valid name, wrong types, impossible values.
+    `between` holds values that replace those of the file and are themselves replaced by the overrides:
+    {where they come from: {dotted key: value}}. Raises a UserError that lists every problem: unknown keys with the
+    nearest valid name, wrong types, impossible values.
     """
     known = dict(config_fields())
     config = OmegaConf.structured(Config)
@@ -213,10 +214,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
         config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = error.full_key or "an interpolation"  # a ${...} whose value is missing or of the wrong type
-        raise UserError(f"{origins.get(key, path)}: {key}: {brief(error)}: give a value that fits"
-                        ) from None
+        raise UserError(f"{origins.get(key, path)}: {key}: {brief(error)}: give a value of the right type") from None
     for section, key in ((config, "output_dir"), (config.model_config, "model_name"), (config.data_config, "dataset")):
-        if (value := getattr(section, key)).startswith("~"):  # in key=~/folder, no shell expands it
+        if (value := getattr(section, key)).startswith("~"):  # the shell leaves it alone in key=~/folder
             setattr(section, key, os.path.expanduser(value))
     for key, text in impossible_values(config, known, num_processes()).items():
         problems.setdefault(key, f"{origins.get(key, path)}: {text}")
@@ -224,7 +224,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
         found = list(problems.values())
         count = f"{len(found)} problems: " if len(found) > 1 else ""
         raise UserError(count + "; ".join(found))
-    # Both ways to ask for a batch say the same from here on.
+    # The batch was given by one of two keys; from here on, both hold what it means.
     share = config.data_config.batch_size * num_processes()
     if config.train_config.effective_batch_size is None:
         config.train_config.effective_batch_size = share * config.train_config.gradient_accumulation_steps
@@ -234,7 +234,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
 
 
 def read_yaml(path: str | Path, fix: str = "give the configuration with --config FILE") -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError; `fix` is what to do where there is no such file."""
+    """The mapping in a YAML file. Raises UserError; `fix` says what to do if there is no such file."""
     try:
         loaded = OmegaConf.load(path)
         tree = OmegaConf.to_container(loaded, resolve=False)
@@ -251,13 +251,13 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in a tree of sections."""
+    """(dotted key, value) of every value in a tree of sections."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         is_section = name in Config.__dataclass_fields__ and name.endswith("_config")
         if isinstance(value, dict):
             yield from leaves(value, name + ".")
-        elif not (is_section and value is None):  # a section with nothing below it means its defaults
+        elif not (is_section and value is None):  # an empty section means its defaults
             yield name, value
 
 
@@ -280,16 +280,16 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
 
 
 def suggest(key: str, known: dict) -> str:
-    """What to say after an unknown key: the nearest valid name, or where to find one."""
+    """What to say after an unknown key: the nearest valid name, or where all of them stand."""
     if key in Config.__dataclass_fields__:
         return f"; it is a section: set one of its keys, such as {next(k for k in known if k.startswith(key + '.'))}"
-    # The last part alone finds the key when the section is missing or misspelt: `epochs` -> train_config.epochs.
+    # If the section is missing or misspelt, the last part still finds the key: `epochs` -> train_config.epochs.
     by_leaf = {name.rpartition(".")[2]: name for name in known}
     leaf = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     if (not near or leaf in by_leaf) and (leaves := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)):
         near = [by_leaf[leaves[0]]]
-    return f"; did you mean {near[0]}?" if near else "; see the table in README.md"
+    return f"; did you mean {near[0]}?" if near else "; docs/settings.md lists all keys"
 
 
 def _type_name(entry: Any) -> str:
@@ -313,9 +313,3 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-

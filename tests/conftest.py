@@ -128,12 +128,12 @@ def run_here(*arguments: str, mode: str = "train", **options) -> subprocess.Comp
     already."""
     import main
     from suite.common import cli
-    from utils import load_config
 
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(lambda: main.main(cli.Command(mode, load_config(PROJECT / "config.yaml", arguments), **options)))
+            cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / "config.yaml", arguments),
+                                                  **options)))
         except SystemExit as left:
             code = left.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GPT2Config, T5Config, ViTConfig
 
 import data
 from suite.common import cli, hub
+from suite.common.storage import room_for
 from suite.reviews import sources
 from suite.training import run
 from utils import DataConfig, UserError, load_config
@@ -226,6 +227,12 @@ def test_copies_count_towards_the_limit(tmp_path, overrides, drop):
     assert len(set.union(*texts)) == sum(map(len, texts))
 
 
+def test_fp16_on_a_cpu_that_nobody_named_is_refused(refused, monkeypatch):
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    assert "a CPU cannot train in" in refused("train_config.mixed_precision=fp16", "train_config.device=auto")
+
+
 @pytest.mark.parametrize(("error", "stays"), [
     (TypeError("a bug"), True), (KeyError("a bug"), True), (AttributeError("a bug"), True), (RuntimeError("bug"), True),
     (OSError("no such file"), False), (ValueError("a bad value"), False), (UserError("said already"), False)])
@@ -273,3 +280,11 @@ def test_an_output_dir_that_cannot_be(overrides, tmp_path):
         assert result.returncode == 2
         assert folder in result.stderr
         assert "set output_dir" in result.stderr
+
+
+@pytest.mark.parametrize(("fix", "words"), [
+    ({}, "set output_dir to another disk"), ({"fix": "choose another --output"}, "choose another --output")])
+def test_a_full_disk_names_the_fix(tmp_path, fix, words):
+    with (pytest.raises(UserError, match=f"{tmp_path}: no room to write .*same command again.*{words}$"),
+          room_for(tmp_path, needed=1e18, **fix)):
+        pytest.fail("there is no such disk")

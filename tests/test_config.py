@@ -9,7 +9,9 @@ import pytest
 from conftest import PROJECT, SHARED, run_script
 
 import utils
-from suite.common import checks
+from suite.common import checks, cli
+from suite.common.run_folder import save_config
+from suite.common.settings_table import settings_table
 from utils import UserError, config_fields, load_config
 
 
@@ -37,10 +39,11 @@ def test_every_default_of_config_yaml_is_the_default(tmp_path):
     assert load_config(tmp_path / "empty.yaml") == load_config(PROJECT / "config.yaml")
 
 
-def test_readme_documents_every_key_with_its_meaning():
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    for key, entry in config_fields():
-        assert re.search(rf"\| `{re.escape(key)}` \|.*{re.escape(entry.metadata['meaning'])}", readme), key
+def test_the_table_of_settings_is_the_one_that_is_generated():
+    text = (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- settings -->\n")[2].partition("\n<!-- /settings -->")[0]
+    assert table == settings_table(), "replace it with the output of: python -m suite.common.settings_table"
+    assert table.count("\n") == 1 + sum(1 for _ in config_fields())
 
 
 def misspellings():
@@ -155,6 +158,34 @@ def test_wrong_command_lines(arguments, words):
     assert result.returncode == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["test", "predict", "explain", "export"])
+def test_only_training_needs_main_accumulation_for_accumulated_batches(monkeypatch, mode):
+    options = ["--text", "a film"] if mode in ("predict", "explain") else []
+    steps = "train_config.gradient_accumulation_steps=4"
+    monkeypatch.setattr("sys.argv", ["main.py", "--mode", mode, *options, steps])
+    assert cli.read_command("", accumulates=False).config.train_config.gradient_accumulation_steps == 4
+    monkeypatch.setattr("sys.argv", ["main.py", steps])
+    with pytest.raises(SystemExit):
+        cli.read_command("", accumulates=False)
+
+
+def test_mode_test_takes_the_configuration_that_the_run_has_saved(tmp_path, monkeypatch):
+    path, named = PROJECT / "config.yaml", [f"output_dir={tmp_path}", "run_name=quick"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trained = load_config(path, [*named, "data_config.limit=600", "train_config.gradient_accumulation_steps=3"])
+    assert trained.train_config.effective_batch_size == 384
+    (tmp_path / "quick").mkdir()
+    save_config(trained, tmp_path / "quick" / "config.yaml")
+    for processes in ("1", "5"):  # 384 reviews in micro-batches of 64 cannot be shared by five
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        config = cli.config_for("test", path, named)
+        assert (config.data_config.limit, config.train_config.effective_batch_size) == (600, 384)
+        assert config.run_folder == tmp_path / "quick"
+    assert cli.config_for("test", path, [*named, "data_config.limit=500"]).data_config.limit == 500
+    assert cli.config_for("train", path, named).data_config.limit is None
+    assert cli.config_for("test", path, [named[0], "run_name=other"]).data_config.limit is None
 
 
 def test_the_two_ways_to_ask_for_a_batch_agree():

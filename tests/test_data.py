@@ -152,7 +152,7 @@ def test_the_unlabelled_split_is_never_used(dataset_folder, overrides, capsys):
     assert sum(len(dataset) for dataset in prepared.splits.values()) == 100
     for dataset in prepared.splits.values():
         assert all(int(dataset.text(i).split()[1]) < 2000 for i in dataset.ids)
-    assert "the split unsupervised has no labels and is left out (30 rows)" in capsys.readouterr().out
+    assert "the split unsupervised has no labels and is not used (30 rows)" in capsys.readouterr().out
 
 
 def test_the_official_test_split(dataset_folder, overrides):
@@ -342,7 +342,7 @@ def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
 
 @pytest.mark.parametrize("kept", [2, 3, 58, 59])
 def test_any_limit_keeps_that_many_rows(kept):
-    rows, rest = splitting._draw(np.arange(60), np.arange(60) % 2, kept, DataConfig(limit=kept), "limit")
+    rows, rest = splitting.draw_stratified(np.arange(60), np.arange(60) % 2, kept, DataConfig(limit=kept), "limit")
     assert len(rows) == kept
     assert sorted([*rows, *rest]) == list(range(60))
 

@@ -369,3 +369,13 @@ def test_plain_lines_where_the_output_is_no_terminal(tmp_path):
                    "log_config.log_every_steps=5")
     assert "reviews/s" in result.stdout
     assert "\r" not in result.stdout + result.stderr
+
+
+def test_mode_test_without_the_settings_that_the_run_was_trained_with(undisturbed):
+    _, folder = undisturbed
+    before = bits_of(folder)
+    named = [f"output_dir={folder.parent}", "run_name=run"]
+    train_here(*named, mode="test")
+    assert bits_of(folder) == before
+    refused = train_here(*named, "data_config.max_len=16", mode="test", code=2)
+    assert "data_config.max_len: 32 -> 16" in refused.stderr

@@ -1,21 +1,22 @@
-"""Values of the configuration that have the right type and still cannot work, found without importing torch."""
+"""Finds values of the configuration that have the right type and still cannot work, without importing torch.
+
+`utils.load_config` calls this module, which lies below it and imports nothing of the project.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 
 def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> dict[str, str]:
-    """{key: problem} for every value of the right type that cannot work.
+    """{dotted key: what is wrong} for every value of the right type that cannot work.
 
-    `fields`: the dataclass field of every dotted key; `processes`: how many were launched.
+    `config` is a `utils.Config`, `fields` the dataclass field of every dotted key, `processes` the number launched.
     """
     problems = {}
     for key, entry in fields.items():
@@ -35,7 +36,7 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
                             or not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)):
         problems["run_name"] = (f"run_name is {config.run_name!r}: use up to 200 letters, digits and . _ - = + for a "
                                 "folder's name")
-    if train.mixed_precision == "fp16" and (train.device == "cpu" or train.device == "auto" and not has_accelerator()):
+    if train.mixed_precision == "fp16" and train.device == "cpu":
         problems["train_config.mixed_precision"] = (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
     if problem := _batch_problem(data.batch_size, train, processes):
@@ -50,7 +51,7 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
 
 
 def too_long(max_len: int, model_name: str, longest: int | None) -> str | None:
-    """What is wrong with max_len for an encoder that takes `longest` tokens; None if nothing is."""
+    """What is wrong with max_len if the encoder takes at most `longest` tokens (None: any number); None if nothing."""
     if longest is None or max_len <= longest:
         return None
     return f"data_config.max_len is {max_len}: {model_name} takes at most {longest} tokens"
@@ -99,10 +100,8 @@ def _batch_problem(micro_batch: int, train: Any, processes: int) -> str | None:
 
 
 def max_positions(model_name: str) -> int | None:
-    """`position_limit` of the encoder in a local folder or in the Hub's cache; None where it is not here yet."""
+    """`position_limit` of the encoder in a local folder or in the Hub's cache; None if it is in neither."""
     path = Path(model_name) / "config.json"
-    if len(model_name) > 1000:
-        return None
     if not Path(model_name).is_dir():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.utils import HFValidationError
@@ -115,28 +114,19 @@ def max_positions(model_name: str) -> int | None:
     try:
         return position_limit(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
-        return None  # the loader says what is wrong with the folder
+        return None  # loading the model will say what is wrong with the folder
 
 
 def position_limit(encoder: dict[str, Any]) -> int | None:
-    """The longest input in tokens that an encoder with this config.json takes.
+    """The longest input, in tokens, that an encoder with this config.json takes.
 
-    None where its architecture sets no limit, as DeBERTa-v3, whose positions are relative.
+    None if its architecture sets no limit: DeBERTa-v3, for example, has relative positions.
     """
     positions = encoder.get("max_position_embeddings")
     if not isinstance(positions, int) or positions < 1 or encoder.get("position_biased_input") is False:
         return None
-    # RoBERTa and its kin number positions from pad_token_id + 1.
+    # RoBERTa and its relatives number positions from pad_token_id + 1.
     if encoder.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl",
                                      "roberta-prelayernorm", "data2vec-text", "xmod"):
         positions -= encoder.get("pad_token_id", 1) + 1
     return positions
-
-
-def has_accelerator() -> bool:
-    """Whether a GPU's driver is here: good enough to refuse fp16 on a laptop before torch is imported."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' GPUs under WSL
-    apple_silicon = sys.platform == "darwin" and os.uname().machine == "arm64"
-    return apple_silicon or sys.platform == "win32" or any(map(os.path.exists, drivers))

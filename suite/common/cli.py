@@ -4,17 +4,18 @@ import argparse
 import atexit
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from suite.common.hub import usable_cache
+from suite.common.run_folder import read_saved_config
 from suite.common.stopping import SIGNALS
 from suite.common.storage import refuse_existing
 from utils import Config, UserError, load_config, num_processes
 
 MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
-         "explain": ("model", "text", "output")}  # with the options that each takes beside the configuration
+         "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
 ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 
@@ -25,16 +26,35 @@ class Command:
     model: str | None = None  # the folder of a trained model; None: the run's best
     text: str | None = None
     input: str | None = None  # a file, or - for standard input
-    output: str | None = None  # a file; None: standard output, or the mode's own place
+    output: str | None = None  # a file or folder; None: standard output, or where the mode writes by default
 
 
 def read_command(description: str, accumulates: bool) -> Command:
-    """Parse and check the command line; leaves with exit code 2 and one line if it is wrong.
+    """Parse and check the command line; if it is wrong, print one line and leave with exit code 2.
 
-    Fast, for it imports no torch: scripts call it before their other imports.
+    It imports no torch, so scripts call it before their slow imports. `accumulates`: whether the script can train with
+    several micro-batches and processes.
     """
     SIGNALS.install()
     SIGNALS.importing = True
+    given = parse(description)
+    try:
+        check_options(given)
+        config = config_for(given.mode, given.config, given.overrides)
+        if not accumulates:
+            refuse_accumulation(given.mode, config)
+    except UserError as error:
+        leave(error)
+    except OSError as error:  # such as a file name that is too long
+        leave(UserError(f"command line: {error.filename}: {error.strerror}"))
+    if given.mode in ("train", "test"):
+        usable_cache()
+    return Command(given.mode, config, given.model, given.text, given.input,
+                   output=None if given.output == "-" else given.output)
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The options of the command line, and all `section.key=value` in the order in which they were given."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
@@ -42,40 +62,53 @@ def read_command(description: str, accumulates: bool) -> Command:
     parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain: a trained model (default: the "
                         "best one of the run)")
     parser.add_argument("--text", metavar="TEXT", help="predict, explain: one review")
-    parser.add_argument("--input", metavar="FILE", help="predict: reviews in a .csv, .jsonl, .parquet or .txt file (a "
-                        "review a line), or - for lines from standard input")
-    parser.add_argument("--output", metavar="FILE", help="predict: a .csv, .jsonl or, from .parquet, .parquet file "
-                        "(default: standard output); export: a folder; explain: an .html file")
+    parser.add_argument("--input", metavar="FILE", help="predict: reviews in a .csv, .jsonl, .parquet or .txt file "
+                        "(one review per line), or - for lines from standard input")
+    parser.add_argument("--output", metavar="FILE", help="predict: a .csv or .jsonl file, or .parquet if the input is "
+                        "one (default: standard output); export: a folder; explain: an .html file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="replaces a value of the configuration; README.md has the table")
+                        help="replaces a value of the configuration; docs/settings.md lists them all")
     parser.error = lambda message: leave(UserError(f"command line: {message}; see --help"))
-    arguments, unknown = parser.parse_known_intermixed_args()
-    try:
-        if arguments.mode not in MODES:
-            raise UserError(f"--mode {arguments.mode}: choose one of {', '.join(MODES)}")
-        try:
-            check_options(arguments)
-        except OSError as error:  # such as a name that is too long
-            raise UserError(f"command line: {error.filename}: {error.strerror}") from None
-        config = load_config(arguments.config, [*unknown, *arguments.overrides])
-        if num_processes() > 1 and not accumulates:
-            raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py "
-                            "with the same arguments, or unset WORLD_SIZE")
-        steps = config.train_config.gradient_accumulation_steps
-        if steps > 1 and not accumulates:
-            effective = config.train_config.effective_batch_size
-            raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): "
-                            "main.py takes one micro-batch a step; run main_accumulation.py with the same arguments")
-    except UserError as error:
-        leave(error)
-    if arguments.mode in ("train", "test"):
-        usable_cache()
-    output = None if arguments.output == "-" else arguments.output
-    return Command(arguments.mode, config, arguments.model, arguments.text, arguments.input, output)
+    given, unknown = parser.parse_known_intermixed_args()
+    given.overrides = [*unknown, *given.overrides]
+    return given
+
+
+def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
+    """The configuration of a command: that of `path` with the overrides applied.
+
+    `--mode test` takes the one that the run has saved, so nobody has to repeat what the run was trained with. Overrides
+    still apply; the test itself refuses those that contradict the run.
+    """
+    config = load_config(path, overrides)
+    saved = config.run_folder / "config.yaml"
+    if mode != "test" or not saved.exists():
+        return config
+    effective_batch_size = read_saved_config(saved).train_config.effective_batch_size
+    # The saved batch may not divide by the number of processes that run the test. They take no optimizer step, so the
+    # check of it is passed by; the model card names the batch that the run was trained with.
+    config = load_config(saved, overrides, {str(path): {
+        "output_dir": config.output_dir, "run_name": config.run_name,
+        "train_config.effective_batch_size": None, "train_config.gradient_accumulation_steps": 1}})
+    config.train_config.effective_batch_size = effective_batch_size
+    return config
+
+
+def refuse_accumulation(mode: str, config: Config) -> None:
+    """Raises UserError if the command needs main_accumulation.py."""
+    steps, effective = config.train_config.gradient_accumulation_steps, config.train_config.effective_batch_size
+    if num_processes() > 1:
+        raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py with "
+                        "the same arguments, or unset WORLD_SIZE")
+    if mode == "train" and steps > 1:
+        raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): main.py "
+                        "trains on one micro-batch a step; run main_accumulation.py with the same arguments")
 
 
 def check_options(given: argparse.Namespace) -> None:
-    """Raises UserError for what cannot work with this mode, before anything is loaded."""
+    """Raises UserError for an option that cannot work in this mode, before anything is loaded."""
+    if given.mode not in MODES:
+        raise UserError(f"--mode {given.mode}: choose one of {', '.join(MODES)}")
     for option in ("model", "text", "input", "output"):
         modes = [mode for mode in MODES if option in MODES[mode]]
         if getattr(given, option) is not None and given.mode not in modes:
@@ -85,41 +118,45 @@ def check_options(given: argparse.Namespace) -> None:
     if given.text is not None and not given.text.strip():
         raise UserError("--text is empty: give a review")
     if given.text is not None and given.text != given.text.encode(errors="replace").decode():
-        raise UserError("--text is not UTF-8: set the terminal to it, or give a file with --input")
+        raise UserError("--text is not UTF-8: set the terminal to UTF-8, or give a file with --input")
     if given.mode == "predict":
-        if (given.text is None) == (given.input is None):
-            raise UserError('--mode predict: give either --text "..." or --input FILE')
-        if given.input is None and given.output is not None:
+        check_prediction(given)
+    elif given.output is not None:
+        refuse_existing(given.output)
+        if given.mode == "explain" and Path(given.output).suffix != ".html":
+            raise UserError(f"--output: {given.output}: the file must end in .html")
+
+
+def check_prediction(given: argparse.Namespace) -> None:
+    """Raises UserError for options of `--mode predict` that do not fit together."""
+    if (given.text is None) == (given.input is None):
+        raise UserError('--mode predict: give either --text "..." or --input FILE')
+    if given.input is None:
+        if given.output is not None:
             raise UserError("--output is for the rows of --input FILE: leave it out, the label of --text is printed")
-        if given.input is not None:
-            check_files(given.input, given.output)
-    elif given.output is not None and Path(given.output).exists():
-        raise UserError(f"--output: {given.output} exists already: choose another name, or remove it")
-    elif given.mode == "explain" and given.output is not None and Path(given.output).suffix != ".html":
-        raise UserError(f"--output: {given.output}: the file must end in .html")
+        return
+    check_files(given.input, given.output)
 
 
-def check_files(path: str, output: str | None) -> None:
-    """Raises UserError if the rows of `path` cannot be predicted into `output`."""
-    kind = Path(path).suffix
-    if path != "-":
-        if Path(path).is_dir():
-            raise UserError(f"--input: {path} is a folder: name one file in it")
-        if not Path(path).is_file():
-            raise UserError(f"--input: no such file: {path}")
+def check_files(source: str, output: str | None) -> None:
+    """Raises UserError if the rows of `source` cannot be labelled into `output`; - is standard input and output."""
+    kind = Path(source).suffix
+    if source != "-":
+        if Path(source).is_dir():
+            raise UserError(f"--input: {source} is a folder: name one file in it")
+        if not Path(source).is_file():
+            raise UserError(f"--input: no such file: {source}")
         if kind not in ROW_FILES:
-            raise UserError(f"--input: {path}: a file must end in {', '.join(ROW_FILES)}")
+            raise UserError(f"--input: {source}: a file must end in {', '.join(ROW_FILES)}")
     if output in (None, "-"):
         if num_processes() > 1:
             raise UserError("--output: several processes cannot share standard output: give a file")
         return
     kinds = [".csv", ".jsonl"] + [".parquet"] * (kind == ".parquet")
     if Path(output).suffix not in kinds:
-        raise UserError(f"--output: {output}: from {'standard input' if path == '-' else kind}, the file must end in "
+        raise UserError(f"--output: {output}: from {'standard input' if source == '-' else kind}, the file must end in "
                         f"{', '.join(kinds)}")
-    if len(os.fsencode(Path(output).name)) > 235:
-        raise UserError(f"--output: {output}: the name is too long, for others are made from it: choose a shorter one")
-    if not Path(output + ".parts").is_dir():  # what an interrupted job has left decides later
+    if not Path(output + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
         refuse_existing(output, output + ".rejected.csv")
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
@@ -127,17 +164,17 @@ def check_files(path: str, output: str | None) -> None:
 
 def run(work: Callable[[], None]) -> None:
     """Call `work` and leave with the exit code that its outcome means."""
-    # The reviews are tokenized by several threads of one process already; forked loaders must not start their own.
+    # One process tokenizes the reviews in several threads before data loaders are forked from it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     SIGNALS.importing = False
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the work
+        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show must not end the work
             stream.reconfigure(errors="backslashreplace")
     code = 1  # that of a traceback
 
     def leave_without_finalization() -> None:
-        # gloo's threads outlive their process group. One that still frees the last exchange's tensors aborts an
-        # interpreter in shutdown: SIGABRT after all the work is done.
+        # gloo's threads outlive their process group. If one still frees the tensors of the last exchange while the
+        # interpreter shuts down, it aborts the process (SIGABRT) after all the work is done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -150,11 +187,11 @@ def run(work: Callable[[], None]) -> None:
     except UserError as error:
         code = 2
         leave(error)
-    except BrokenPipeError:  # whoever read the output has gone: as `SIGPIPE` would
+    except BrokenPipeError:  # the reader of the output has closed it: leave as SIGPIPE would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
         raise SystemExit(code) from None
-    except FloatingPointError as error:  # the training went astray, not the program: its message says all
+    except FloatingPointError as error:  # the training diverged, the program did not fail: the message is enough
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except SystemExit as stop:
@@ -163,6 +200,6 @@ def run(work: Callable[[], None]) -> None:
 
 
 def leave(error: UserError) -> None:
-    """Print the one line and exit with code 2."""
+    """Print the error on one line and exit with code 2."""
     print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)
     raise SystemExit(2) from None

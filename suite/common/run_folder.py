@@ -1,9 +1,8 @@
-"""What lies in a run folder and can be read without torch: its configuration, metrics and history."""
+"""Reads and writes those files of a run folder that need no torch: configuration, metrics, history, mistakes."""
 
 from __future__ import annotations
 
 import csv
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -14,11 +13,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from suite.common.storage import atomic_write
-from utils import Config, UserError, brief, config_fields
+from utils import Config, UserError, brief, config_fields, leaves
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json, {} if there is none."""
+    """The content of metrics.json; {} if there is no such file. Raises UserError if it is damaged."""
     path = folder / "metrics.json"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -30,26 +29,26 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def read_history(path: Path, lines: int | None = None) -> list[dict[str, Any]]:
-    """The records of a run, or its first `lines`. Raises UserError naming the line if one is damaged."""
+    """The records in history.jsonl, or its first `lines`. Raises a UserError that names a damaged line."""
     records: list[dict[str, Any]] = []
     try:
         for line in path.read_bytes().splitlines()[:lines] if path.exists() else []:
             records.append(json.loads(line))
     except ValueError:
-        raise UserError(f"{path}: line {len(records) + 1} is damaged: put back what was saved, or start the run afresh "
-                        "with train_config.resume=never") from None
+        raise UserError(f"{path}: line {len(records) + 1} is damaged: put back a copy of the file, or start the run "
+                        "afresh with train_config.resume=never") from None
     return records
 
 
 def shaping_values(config: Config) -> dict[str, Any]:
-    """{dotted key: value} of all that shapes a run's result: runs that agree in it are the same run."""
-    tree = OmegaConf.to_container(OmegaConf.structured(config))
-    return {key: functools.reduce(dict.__getitem__, key.split("."), tree)
-            for key, entry in config_fields() if entry.metadata["shapes_result"]}
+    """{dotted key: value} of everything that shapes a run's result. Runs that agree in it are the same run."""
+    shaping = {key for key, entry in config_fields() if entry.metadata["shapes_result"]}
+    values = leaves(OmegaConf.to_container(OmegaConf.structured(config)))
+    return {key: value for key, value in values if key in shaping}
 
 
 def read_saved_config(path: Path) -> Config:
-    """The configuration that a run has written. Raises UserError if it is damaged."""
+    """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
     except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -57,7 +56,7 @@ def read_saved_config(path: Path) -> Config:
 
 
 def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> list[str]:
-    """`key: old -> new` for each setting that shapes the result and differs between the saved file and `config`.
+    """`key: old -> new` for every key that shapes the result and whose saved value is not the one in `config`.
 
     `ignored`: keys or sections that may differ.
     """
@@ -77,7 +76,7 @@ def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, s
     Raises UserError if the file is missing or damaged.
     """
     path = run_folder / "misclassified.csv"
-    again = f"write it again by python main.py --mode test --config {run_folder / 'config.yaml'}"
+    again = f"write it again with python main.py --mode test --config {run_folder / 'config.yaml'}"
     csv.field_size_limit(2**31 - 1)  # the csv module's own limit is 131,072 characters, less than some reviews have
     try:
         with open(path, newline="", encoding="utf-8") as file:

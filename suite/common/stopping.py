@@ -1,25 +1,25 @@
-"""SIGINT, SIGTERM and SIGUSR1: finish the optimizer step, save, leave; the same command goes on later.
+"""What SIGINT, SIGTERM and SIGUSR1 do: the run finishes its optimizer step, saves its state and leaves.
 
-A second SIGINT leaves at once.
+The same command resumes it later. A second SIGINT leaves at once.
 """
 
 import os
 import signal
 from contextlib import contextmanager
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}  # schedulers announce preemption by SIGUSR1
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}  # schedulers such as SLURM announce the end by SIGUSR1
 
 
 class StopRequested(Exception):
-    """A signal arrived; everything up to the last optimizer step is consistent and can be saved."""
+    """A signal has arrived. Everything up to the last optimizer step is consistent and can be saved."""
 
 
 class StopSignals:
-    """Outside of `deferred` a signal ends the process at once; inside, it waits for the next `received` check."""
+    """Outside `deferred`, a signal ends the process at once. Inside, the code itself looks at `received`."""
 
     def __init__(self):
         self.received: str | None = None
-        self.importing = False  # C++ modules abort on an exception in their midst, and there is nothing to tidy up yet
+        self.importing = False  # then leave without an exception: torch's import would abort, and nothing is open yet
         self._deferring = False
 
     def install(self) -> None:
@@ -29,10 +29,10 @@ class StopSignals:
 
     def _handle(self, number, frame) -> None:
         name = signal.Signals(number).name
-        # A launcher passes on the Ctrl-C that the terminal has sent to this process already: no second one there.
+        # Under a launcher, one Ctrl-C arrives twice: from the terminal, and passed on by the launcher.
         again = name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ
         if again or self.importing:
-            os._exit(EXIT_CODES[name])  # at once: in the middle of a save, torch would turn an exception into its own
+            os._exit(EXIT_CODES[name])  # no exception, because torch.save would replace it with its own
         self.received = name
         if not self._deferring:
             raise SystemExit(EXIT_CODES[name])
@@ -49,7 +49,7 @@ class StopSignals:
 
     @property
     def name(self) -> str:
-        return self.received or "SIGTERM"  # another process was told, and this one stops with it
+        return self.received or "SIGTERM"  # none: another process has received one, and this one stops with it
 
     @property
     def exit_code(self) -> int:

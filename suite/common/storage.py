@@ -1,7 +1,7 @@
-"""Files that neither a kill nor a full disk nor a second process can spoil.
+"""Writes files so that a kill, a full disk or a second process cannot spoil them.
 
-A folder is sealed by `manifest.json`, which holds the sizes and SHA-256 sums of its files and is written last. Whatever
-differs from it later, by one bit or by one file, is found by `damage` before anything is read from the folder.
+A folder is sealed by `manifest.json`, which is written last and holds the size and SHA-256 sum of every file. `damage`
+compares the folder with it before anything is read, and finds one changed bit as well as one file too many.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from utils import UserError, process_rank, say
 
@@ -26,17 +26,17 @@ except ImportError:  # Windows
 
 MANIFEST = "manifest.json"
 PARTIAL, OLD = ".partial", ".old"
-NOT_SEALED = {MANIFEST, "README.md", ".README.md.tmp"}  # a model card is its owner's to edit, whenever
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the user's share of it, the size of one file
+NOT_SEALED = {MANIFEST, "README.md", ".README.md.tmp"}  # the owner of a model may edit its model card at any time
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk is full, the user's quota is, the file may not grow
 MEGABYTE = 10**6
-_locks = []  # open for as long as the process lives
+_locks = []  # open files: closing one would give its lock back
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sealed folders
 
 
 def seal(folder: Path) -> None:
-    """Bring the folder's files safely to the disk, then say what they are."""
+    """Sync the folder's files to the disk, then write the manifest that lists them."""
     files = sorted(path for path in folder.rglob("*")
                    if path.is_file() and str(path.relative_to(folder)) not in NOT_SEALED)
     sums = {str(path.relative_to(folder)): _sum(path, sync=True) for path in files}
@@ -47,7 +47,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder's files, naming the file; None if nothing is."""
+    """What is wrong with a sealed folder, naming the file; None if every file is as it was saved."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
@@ -58,14 +58,14 @@ def damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != size or _sum(path)["sha256"] != digest:
-            return f"{path} is damaged: it is not what was saved"
+            return f"{path} is damaged: it has changed since it was saved"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     foreign = found - set(expected) - NOT_SEALED
     return f"{folder / min(foreign)} was not saved by this run: remove it" if foreign else None
 
 
 def refuse_damage(folder: Path) -> None:
-    """Raises UserError if a model folder is not what was saved."""
+    """Raises UserError if a model folder has changed since it was saved."""
     if problem := damage(folder):
         raise UserError(f"{problem}; or put back a copy of {folder}, or train the run afresh with "
                         "train_config.resume=never (and train_config.overwrite=true if it is finished)")
@@ -80,9 +80,9 @@ def _sum(path: Path, sync: bool = False) -> dict[str, Any]:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Replace a sealed folder by what `write` puts into the one that it is given, as a whole or not at all.
+    """Seal what `write(path)` writes and put it in the place of `folder`, completely or not at all.
 
-    A kill between the two renames leaves no folder of that name, but the whole old one beside it: see `restore`.
+    A kill between the two renames leaves only the old folder, under its temporary name: `restore` brings it back.
     """
     partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
     for leftover in (partial, old):
@@ -92,7 +92,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         seal(partial)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, it would only fill it
+        shutil.rmtree(partial, ignore_errors=True)  # half a folder is of no use and takes space
         raise
     if folder.exists():
         os.replace(folder, old)
@@ -102,14 +102,14 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def restore(folder: Path) -> None:
-    """Give the old folder its name back if a kill came before the new one had it."""
+    """Give the old folder its name back if a kill stopped `replace_folder` between its two renames."""
     old = folder.with_name(folder.name + OLD)
     if old.exists() and not folder.exists():
         os.replace(old, folder)
 
 
 def refuse_existing(*names: str | Path) -> None:
-    """Raises UserError if there is a file of one of these names."""
+    """Raises UserError if a file with one of these names exists."""
     for name in names:
         if os.path.lexists(name):
             raise UserError(f"--output: {name} exists already: choose another name, or remove it")
@@ -121,31 +121,33 @@ def refuse_existing(*names: str | Path) -> None:
 
 @contextmanager
 def room_for(folder: Path, needed: float = MEGABYTE, fix: str = "make room or set output_dir to another disk"):
-    """Around writing `needed` bytes below `folder`. Raises UserError, with the `fix`, if they do not fit, before or
-    while writing."""
+    """Surrounds code that writes `needed` bytes below `folder`.
+
+    Raises UserError if they do not fit, before the code runs or when it fills the disk. Its message ends with `fix`.
+    """
     if _free(folder) < needed:
-        raise _full(folder, needed, fix)
+        raise _no_room(folder, needed, fix)
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if not any(map(_says_full, chain(error))):  # torch.save wraps what the disk said
+        if not any(map(_says_full, chain(error))):  # torch.save raises its own error because of the disk's
             raise
-        raise _full(folder, needed, fix) from error
+        raise _no_room(folder, needed, fix) from error
 
 
 def _says_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
-    from_rust = re.search(r"\(os error (\d+)\)", str(error))  # all that tokenizers and safetensors tell
+    from_rust = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers and safetensors only give it as text
     return from_rust is not None and int(from_rust[1]) in FULL
 
 
-def _full(folder: Path, needed: float, fix: str) -> UserError:
+def _no_room(folder: Path, needed: float, fix: str) -> UserError:
     return UserError(f"{folder}: no room to write {max(needed / MEGABYTE, 1):,.0f} MB ({_free(folder) / MEGABYTE:,.0f} "
-                     f"MB are free; quotas and ulimit -f count, too): {fix}, and give the same command again; what was "
-                     "saved before is intact")
+                     "MB are free; a quota or ulimit -f may allow less). What was saved before is intact. Before you "
+                     f"give the same command again, {fix}")
 
 
 def _free(folder: Path) -> int:
@@ -154,17 +156,18 @@ def _free(folder: Path) -> int:
 
 
 def chain(error: BaseException | None):
-    """An exception and what it came from, the innermost last."""
+    """An exception, then the one that caused it, and so on to the first that was raised."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def lock(folder: Path, otherwise: str = "choose another run_name") -> None:
-    """Keep other processes from writing this run folder for as long as this one lives; the kernel ends it with us.
+    """Keep other processes from writing this run folder for as long as this process lives.
 
-    The lock is a file beside the folder, which it outlives. It belongs to the process, so loaders that were forked from
-    a killed one do not hold it, and NFS knows it. Raises UserError if another process has it.
+    What is locked is a file beside the folder, so replacing the folder does not matter. `lockf` works on NFS too, and
+    its locks belong to one process: the kernel frees them when that process dies, even if data loaders that it forked
+    live on. Raises UserError if another process has the lock; `otherwise` is what to do then instead of waiting.
     """
     if process_rank() > 0 or fcntl is None:
         return
@@ -175,34 +178,37 @@ def lock(folder: Path, otherwise: str = "choose another run_name") -> None:
     except OSError as error:
         raise UserError(f"{path.parent} cannot be written ({error.strerror}): set output_dir") from None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{folder} is in use by another process: wait until it ends, or {otherwise}") from None
+        if _is_taken(file):
+            raise UserError(f"{folder} is in use by another process: wait until it ends, or {otherwise}")
     except OSError as error:  # a file system without locks
-        say(f"{path}: cannot be locked ({error.strerror}): take care that no other process uses this run folder")
+        say(f"{path}: cannot be locked ({error.strerror}): make sure that no other process uses this run folder")
     _locks.append(file)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether another process is at work in this run folder just now."""
+    """Whether another process is using this run folder now."""
     path = folder.with_name(f".{folder.name}.lock")
-    if fcntl is None or not path.exists():
-        return False
     try:
-        with path.open("a") as file:  # closing it gives the lock back
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("r+") as file:  # closing it gives the lock back
+            return fcntl is not None and _is_taken(file)
+    except OSError:  # no such file, or a file system without locks
+        return False
+
+
+def _is_taken(file: IO) -> bool:
+    """Lock an open file; True if another process has locked it already."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
-    except OSError:
-        return False  # a file system without locks
     return False
 
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w"):
-    """Open a temporary neighbour for writing; on success sync it and rename it to `path`.
+    """Open a temporary file beside `path` for writing; on success, sync it and rename it to `path`.
 
-    Whenever the process dies, `path` is the old file or the whole new one.
+    Whenever the process dies, `path` is either the old file or the complete new one.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -220,7 +226,7 @@ def atomic_write(path: str | Path, mode: str = "w"):
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut; a no-op where a folder cannot be opened (Windows)."""
+    """Make the renames in a folder survive a power cut. Does nothing on Windows, where a folder cannot be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

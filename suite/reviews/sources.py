@@ -16,33 +16,33 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets,
 
 from suite.common.hub import explained, is_hub_name
 from suite.reviews.rows import Row, read_rows
-from utils import UserError, brief, say
+from utils import DataConfig, UserError, brief, say
 
 FILE_TYPES = (".csv", ".jsonl", ".parquet")
 
 
 @dataclass
 class Reviews:
-    """All labelled reviews of a dataset. A review's id is its row here."""
+    """All labelled reviews of a dataset. The id of a review is its row in `table`."""
 
     table: Dataset  # columns text (str) and label, memory-mapped
-    labels: np.ndarray  # (rows,) int64, the index into label_names
+    labels: np.ndarray  # (rows,) int64: index into label_names
     label_names: list[str]
     split_names: np.ndarray  # (rows,) str: the dataset's own split of each row
-    parts: list[Part]  # what the table was pooled from, in this order
+    parts: list[Part]  # the tables that were pooled, in the order of their rows
 
 
 @dataclass
 class Part:
-    """Reviews as they lie somewhere, so that an error can name a row where its reader finds it."""
+    """The reviews of one file or split. It is kept so that an error can name the row as its author counts it."""
 
     split: str
-    place: str  # a file, or a dataset and its split
+    place: str  # the file, or the dataset and its split
     table: Dataset
 
 
 def locate(parts: list[Part], row: int) -> tuple[str, int]:
-    """(place, row counted from 1 there) of a row of the pooled table."""
+    """Where row `row` of the pooled table comes from: (place, row in that place, counted from 1)."""
     for part in parts:
         if row < len(part.table):
             return part.place, row + 1
@@ -50,10 +50,10 @@ def locate(parts: list[Part], row: int) -> tuple[str, int]:
     raise IndexError(row)
 
 
-def load_reviews(data_config: Any, num_labels: int) -> Reviews:
-    """Read and pool the labelled splits.
+def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
+    """Read and pool all labelled splits of a dataset.
 
-    Raises UserError, with the row and the fix, for a missing column, a missing or empty text, a missing label, or
+    Raises UserError, with the row and the fix, for a missing column, a missing or empty text, a missing label, and
     classes that do not match `num_labels`.
     """
     name = data_config.dataset
@@ -62,7 +62,7 @@ def load_reviews(data_config: Any, num_labels: int) -> Reviews:
     for part in _load_parts(name, columns):
         part.table = _select(part.table, columns, part.place)
         if _is_unlabelled(part):
-            say(f"{part.place}: the split {part.split} has no labels and is left out ({len(part.table):,} rows)")
+            say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
         else:
             parts.append(part)
     if not any(len(part.table) for part in parts):
@@ -72,25 +72,14 @@ def load_reviews(data_config: Any, num_labels: int) -> Reviews:
             raise UserError(f"{part.place}: the column {columns[0]!r} holds {kind}, not text: "
                             "set data_config.text_column")
     table = concatenate_datasets([part.table for part in parts])
-    _check_texts(table, parts)
+    _refuse_empty_texts(table, parts)
     labels, label_names = _encode_labels(table, name, parts, data_config.label_column, num_labels)
     split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
     return Reviews(table, labels, label_names, split_names, parts)
 
 
-def read_columns(path: str, columns: tuple[str, ...]) -> Iterator[dict[str, str | None]]:
-    """The wanted columns of a .csv, .jsonl or .parquet file, row by row, every value as text.
-
-    Raises UserError with the row for anything that cannot be read. Rows are counted from 1, without a header.
-    """
-    for row in read_rows(path):
-        if problem := row.problem or misfit(row, columns):
-            raise UserError(f"{path}: {problem}")
-        yield {column: as_text(row.values[column]) for column in columns}
-
-
 def misfit(row: Row, columns: tuple[str, ...]) -> str | None:
-    """Why this row's values in these columns can be no texts; None if they can."""
+    """Why the values of a row in these columns cannot be read as texts; None if they can."""
     for column in columns:
         if column not in row.values:
             return (f"row {row.number} has no column {column!r}; found {', '.join(map(str, row.values))}: set "
@@ -103,9 +92,10 @@ def misfit(row: Row, columns: tuple[str, ...]) -> str | None:
 
 
 def as_text(value: Any) -> str | None:
-    if isinstance(value, float):
-        return None if value != value else str(int(value)) if value.is_integer() else str(value)
-    return value if value is None or isinstance(value, str) else str(value)
+    """A value of a file as a .csv would show it: 1.0 as "1"; None for a missing one, which pandas writes as NaN."""
+    if value is None or value != value:
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
@@ -122,19 +112,22 @@ def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
 
 
 def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
-    """A dataset folder: the library says which file belongs to which split; .csv and .jsonl are read by this module,
-    which knows the row of every error and takes NA for a text."""
+    """The parts of a dataset folder. The datasets library decides which file belongs to which split.
+
+    It also reads parquet files. This module reads .csv and .jsonl files itself: it can name the row of an error, and it
+    reads NA as a text, not as a missing value.
+    """
     found = [path for path in sorted(Path(name).rglob("*")) if path.suffix in FILE_TYPES and path.is_file()
              and not any(part.startswith(".") for part in path.relative_to(name).parts)]
     kinds = sorted({path.suffix for path in found})
     if not any(path.is_file() and path.suffix not in ("", ".md") for path in Path(name).rglob("*")):
         raise UserError(f"data_config.dataset: {name} holds no .csv, .jsonl or .parquet files: name a folder with some")
     if len(kinds) > 1:
-        raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, of which only one kind can be "
-                        "read at once: move the others elsewhere, or name one file")
+        raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, but all must be of one kind: "
+                        "move the others elsewhere, or name one file")
     if kinds == [".parquet"]:
         for path in found:
-            next(read_rows(str(path)), None)  # the library's error would not name the file
+            next(read_rows(str(path)), None)  # if it cannot be read, the library's error would not name the file
     if kinds not in ([".csv"], [".jsonl"]):
         return _load_with_library(name)
     with explained("data_config.dataset", name):
@@ -147,7 +140,7 @@ def _load_with_library(name: str) -> list[Part]:
     with explained("data_config.dataset", name):
         try:
             splits = load_dataset(name)
-        except RuntimeError as error:  # "Dataset scripts are no longer supported": code, which is never run here
+        except RuntimeError as error:  # "Dataset scripts are no longer supported": such code never runs here
             raise UserError(f"data_config.dataset: {name}: {brief(error)}: name a folder of .csv, .jsonl "
                             "or .parquet files") from None
     return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
@@ -155,27 +148,28 @@ def _load_with_library(name: str) -> list[Part]:
 
 
 def _load_file(path: str, columns: tuple[str, str]) -> Dataset:
-    """The two columns of a file, every value as text."""
+    """The two columns of a file, every value as text, from the cache of the datasets library if they are there."""
     status = Path(path).stat()
     features = Features(dict.fromkeys(columns, Value("string")))
-    # The file's size and time are part of the cache's key: a changed file is read anew.
+    # The stamp makes the file's size and time a part of the cache's key, so that a changed file is read again.
     stamp = f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}"
     with explained("data_config.dataset", path):
-        return Dataset.from_generator(_read_stamped, features=features, gen_kwargs={
+        return Dataset.from_generator(_read_texts, features=features, gen_kwargs={
             "path": path, "columns": columns, "stamp": stamp})
 
 
-def _read_stamped(path: str, columns: tuple[str, ...], stamp: str) -> Iterator[dict[str, str | None]]:
-    empty = True
-    for row in read_columns(path, columns):
-        empty = False
-        yield row
-    if empty:
+def _read_texts(path: str, columns: tuple[str, str], stamp: str) -> Iterator[dict[str, str | None]]:
+    row = None
+    for row in read_rows(path):
+        if problem := row.problem or misfit(row, columns):
+            raise UserError(f"{path}: {problem}")
+        yield {column: as_text(row.values[column]) for column in columns}
+    if row is None:
         raise UserError(f"{path}: holds no labelled rows: add some, or name another file")
 
 
 def _select(table: Dataset, columns: tuple[str, str], name: str) -> Dataset:
-    """Only text and label, under these names."""
+    """The table with only the columns text and label, under these names."""
     for key, column in zip(("text_column", "label_column"), columns, strict=True):
         if column not in table.column_names:
             raise UserError(f"{name}: no column {column!r}; found {', '.join(table.column_names)}: "
@@ -197,9 +191,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _check_texts(table: Dataset, parts: list[Part]) -> None:
+def _refuse_empty_texts(table: Dataset, parts: list[Part]) -> None:
     start = 0
-    for texts in table.data.column("text").chunks:  # one after the other: trimming copies
+    for texts in table.data.column("text").chunks:  # chunk by chunk, because trimming copies the texts
         empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
         if (row := pc.index(empty, True).as_py()) >= 0:
             place, row = locate(parts, start + row)
@@ -209,7 +203,11 @@ def _check_texts(table: Dataset, parts: list[Part]) -> None:
 
 def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int
                    ) -> tuple[np.ndarray, list[str]]:
-    """Labels as indices (int64), and the classes' names: those of the dataset, or the sorted names found."""
+    """The labels as indices (rows,) int64, and the names of the classes.
+
+    The names are the dataset's own if it declares them. Otherwise, they are the names found, sorted by Unicode code
+    point (so `Z` comes before `a`, and `z` before `ä`), or the numbers.
+    """
     values, feature = table.data.column("label"), table.features["label"]
     if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) or _is_text(values.type)):
         raise UserError(f"{name}: the column {column!r} holds {values.type}; labels are integers from 0, or names")
@@ -229,7 +227,7 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
         if len(outside):
             place, row = locate(parts, outside[0])
             raise UserError(f"{place}: row {row} has the label {labels[outside[0]]}, but model_config.num_labels="
-                            f"{num_labels} allows 0 to {len(names) - 1}: correct the row or the setting")
+                            f"{num_labels} allows 0 to {len(names) - 1}: correct the row or model_config.num_labels")
     else:
         names = distinct
         labels = pc.index_in(values, pa.array(names)).to_numpy().astype(np.int64)
@@ -241,8 +239,8 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
     rare = counts.argmin()
     if counts[rare] == 0:
         raise UserError(f"{name}: no row has the class {names[rare]!r}: set model_config.num_labels to the number of "
-                        f"classes that there are ({(counts > 0).sum()}), or add rows of this one")
+                        f"classes in the data ({(counts > 0).sum()}), or add rows of this class")
     if counts[rare] < 3:
-        raise UserError(f"{name}: the class {names[rare]!r} has {counts[rare]} rows, and each of the three splits "
+        raise UserError(f"{name}: the class {names[rare]!r} has {counts[rare]} rows, but each of the three splits "
                         "needs one: add rows of this class or remove it")
     return labels, names

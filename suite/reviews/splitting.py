@@ -1,20 +1,19 @@
-"""Which reviews train, validate and test: no text stands in two splits."""
+"""Which reviews train, validate and test. No text stands in two splits."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from sklearn.model_selection import train_test_split
 
 from suite.reviews.sources import Reviews, locate
-from utils import UserError, say
+from utils import DataConfig, UserError, say
 
 
 def text_digests(table: Dataset) -> np.ndarray:
-    """(rows,) of 16 bytes each: equal for equal texts, and all of a text that stays in memory."""
+    """(rows,) of 16 bytes each: equal for equal texts. They stay in memory in place of the texts."""
     digests = np.empty(len(table), dtype="V16")
     row = 0
     for batch in table.select_columns("text").iter(batch_size=1000):
@@ -24,77 +23,95 @@ def text_digests(table: Dataset) -> np.ndarray:
     return digests
 
 
-def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarray, data_config: Any
+def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarray, data_config: DataConfig
                   ) -> dict[str, np.ndarray]:
-    """{"train", "valid", "test": the rows of each, ascending}. No text, of which `digests` tell, stands in two of them.
+    """{"train", "valid", "test": the rows of each, ascending}. Rows of equal digests never stand in two of them.
 
     Raises UserError if a class is too rare to be split.
     """
     name, official = data_config.dataset, data_config.split == "official"
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    originals = first[inverse]  # (rows,) the row at which each row's text stands first
-    # The official test split stays whole, for figures that compare with others'; what stands in it is not trained on.
-    fixed = split_names == "test" if official else np.zeros(len(labels), dtype=bool)
-    if official and not fixed.any():
+    is_test, keep_copies = (split_names == "test") & official, not data_config.drop_duplicates
+    if official and not is_test.any():
         raise UserError(f"data_config.split is official, but {name} has no labelled test split (found "
                         f"{', '.join(sorted(set(split_names)))}): give shares such as [0.8, 0.1, 0.1]")
-    usable = ~fixed & ~np.isin(originals, originals[fixed])
-    is_copy = usable & (originals != np.arange(len(originals)))
-    kept_on_one_side = not data_config.drop_duplicates
-    pool = np.flatnonzero(fixed | usable & (~is_copy | kept_on_one_side))
+    originals = _first_rows(digests)
+    # The official test split stays whole, so that its figures compare with those of others. What repeats one of its
+    # texts is not trained on.
+    repeats_test = ~is_test & np.isin(originals, originals[is_test])
+    is_copy = ~is_test & ~repeats_test & (originals != np.arange(len(originals)))
+    pool = np.flatnonzero(~repeats_test & (keep_copies | ~is_copy))
     if data_config.limit is not None and data_config.limit < len(pool):
-        pool, _ = _draw(pool, labels, data_config.limit, data_config, "limit")
-    if kept_on_one_side:  # of the rows left, the first of each text is split, and its copies follow it below
-        free = np.sort(pool[~fixed[pool]])
-        heads = free[np.unique(originals[free], return_index=True)[1]]
-        copies = np.setdiff1d(free, heads)
-        pool = np.concatenate([pool[fixed[pool]], np.sort(heads)])
+        pool, _ = draw_stratified(pool, labels, data_config.limit, data_config, "limit")
 
-    test, pool = pool[fixed[pool]], pool[~fixed[pool]]
-    if official:
-        marked = np.isin(split_names[pool], ("validation", "valid", "dev"))
-        train, valid = (pool[~marked], pool[marked]) if marked.any() else _draw(
-            pool, labels, len(pool) - round(0.1 * len(pool)), data_config)
-    else:
-        _, valid_share, test_share = data_config.split
-        held_out = round(len(pool) * (valid_share + test_share))
-        train, rest = _draw(pool, labels, len(pool) - held_out, data_config)
-        valid, test = _draw(rest, labels, round(held_out * valid_share / (valid_share + test_share)), data_config)
-    splits = {"train": train, "valid": valid, "test": test}
-    if empty := [split for split, rows in splits.items() if len(rows) == 0]:
-        raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
-    other = set(labels[np.concatenate([valid, test])].tolist())
-    if lacking := other - set(labels[train].tolist()):  # only an official split can
-        raise UserError(f"{name}: no row to train on has the class {min(lacking)}, counted from 0: add some, or give "
-                        "shares such as data_config.split=[0.8,0.1,0.1]")
-
-    if kept_on_one_side:
+    test, pool = pool[is_test[pool]], pool[~is_test[pool]]
+    if keep_copies:  # only the first row of each text is split, and its copies follow it
+        pool = np.sort(pool)
+        together, pool = pool, np.sort(pool[np.unique(originals[pool], return_index=True)[1]])
+    splits = _draw_splits(pool, test, labels, split_names, data_config)
+    if keep_copies:
+        copies = np.setdiff1d(together, pool)
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
                   for split, rows in splits.items()}
-    if repeated := int((~fixed & ~usable).sum()):
-        say(f"{name}: {repeated:,} rows repeat a text of the official test split and are dropped")
+    if repeats_test.any():
+        say(f"{name}: {repeats_test.sum():,} rows repeat a text of the official test split and are dropped")
     if is_copy.any():
         say(f"{name}: {is_copy.sum():,} exact duplicates "
-            + ("kept on the side of their first occurrence" if kept_on_one_side else "dropped"))
+            + ("kept in the same split as their first occurrence" if keep_copies else "dropped"))
     return {split: np.sort(rows) for split, rows in splits.items()}
 
 
 def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
     """Raises UserError, naming both rows, if equal texts carry different labels."""
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    contradicting = np.flatnonzero(reviews.labels != reviews.labels[first[inverse]])
+    originals = _first_rows(digests)
+    contradicting = np.flatnonzero(reviews.labels != reviews.labels[originals])
     if len(contradicting):
         row = contradicting[0]
-        (place, number), (other, other_number) = (locate(reviews.parts, i) for i in (first[inverse[row]], row))
+        (place, number), (other, other_number) = (locate(reviews.parts, i) for i in (originals[row], row))
         both = (f"{place}: rows {number} and {other_number}" if place == other else
                 f"{place}: row {number} and {other}: row {other_number}")
         raise UserError(f"{both} are the same text with different labels: correct one of them")
 
 
-def _draw(rows: np.ndarray, labels: np.ndarray, count: int, data_config: Any, key: str = "split"
-          ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` of the rows at random, stratified by label, and the others."""
-    if key == "limit" and len(rows) - count < len(np.unique(labels[rows])):  # too few go for each class to lose one
+def _first_rows(digests: np.ndarray) -> np.ndarray:
+    """(rows,) the first row that has the same text as each row."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_names: np.ndarray,
+                 data_config: DataConfig) -> dict[str, np.ndarray]:
+    """Divide the rows of `pool` into train, valid and test; with an official split, `test` stays as it is.
+
+    Raises UserError if a split is empty, or a class is validated or tested but not trained on.
+    """
+    if data_config.split == "official":
+        is_valid = np.isin(split_names[pool], ("validation", "valid", "dev"))
+        train, valid = (pool[~is_valid], pool[is_valid]) if is_valid.any() else draw_stratified(
+            pool, labels, len(pool) - round(0.1 * len(pool)), data_config)
+    else:
+        _, valid_share, test_share = data_config.split
+        held_out = round(len(pool) * (valid_share + test_share))
+        train, rest = draw_stratified(pool, labels, len(pool) - held_out, data_config)
+        valid, test = draw_stratified(rest, labels, round(held_out * valid_share / (valid_share + test_share)),
+                                      data_config)
+    splits, name = {"train": train, "valid": valid, "test": test}, data_config.dataset
+    if empty := [split for split, rows in splits.items() if len(rows) == 0]:
+        raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
+    others = set(labels[np.concatenate([valid, test])].tolist())
+    if lacking := others - set(labels[train].tolist()):  # only in an official split: draws are stratified
+        raise UserError(f"{name}: no row to train on has the class {min(lacking)}, counted from 0: add some, or give "
+                        "shares such as data_config.split=[0.8,0.1,0.1]")
+    return splits
+
+
+def draw_stratified(rows: np.ndarray, labels: np.ndarray, count: int, data_config: DataConfig, key: str = "split"
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """`count` of the rows drawn at random, stratified by label, and the other rows.
+
+    `key` of the data_config asks for the draw. Raises UserError if a class has too few rows.
+    """
+    if key == "limit" and len(rows) - count < len(np.unique(labels[rows])):
+        # scikit-learn wants a row of each class on both sides. So few rows are dropped that strata do not matter.
         order = np.random.default_rng(data_config.split_seed).permutation(rows)
         return order[:count], order[count:]
     try:
