@@ -14,11 +14,9 @@ from utils import UserError
 
 
 def read_command() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--output", metavar="FOLDER", help="of the report (default: comparison-report beside the runs)")
-    parser.error = lambda message: cli.leave(UserError(f"command line: {message}; see --help"))
     command = parser.parse_args()
     command.runs = list(dict.fromkeys(map(Path, command.runs)))
     if len(command.runs) < 2:

@@ -25,14 +25,12 @@ from utils import UserError, say
 def read_command() -> tuple[Experiment, list[Cell], argparse.Namespace]:
     """The experiment, the cells that were asked for, and the options; leaves with exit code 2 if anything is wrong."""
     SIGNALS.install()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = cli.new_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="the experiment, such as experiments/exp1.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value in every run")
     parser.add_argument("--only", metavar="INDEX", help="run this one alone, from 1; for job arrays")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states")
     parser.add_argument("--report", action="store_true", help="write the report on what is finished")
-    parser.error = lambda message: cli.leave(UserError(f"command line: {message}; see --help"))
     arguments, unknown = parser.parse_known_intermixed_args()
     try:
         experiment = read_experiment(arguments.file, [*unknown, *arguments.overrides])

@@ -3,7 +3,7 @@
     python main.py --config demo.yaml                                   the built-in demo: no download, under a minute
     python main.py --config config.yaml --mode train                    BERT on IMDB: train, validate, test
     python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
-    python main.py train_config.epochs=3 data_config.max_len=256        any setting of config.yaml, see README.md
+    python main.py train_config.epochs=3 data_config.max_len=256        any key of config.yaml, see docs/settings.md
     python main.py --mode test                                          evaluate the best model of that run again
     python main.py --mode predict --text "A film to remember."          label a review with that model
     python main.py --mode predict --input FILE --output FILE            or all rows of a file
@@ -46,7 +46,7 @@ from suite.training.efficiency import environment
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from suite.training.model_card import write_model_card
 from suite.training.run import Run
-from suite.training.states import finished_metrics, open_run, refuse_differences, refuse_other_data
+from suite.training.states import claim_run_folder, finished_metrics, refuse_differences, refuse_other_data
 from suite.training.tracking import Wandb, try_plots
 from utils import Config, UserError, say
 
@@ -168,7 +168,7 @@ def test(config: Config, devices: Devices, model: EncoderForClassification, data
 def test_again(config: Config, devices: Devices) -> None:
     """--mode test: the best model of a finished or interrupted run on the test split."""
     folder = config.run_folder
-    open_run(folder)
+    claim_run_folder(folder)
     devices.barrier()
     model = load_model(best_model(folder))
     # With another split, the model would be tested on reviews that it was trained on.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
+from benchmarks.workload import WARM_UP_STEPS, config_for, describe_machine, new_parser, train_again, workload
 
 
 def patched(target: str, replacement: Any) -> Callable[[], Any]:
@@ -89,13 +89,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="minilm")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32, help="reviews an optimizer step (default: 32)")
-    parser.add_argument("--reviews", type=int, default=96, help="reviews of each variant and round (default: 96)")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = new_parser(__doc__, tokens=128, batch=32, reviews=96, rounds=3).parse_args()
     print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {arguments.reviews} reviews, "
           f"{arguments.rounds} rounds, {describe_machine()}", flush=True)
     with workload(arguments.shape, arguments.reviews) as work:

@@ -13,7 +13,6 @@ is a Markdown table: medians of the rounds, ratios round by round, with the leas
     onnxruntime     the file of --mode export, fp32
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, ModernBertConfig
 
-from benchmarks.workload import SHAPES, describe_machine
+from benchmarks.workload import SHAPES, describe_machine, new_parser
 from model import ClassifierConfig, EncoderForClassification
 from suite.encoders.placement import place_model
 from suite.inference.export import session, write_onnx
@@ -67,11 +66,7 @@ def seconds_a_call(run: Callable[[torch.Tensor], object], batch: int, seconds: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="minilm")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4, help="of a contender in a round (default: 4)")
-    arguments = parser.parse_args()
+    arguments = new_parser(__doc__, rounds=5, seconds=4.0).parse_args()  # seconds: of a contender in a round
     print(f"{arguments.shape}, {TOKENS} tokens, {describe_machine()}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         runs = contenders(arguments.shape, Path(folder))

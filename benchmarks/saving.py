@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.workload import SHAPES, config_for, describe_machine, train_again, workload
+from benchmarks.workload import config_for, describe_machine, new_parser, train_again, workload
 
 STEPS, SAVES, EPOCH_REVIEWS = 3, 5, 40_000
 
@@ -45,11 +45,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="minilm")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32, help="reviews an optimizer step (default: 32)")
-    arguments = parser.parse_args()
+    arguments = new_parser(__doc__, tokens=128, batch=32).parse_args()
     print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {describe_machine()}", flush=True)
     with workload(arguments.shape, arguments.batch * STEPS) as work:
         measure(work, arguments)

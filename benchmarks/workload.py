@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import os
@@ -24,6 +25,15 @@ SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_
 WARM_UP_STEPS = 2
 EVALUATED = 1 / 3  # reviews, as a share of those that are trained on
 LOG_MEAN, LOG_STD = 5.53, 0.65  # of the lengths of IMDB's reviews in BERT's tokens, fitted to every fifth of train
+
+
+def new_parser(description: str, **defaults: int) -> argparse.ArgumentParser:
+    """A parser with --shape and, for each of the `defaults`, an option --NAME that takes a number."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="minilm")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
+    return parser
 
 
 @contextmanager

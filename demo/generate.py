@@ -28,27 +28,12 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # The least frequency keeps the typos out of the vocabularies.
 TRAINING = {"vocab_size": 1_500, "min_frequency": 5, "special_tokens": SPECIAL_TOKENS, "show_progress": False}
 ENCODERS = {
-    "bert": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 128,
-        # Two tiny layers trained from scratch start faster from larger weights, and have nothing to drop out.
-        "initializer_range": 0.05,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    },
-    "modernbert": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "global_attn_every_n_layers": 2,
-        "local_attention": 16,
-    },
-}
+    # Two tiny layers trained from scratch start faster from larger weights, and have nothing to drop out.
+    "bert": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
+             "max_position_embeddings": 128, "initializer_range": 0.05, "hidden_dropout_prob": 0.0,
+             "attention_probs_dropout_prob": 0.0},
+    "modernbert": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "max_position_embeddings": 128, "global_attn_every_n_layers": 2, "local_attention": 16}}
 
 # ----------------------------------------------------------------------------------------------------- phrases
 # In a template {true} agrees with the label and {false} contradicts it. Such a template serves both labels with
@@ -329,17 +314,10 @@ def write_encoder(name, tokenizer):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1" if segments else "[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[(token, number_of[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    config = ENCODERS[name] | {
-        "model_type": name,
-        "vocab_size": tokenizer.get_vocab_size(),
-        "pad_token_id": number_of["[PAD]"],
-        "cls_token_id": number_of["[CLS]"],
-        "sep_token_id": number_of["[SEP]"],
-        "bos_token_id": number_of["[CLS]"],
-        "eos_token_id": number_of["[SEP]"],
-    }
+        special_tokens=[(token, number_of[token]) for token in ("[CLS]", "[SEP]")])
+    ids = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "bos": "[CLS]", "eos": "[SEP]"}
+    config = ENCODERS[name] | {"model_type": name, "vocab_size": tokenizer.get_vocab_size(),
+                               **{f"{role}_token_id": number_of[token] for role, token in ids.items()}}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],

@@ -154,7 +154,7 @@ def test_what_is_no_finished_run_is_refused(four_runs, tmp_path, capsys):
         path.write_text("\n".join(damaged)) if damaged else path.unlink()
         line = refusal(capsys, [first, second], tmp_path / "report")
         assert reason in line
-        assert f"--mode test --config {second / 'config.yaml'}" in line
+        assert f"--mode test output_dir={second.parent} run_name={second.name}" in line
 
 
 def test_the_command_line():

@@ -111,8 +111,8 @@ def test_a_full_disk_is_named_by_the_output(bert, tmp_path, monkeypatch):
     config = load_config("config.yaml", ["train_config.device=cpu"])
     command = cli.Command("export", config, str(bert), output=str(tmp_path / "elsewhere" / "onnx"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=f"{tmp_path / 'elsewhere'}: no room to write .*: make room or choose another "
-                                        "--output, and give the same command again"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'elsewhere'}: no room to write .* make room or choose another "
+                                        "--output$"):
         export.export(command, SingleDevice(config))
     assert not list((tmp_path / "elsewhere").iterdir())
 

@@ -53,10 +53,17 @@ def read_command(description: str, accumulates: bool) -> Command:
                    output=None if given.output == "-" else given.output)
 
 
-def parse(description: str) -> argparse.Namespace:
-    """The options of the command line, and all `section.key=value` in the order in which they were given."""
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring, and says on one line what is wrong."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
+    parser.error = lambda message: leave(UserError(f"command line: {message}; see --help"))
+    return parser
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The options of the command line, and all `section.key=value` in the order in which they were given."""
+    parser = new_parser(description)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
     parser.add_argument("--mode", default="train", metavar="{" + ",".join(MODES) + "}", help="default: train")
     parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain: a trained model (default: the "
@@ -68,7 +75,6 @@ def parse(description: str) -> argparse.Namespace:
                         "one (default: standard output); export: a folder; explain: an .html file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="replaces a value of the configuration; docs/settings.md lists them all")
-    parser.error = lambda message: leave(UserError(f"command line: {message}; see --help"))
     given, unknown = parser.parse_known_intermixed_args()
     given.overrides = [*unknown, *given.overrides]
     return given
@@ -141,6 +147,8 @@ def check_prediction(given: argparse.Namespace) -> None:
 def check_files(source: str, output: str | None) -> None:
     """Raises UserError if the rows of `source` cannot be labelled into `output`; - is standard input and output."""
     kind = Path(source).suffix
+    if source == "-" and sys.stdin is None:
+        raise UserError("--input -: standard input is closed: give a file")
     if source != "-":
         if Path(source).is_dir():
             raise UserError(f"--input: {source} is a folder: name one file in it")

@@ -10,68 +10,49 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+    from torch.optim import Optimizer
 
 
 class Devices(Protocol):
-    """One device in plain PyTorch, or all those of Accelerate: `SingleDevice`, or main_accumulation.py's
-    `AcceleratedDevices`."""
+    """`SingleDevice`, one device in plain PyTorch, or main_accumulation.py's `AcceleratedDevices`."""
 
     device: torch.device  # of this process
     precision: str  # no, bf16 or fp16
     num_processes: int
     is_main: bool  # whether this process writes the files
 
-    def main_process_first(self) -> AbstractContextManager:
-        """The main process of each machine does the work inside and fills the caches, the others follow."""
+    # The model and the optimizer to train with; and the model as it was before
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]: ...
+    def unwrap(self, model: nn.Module) -> nn.Module: ...
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model and optimizer to train with."""
+    # An optimizer step: around each forward pass; around each micro-batch, where processes exchange their gradients
+    # only at the last one; adding the loss's gradients to those that are there
+    def autocast(self) -> AbstractContextManager: ...
+    def accumulate(self, model: nn.Module, is_last: bool) -> AbstractContextManager: ...
+    def backward(self, loss: torch.Tensor) -> None: ...
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model as it was before `prepare`."""
+    # The gradients' L2 norm () on the device, before they are scaled down to `max_norm`, if it is given
+    def clip_gradients(self, model: nn.Module, optimizer: Optimizer, max_norm: float | None) -> torch.Tensor: ...
 
-    def autocast(self) -> AbstractContextManager:
-        """Around a forward pass: computes in `precision`."""
+    # Update the weights, unless norm or loss is not finite; False if fp16's loss scaler skipped the update
+    def step(self, optimizer: Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool: ...
 
-    def accumulate(self, model: nn.Module, is_last: bool) -> AbstractContextManager:
-        """Around a micro-batch: processes exchange their gradients only at the last one of an optimizer step."""
+    # How many optimizer steps were finite before one was not; None if all were. Waits for the device.
+    def steps_before_failure(self) -> int | None: ...
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the loss's gradients to those that are there."""
+    # Between processes: the rows of all of them; the sum; whether any has the flag set; waiting for each other; one
+    # process of each machine does the work inside and fills the caches before the others; parting from each other
+    def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]: ...
+    def total(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def any(self, flag: bool) -> bool: ...
+    def barrier(self) -> None: ...
+    def main_process_first(self) -> AbstractContextManager: ...
+    def close(self) -> None: ...
 
-    def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
-                       ) -> torch.Tensor:
-        """Scale the gradients down to `max_norm` if it is given; returns their L2 norm before that, on the device."""
+    # Wait for the device, before a clock is read
+    def synchronize(self) -> None: ...
 
-    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
-        """Update the weights, unless a number is not finite; False if fp16's loss scaler skipped the update."""
-
-    def steps_before_failure(self) -> int | None:
-        """How many optimizer steps were good before one that was not finite; None if all were. Waits for the device."""
-
-    def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The rows of all processes, one process after the other."""
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over processes."""
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-
-    def barrier(self) -> None:
-        """Wait for the other processes."""
-
-    def synchronize(self) -> None:
-        """Wait for the device, before a clock is read."""
-
-    def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """All weights, as the unwrapped model names them."""
-
-    def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Save what `read_state` needs to continue; every process calls it."""
-
-    def read_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load what `write_state` has saved."""
-
-    def close(self) -> None:
-        """Part from the other processes."""
+    # All weights, as the unwrapped model names them; and all that is needed to continue, which every process calls
+    def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]: ...
+    def write_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...
+    def read_state(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None: ...

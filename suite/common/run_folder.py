@@ -70,13 +70,19 @@ def save_config(config: Config, path: str | Path) -> None:
         file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
+def how_to_write_again(run_folder: Path) -> str:
+    """What to do about a file of the run folder that a test of the run writes."""
+    return (f"write it again with python main.py --mode test output_dir={run_folder.parent} "
+            f"run_name={run_folder.name}")
+
+
 def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, str]]:
     """The first `most` rows of misclassified.csv (None: all): id, text, label, predicted and confidence.
 
     Raises UserError if the file is missing or damaged.
     """
     path = run_folder / "misclassified.csv"
-    again = f"write it again with python main.py --mode test --config {run_folder / 'config.yaml'}"
+    again = how_to_write_again(run_folder)
     csv.field_size_limit(2**31 - 1)  # the csv module's own limit is 131,072 characters, less than some reviews have
     try:
         with open(path, newline="", encoding="utf-8") as file:

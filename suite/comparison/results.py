@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from suite.common.run_folder import read_history, read_metrics, read_mistakes, read_saved_config, shaping_values
+from suite.common.run_folder import (
+    how_to_write_again,
+    read_history,
+    read_metrics,
+    read_mistakes,
+    read_saved_config,
+    shaping_values,
+)
 from suite.training.evaluation import Predictions
 from utils import Config, UserError
 
@@ -83,7 +90,7 @@ def read_result(folder: Path) -> Result:
         raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
                         "run's command again to finish it, or leave the run out")
     config = read_saved_config(folder / "config.yaml")
-    again = f"write it again by python main.py --mode test --config {folder / 'config.yaml'}"
+    again = how_to_write_again(folder)
     path = folder / "test_predictions.csv"
     try:
         with open(path, newline="", encoding="utf-8") as file:

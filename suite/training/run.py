@@ -27,9 +27,9 @@ from suite.training.optimization import build_optimizer, build_scheduler, weigh_
 from suite.training.states import (
     KEPT_STATES,
     Progress,
+    claim_run_folder,
     find_state,
     load_progress,
-    open_run,
     random_state,
     refuse_other_data,
     remove_run,
@@ -50,7 +50,7 @@ class Run:
 
         Raises UserError, before anything is replaced, if data, encoder and run folder do not go together.
         """
-        open_run(config.run_folder)
+        claim_run_folder(config.run_folder)
         state = find_state(config)
         set_seed(config.train_config.seed)
         encoder_config = load_encoder_config(config.model_config)  # refuses what is no encoder before reviews are read
@@ -88,9 +88,6 @@ class Run:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
         self.progress = Progress(data_fingerprint=data.fingerprint)
         self._out_of_memory = False
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Beginning, and continuing after an interruption
 
     @property
     def state_bytes(self) -> int:
@@ -141,9 +138,6 @@ class Run:
         self.progress.wandb_id = self.wandb.run_id
         self.start_step = self.progress.step
         self.model.train()
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What the loop iterates over
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, counted from 0. They end with max_steps or early_stopping_patience, too."""
@@ -200,9 +194,6 @@ class Run:
         say(f"out of memory at optimizer step {self.progress.step + 1}: continuing with micro-batches of "
             f"{self.sampler.micro_batch} reviews, at the same {self.sampler.effective_batch} reviews an optimizer step")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # After an optimizer step
-
     def total_weight(self, rows: np.ndarray) -> float:
         """What the loss of these reviews is divided by: their number or, with class weights, the sum of theirs."""
         return float(self.review_weights[rows].sum())
@@ -254,9 +245,6 @@ class Run:
             f"optimizer step {step}: loss or gradient is not finite, so the weights were left as they were; reviews "
             f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
             f"at these reviews (last saved state: {kept})")
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # After an epoch, and saving
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Record the validation metrics, keep the model if it is the best so far, save the state."""

@@ -45,7 +45,7 @@ class Progress:
     wandb_id: str | None = None
 
 
-def open_run(folder: Path) -> None:
+def claim_run_folder(folder: Path) -> None:
     """Lock the run folder for this process, and mend what a kill may have left of replacing the best model."""
     lock(folder)
     if process_rank() == 0:
