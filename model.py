@@ -27,15 +27,15 @@ class ClassifierConfig(PreTrainedConfig):
     `data_fingerprint` which reviews and which split these were.
     """
 
-    # A type of its own: under the encoder's, transformers would load its own classifier and draw its head at random.
+    # A type of its own: under the encoder's type, transformers would load its own classifier with a random head.
     model_type = "encoder-for-classification"
 
     def __init__(self, encoder: Any = None, pooling: str = "cls", head_dropout: float = 0.1, max_len: int | None = None,
-                 truncation: str = "head", data_fingerprint: str | None = None, **settings):
+                 truncation: str = "head", data_fingerprint: str | None = None, **kwargs):
         self.encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
         self.pooling, self.head_dropout = pooling, head_dropout
         self.max_len, self.truncation, self.data_fingerprint = max_len, truncation, data_fingerprint
-        super().__init__(**settings)
+        super().__init__(**kwargs)
 
 
 class EncoderForClassification(PreTrainedModel):
@@ -59,8 +59,8 @@ class EncoderForClassification(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The head as BERT's own classification head: normal(0, initializer_range), zero bias. The encoder has its own
-        way."""
+        """Draw the head like that of BERT's own classifier: normal(0, initializer_range), zero bias. The encoder draws
+        its own weights."""
         if module is self.head:
             nn.init.normal_(module.weight, std=getattr(self.encoder.config, "initializer_range", 0.02))
             nn.init.zeros_(module.bias)
@@ -69,10 +69,10 @@ class EncoderForClassification(PreTrainedModel):
         return self.encoder.get_input_embeddings()
 
     @classmethod
-    def from_pretrained(cls, *arguments, **settings):
-        """PreTrainedModel's, with the weights in memory of their own: left in the mapped file, they lie at addresses
-        for which kernels may round otherwise, and change with the file."""
-        loaded = super().from_pretrained(*arguments, **settings)
+    def from_pretrained(cls, *arguments, **kwargs):
+        """PreTrainedModel's, with the weights copied into memory. Left in the mapped file, they would change with the
+        file, and lie at addresses for which kernels may round differently."""
+        loaded = super().from_pretrained(*arguments, **kwargs)
         for weights in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
             weights.data = weights.data.clone()
         return loaded
@@ -120,15 +120,15 @@ BERT_LIKE = ("BertModel", "RobertaModel", "XLMRobertaModel", "ElectraModel")
 
 
 def is_known(encoder: nn.Module) -> bool:
-    """Whether the functions below know this encoder, and its attention takes masks of booleans."""
+    """Whether the functions below know this encoder, and its attention takes boolean masks."""
     names = (*BERT_LIKE, "ModernBertModel")
     return type(encoder).__name__ in names and encoder.config._attn_implementation.startswith("sdpa")
 
 
 def attention_masks(encoder: nn.Module, attention_mask: torch.Tensor) -> Any:
-    """What a known encoder makes of a mask (batch, tokens) of 1 and 0, made without reading it on the host.
+    """The attention masks that a known encoder makes of a mask (batch, tokens) of 1 and 0, without a host read.
 
-    transformers looks whether all of it is 1, and so waits for the device in each forward pass.
+    transformers checks whether the whole mask is 1, and so waits for the device in each forward pass.
     """
     batch, tokens = attention_mask.shape
     full = attention_mask.bool()[:, None, None, :].expand(batch, 1, tokens, tokens)

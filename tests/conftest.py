@@ -54,7 +54,14 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
 
 
+# From the longest to the shortest: files that come last should be short, so that no process waits for the other.
+LONGEST_FILES = ["test_training", "test_accumulation", "test_outside", "test_hub", "test_experiment", "test_kills",
+                 "test_demo", "test_model", "test_predict", "test_data", "test_processes"]
+
+
 def pytest_collection_modifyitems(config, items):
+    order = {f"{name}.py": place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if not config.getoption("--long"):
         for item in items:
             if "long" in item.keywords:

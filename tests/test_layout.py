@@ -1,6 +1,7 @@
-"""Where things stand: the files at the top level, the direction of imports, and the size of functions."""
+"""Where things stand: the top level, the direction of imports, the size of functions, and what the docs say of it."""
 
 import ast
+import re
 from pathlib import Path
 
 from conftest import PROJECT
@@ -73,3 +74,31 @@ def test_a_function_fits_on_a_screen():
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES]
     assert long == []
+
+
+def test_the_docs_name_files_and_functions_that_exist():
+    everything = "".join(path.read_text(encoding="utf-8") for path in sources())
+    for page in [PROJECT / "README.md", *PROJECT.glob("docs/*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:[\w/]+/)?\w+\.py)`", text):
+            assert (PROJECT / name).exists(), f"{page.name}: {name}"
+        for name in re.findall(r"`(\w+)\(\)`", text):
+            assert f"def {name}(" in everything, f"{page.name}: {name}()"
+        for target in re.findall(r"\]\(([^)#:]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_four_lines_that_the_docs_show_are_those_of_the_loop():
+    def lines_of(code: str) -> list[str]:
+        return [line.strip() for line in re.sub("#.*", "", code).splitlines() if line.strip()]
+
+    loop = lines_of((PROJECT / "main.py").read_text(encoding="utf-8"))
+    for page in ("README.md", "docs/accumulation.md"):
+        [shown] = re.findall(r"```python\n(for number.*?)```", (PROJECT / page).read_text(encoding="utf-8"), re.DOTALL)
+        shown = lines_of(shown)
+        start = loop.index(shown[0])
+        assert loop[start:start + len(shown)] == shown, page
+
+
+def test_the_readme_is_a_door():
+    assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main
 from main_accumulation import AcceleratedDevices
 from suite.common.stopping import StopRequested
+from suite.common.storage import seal
 from suite.training.devices import SingleDevice
 from suite.training.run import Run, rank
 from suite.training.states import saved_states
@@ -205,6 +206,17 @@ def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed, m
         assert measured["valid"]["epoch"] == len([record for record in history if "valid/loss" in record])
 
 
+def test_a_state_of_another_version_is_refused_with_one_line(undisturbed):
+    overrides, folder = undisturbed
+    old = shutil.copytree(folder, folder.parent / "old")
+    (old / "metrics.json").unlink()
+    for state in saved_states(old / "last"):
+        progress = json.loads((state / "progress.json").read_text())
+        (state / "progress.json").write_text(json.dumps(progress | {"windows": 3}))
+        seal(state)
+    assert "was saved by another version of this project" in train_here(*overrides, "run_name=old", code=2).stderr
+
+
 def test_data_that_changed_after_training_is_refused(undisturbed, tmp_path):
     overrides, folder = undisturbed
     reviews = write_reviews(tmp_path / "changing.csv")
@@ -254,7 +266,7 @@ def test_training_happens_with_wandb_off_offline_or_broken(undisturbed, tmp_path
 
 
 @pytest.mark.parametrize(("script", "sent", "code"), [
-    ("main.py", signal.SIGTERM, 143), ("main.py", signal.SIGINT, 130), ("main.py", signal.SIGKILL, -9),
+    ("main.py", signal.SIGTERM, 143), ("main.py", signal.SIGINT, 130),  # SIGKILL: test_kills.py
     ("main_accumulation.py", signal.SIGUSR1, 143), ("main_accumulation.py", signal.SIGKILL, -9)])
 def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, script, sent, code):
     overrides, folder = undisturbed

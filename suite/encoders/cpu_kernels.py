@@ -36,19 +36,19 @@ class CPUDropout(nn.Dropout):
 
 
 def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                  attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **settings
+                  attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs
                   ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
     drops = 0 < dropout < 1
     is_slow_fused = query.dtype == torch.bfloat16 and key.shape[2] <= SHORT
-    if not (drops or is_slow_fused) or settings.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **settings)
+    if not (drops or is_slow_fused) or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)  # (batch, heads, tokens, tokens)
     if attention_mask is not None:
-        bias = torch.zeros(attention_mask.shape, dtype=scores.dtype)  # one for all heads, and none of it in backward
+        bias = torch.zeros(attention_mask.shape, dtype=scores.dtype)  # shared by all heads, and not part of backward
         scores = scores + bias.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1).to(value.dtype)
-    context = (drop(weights, dropout) if drops else weights) @ value
+    attention = scores.softmax(dim=-1).to(value.dtype)
+    context = (drop(attention, dropout) if drops else attention) @ value
     return context.transpose(1, 2).contiguous(), None
 
 

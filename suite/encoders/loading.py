@@ -99,7 +99,7 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
             encoder = AutoModel.from_config(encoder_config)
         if empty := [key for key, weights in encoder.named_parameters() if weights.numel() == 0]:
             raise ValueError(f"{empty[0]} would be empty")
-    except Exception as error:  # of whatever kind: each architecture trips over nonsense in its own way
+    except Exception as error:  # of any type: each architecture fails on bad values in its own way
         reason = f"{type(error).__name__}: {brief(error)}"
         raise UserError(f"model_config.model_name: no encoder can be built from the config.json of {name} ({reason}): "
                         "correct it or take another model") from error
@@ -147,12 +147,12 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["truncation_side"] = "left" if config.truncation == "tail" else "right"
-    settings["model_max_length"] = config.max_len or settings.get("model_max_length")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["truncation_side"] = "left" if config.truncation == "tail" else "right"
+    values["model_max_length"] = config.max_len or values.get("model_max_length")
     if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(path, settings)
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(path, values)
     shutil.copyfile(PROJECT / "model.py", folder / "model.py")
     write_json(folder / "config.json", config.to_dict() | {
         "architectures": [EncoderForClassification.__name__], "dtype": "float32",
@@ -176,10 +176,10 @@ def load_model(folder: str | Path) -> nn.Module:
     if (folder / MANIFEST).exists():
         refuse_damage(folder)
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        is_ours = settings.pop("model_type") == ClassifierConfig.model_type
-        model = EncoderForClassification(_sensible(ClassifierConfig(**settings))) if is_ours else None
-    except Exception as error:  # of whatever kind: each architecture trips over nonsense in its own way
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        is_ours = values.pop("model_type") == ClassifierConfig.model_type
+        model = EncoderForClassification(_sensible(ClassifierConfig(**values))) if is_ours else None
+    except Exception as error:  # of any type: each architecture fails on bad values in its own way
         raise UserError(f"{folder / 'config.json'}: not a trained model: {brief(error)}") from error
     if not is_ours:
         return _load_foreign(folder)

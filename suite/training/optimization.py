@@ -13,7 +13,7 @@ from utils import TrainConfig
 
 
 def build_optimizer(model: nn.Module, train_config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay, if any, goes to matrices only: not to biases and norms, as in BERT's own training."""
+    """With weight decay, if any, on matrices only: not on biases and norms, as in BERT's own training."""
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train_config.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
@@ -32,9 +32,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, train_config: TrainConfig,
 
 def weigh_classes(data: PreparedData, train_config: TrainConfig, device: torch.device
                   ) -> tuple[torch.Tensor | None, np.ndarray]:
-    """(class weights (num_labels,) for the loss, None without any; the weight of each training review (reviews,))."""
+    """(class weights (num_labels,) for the loss, or None; the weight of each training review in it (reviews,))."""
     labels = data.splits["train"].labels
     if train_config.class_weights is None:
         return None, np.ones(len(labels))
-    weights = compute_class_weight("balanced", classes=np.arange(len(data.label_names)), y=labels)
-    return torch.tensor(weights, dtype=torch.float32, device=device), weights[labels]
+    class_weights = compute_class_weight("balanced", classes=np.arange(len(data.label_names)), y=labels)
+    return torch.tensor(class_weights, dtype=torch.float32, device=device), class_weights[labels]
