@@ -33,6 +33,8 @@ class ClassifierConfig(PreTrainedConfig):
     def __init__(self, encoder: Any = None, pooling: str = "cls", head_dropout: float = 0.1, max_len: int | None = None,
                  truncation: str = "head", data_fingerprint: str | None = None, **kwargs):
         self.encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
+        if self.encoder is not None:
+            self.encoder.dtype = None  # that of the whole classifier counts, not that of the encoder's checkpoint
         self.pooling, self.head_dropout = pooling, head_dropout
         self.max_len, self.truncation, self.data_fingerprint = max_len, truncation, data_fingerprint
         super().__init__(**kwargs)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENCODERS
+from conftest import ENCODERS, run_here
 from safetensors.torch import load, save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoConfig, AutoModel
@@ -318,3 +318,25 @@ def test_code_from_the_hub_is_not_run(encoder_folder, tmp_path):
 def test_an_unreachable_hub_is_said_with_the_ways_on():
     with pytest.raises(UserError, match="cannot be reached.*local folder.*demo.yaml"):
         build("google-bert/bert-base-uncased")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_an_encoder_stored_in_half_precision_is_trained_and_used_in_float32(overrides, encoder_folder, tmp_path, name,
+                                                                           dtype, precision):
+    folder = tmp_path / "half"
+    AutoModel.from_pretrained(encoder_folder(name), dtype=dtype).save_pretrained(folder)
+    load_tokenizer(encoder_folder(name)).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    result = run_here(*overrides, f"model_config.model_name={folder}", "train_config.epochs=1",
+                      f"train_config.mixed_precision={precision}")
+    assert result.returncode == 0, result.stderr
+    best = tmp_path / "runs" / "run" / "best"
+    assert {weights.dtype for weights in load_model(best).parameters()} == {torch.float32}
+    for key in ("dtype", "torch_dtype"):  # as earlier versions of this project and of transformers have written it
+        (best / "manifest.json").unlink(missing_ok=True)
+        config = json.loads((best / "config.json").read_text())
+        config["encoder"] |= {"dtype": None, key: "float16"}
+        (best / "config.json").write_text(json.dumps(config))
+        assert {weights.dtype for weights in load_model(best).parameters()} == {torch.float32}
