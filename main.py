@@ -50,6 +50,9 @@ from suite.training.states import claim_run_folder, finished_metrics, refuse_dif
 from suite.training.tracking import Wandb, try_plots
 from utils import Config, UserError, say
 
+MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "train_config.compile", "log_config",
+                        "train_config.gradient_accumulation_steps", "data_config.batch_size")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -172,7 +175,7 @@ def test_again(config: Config, devices: Devices) -> None:
     devices.barrier()
     model = load_model(best_model(folder))
     # With another split, the model would be tested on reviews that it was trained on.
-    refuse_differences(config, ignored=("train_config", "log_config", "data_config.batch_size"))
+    refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
     with devices.main_process_first():
         data = prepare_data(config, trained_model=str(folder / "best"))
     refuse_other_data(config, model.config.data_fingerprint, data.fingerprint)

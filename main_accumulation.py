@@ -88,11 +88,11 @@ class AcceleratedDevices(SingleDevice):
         self.guard.check(self.total(loss) if self.scaler else norm.to(self.device))
         if self.scaler and self.guard.failed:
             self.scaler.update()  # ends the step that clip_gradients has begun
-            return False
-        if self.scaler or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        elif self.scaler or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             optimizer.step()  # these look for overflows themselves
         else:
             self.guard.step(optimizer, fused=not self.is_sharded)  # the fused kernel takes no `found_inf` beside shards
+        self.guard.count()
         return not self.accelerator.optimizer_step_was_skipped
 
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -216,6 +216,31 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_result(overrides, de
     assert distance(undisturbed.model.state_dict(), run.model.state_dict()) < 1e-6
 
 
+@pytest.mark.parametrize("devices_class", [SingleDevice, AcceleratedDevices])
+def test_the_right_step_is_named_after_an_optimizer_ran_out_of_memory(overrides, devices_class, monkeypatch):
+    run = run_of(overrides, devices_class, "train_config.auto_micro_batch=true", "log_config.log_every_steps=100")
+    guard, calls = run.devices.guard, []
+    step, train_step = guard.step, main.train_step
+
+    def short_of_memory(*args, **kwargs):  # where Adam's moments are made, at the first step
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(*args, **kwargs)
+
+    def poisoned(model, *rest):
+        if run.progress.step == 9:  # the last of the epoch
+            run.devices.unwrap(model).head.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return train_step(model, *rest)
+
+    monkeypatch.setattr(guard, "step", short_of_memory)
+    monkeypatch.setattr(main, "train_step", poisoned)
+    with pytest.raises(FloatingPointError, match="^optimizer step 10: ") as stopped:
+        main.train(run)
+    ids = sorted(run.data.splits["train"].ids[run.sampler.effective_batches()[9]].tolist())
+    assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
+
+
 def test_out_of_memory_without_leave_is_an_error(overrides, monkeypatch):
     run = run_of(overrides, SingleDevice)
 

@@ -176,6 +176,7 @@ def test_mode_test_takes_the_configuration_that_the_run_has_saved(tmp_path, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     trained = load_config(path, [*named, "data_config.limit=600", "train_config.gradient_accumulation_steps=3"])
     assert trained.train_config.effective_batch_size == 384
+    trained.train_config.auto_micro_batch = True  # it is for one process, and so is no obstacle to testing on five
     (tmp_path / "quick").mkdir()
     save_config(trained, tmp_path / "quick" / "config.yaml")
     for processes in ("1", "5"):  # 384 reviews in micro-batches of 64 cannot be shared by five

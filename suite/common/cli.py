@@ -91,12 +91,13 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
     if mode != "test" or not saved.exists():
         return config
     effective_batch_size = read_saved_config(saved).train_config.effective_batch_size
-    # The saved batch may not divide by the number of processes that run the test. They take no optimizer step, so the
-    # check of it is passed by; the model card names the batch that the run was trained with.
+    # The run's batch may not fit the number of processes that test it. They take no optimizer step, so its check is
+    # passed by; the model card names the batch that the run was trained with.
     config = load_config(saved, overrides, {str(path): {
-        "output_dir": config.output_dir, "run_name": config.run_name,
+        "output_dir": config.output_dir, "run_name": config.run_name, "train_config.auto_micro_batch": False,
         "train_config.effective_batch_size": None, "train_config.gradient_accumulation_steps": 1}})
-    config.train_config.effective_batch_size = effective_batch_size
+    if not any(item.startswith("train_config.effective_batch_size=") for item in overrides):
+        config.train_config.effective_batch_size = effective_batch_size
     return config
 
 

@@ -50,7 +50,10 @@ def shaping_values(config: Config) -> dict[str, Any]:
 def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        saved = OmegaConf.load(path)
+        if missing := Config.__dataclass_fields__.keys() - dict(saved).keys():
+            raise ValueError(f"{min(missing)} is missing")
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: damaged, or of another version: {brief(error)}") from None
 

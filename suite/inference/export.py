@@ -16,6 +16,7 @@ import csv
 import importlib.util
 import itertools
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def output_folder(command: Command, source: Path) -> Path:
         target = source.resolve().with_name(source.resolve().name + "-onnx")
     else:
         target = command.config.run_folder / "onnx"
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} exists already: remove it, or choose another folder with --output")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

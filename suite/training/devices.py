@@ -30,6 +30,9 @@ class FiniteGuard:
     def check(self, number: torch.Tensor) -> None:
         """Look at an optimizer step's gradient norm or loss, on the device."""
         self.failed = torch.maximum(self.failed, (~number.isfinite()).float())
+
+    def count(self) -> None:
+        """An optimizer step is done. One that ran out of memory does not get here, and is checked again later."""
         self.good_steps += 1 - self.failed
 
     def step(self, optimizer: torch.optim.Optimizer, fused: bool = True) -> None:
@@ -94,12 +97,14 @@ class SingleDevice:
         if self.scaler is None:
             self.guard.check(norm)
             self.guard.step(optimizer)
+            self.guard.count()
             return True
         self.guard.check(loss)  # gradients may overflow in fp16: the scaler skips that step and lowers its scale
         scale = self.scaler.get_scale()
         if not self.guard.failed:
             self.scaler.step(optimizer)
         self.scaler.update()
+        self.guard.count()
         return self.scaler.get_scale() >= scale
 
     def steps_before_failure(self) -> int | None:
