@@ -44,8 +44,8 @@ def pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor,
 class IMDBDataset(torch.utils.data.Dataset):
     """The tokenized reviews of one split, as flat arrays: nothing is looked up or padded review by review.
 
-    `tokens` (tokens of all reviews,) and `offsets` (reviews + 1,) are shared by the splits; `rows` (n,) are this
-    split's reviews in them, `labels` (n,) their classes, `ids` (n,) their rows in the pooled data, `texts` that data.
+    All splits share `tokens` (tokens of all reviews,), `offsets` (reviews + 1,) and `texts`, the pooled data. A split
+    has `rows` (n,), its places in `offsets`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, ids: np.ndarray,
@@ -128,7 +128,7 @@ class Encode:
 
 
 def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens (total,) int32 and the offsets of the reviews in them (rows + 1,), as datasets cached them."""
+    """All tokens (total,) int32 and the offsets of the reviews in them (rows + 1,), from the library's cache."""
     tokenized = table.map(encode, batched=True, remove_columns=table.column_names, desc="tokenizing",
                           features=Features({"input_ids": List(Value("int32"))}),
                           new_fingerprint=encode.fingerprint(digests))
@@ -158,29 +158,30 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     reviews = load_reviews(data_config, config.model_config.num_labels)
     digests = text_digests(reviews.table)
     refuse_contradictions(digests, reviews)
-    splits = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
+    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
     if trained_model is None:
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks)
     else:
-        tokenizer = load_tokenizer(trained_model)  # it has learnt already what to do with line breaks
-    used = np.sort(np.concatenate(list(splits.values())))  # with a limit, only these rows are tokenized
+        tokenizer = load_tokenizer(trained_model)  # it was saved with its rule for line breaks
+    used = np.sort(np.concatenate(list(ids_of.values())))  # with a limit, only these rows are tokenized
     encode = Encode(tokenizer, data_config.max_len, data_config.truncation)
     tokens, offsets = tokenize(reviews.table.select(used), encode, digests[used])
     has_token_types = "token_type_ids" in tokenizer.model_input_names
-    datasets = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
-                                  tokenizer.pad_token_id, has_token_types, reviews.table)
-                for name, ids in splits.items()}
-    parts = (digests, reviews.labels, *splits.values())
+    splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
+                                tokenizer.pad_token_id, has_token_types, reviews.table)
+              for name, ids in ids_of.items()}
+    parts = (digests, reviews.labels, *ids_of.values())
     fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
-    return PreparedData(datasets, tokenizer, reviews.label_names, fingerprint)
+    return PreparedData(splits, tokenizer, reviews.label_names, fingerprint)
 
 
 def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf
                    ) -> DataLoader:
-    """A loader of one split, whose items are what `IMDBDataset` gives for what its `sampler` yields.
+    """A loader of one split, of which each process gets its own share.
 
-    `train`: the micro-batches of an optimizer step, in the order of `StepSampler` (set `loader.sampler.epoch`), which
-    `pass_tokens` is for. `valid` and `test`: a batch, longest reviews first. Each process gets its own share.
+    `train` yields the padded micro-batches of one optimizer step after the other, see `StepSampler`; set
+    `loader.sampler.epoch`. `valid` and `test` yield padded batches, longest reviews first. `pass_tokens`: what one more
+    pass costs, in tokens; for `train` only.
     """
     dataset, rank, processes = data.splits[split], process_rank(), num_processes()
     if split == "train":

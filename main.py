@@ -5,9 +5,9 @@
     python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
     python main.py train_config.epochs=3 data_config.max_len=256        any key of config.yaml, see docs/settings.md
     python main.py --mode test                                          evaluate the best model of that run again
-    python main.py --mode predict --text "A film to remember."          label a review with that model
+    python main.py --mode predict --text "A wonderful film."            label a review with that model
     python main.py --mode predict --input FILE --output FILE            or all rows of a file
-    python main.py --mode explain --text "A film to remember."          the words that the decision rests on
+    python main.py --mode explain --text "A wonderful film."            the words that the decision rests on
     python main.py --mode export                                        that model as ONNX
     python main_accumulation.py data_config.batch_size=64 train_config.gradient_accumulation_steps=4
                                                                         large batches: gradient accumulation
@@ -63,10 +63,10 @@ def train(run: Run) -> None:
     with run.saved_when_stopped():
         for _ in run.epochs():  # those that are left; max_steps and early stopping may end them
             for rows, micro_batches in run.steps():  # the reviews of each optimizer step
-                with run.retried_if_out_of_memory():
+                with run.smaller_if_out_of_memory():
                     loss, correct = train_step(run.model, run.optimizer, micro_batches, run.total_weight(rows), devices,
                                                run.scheduler, max_grad_norm, run.class_weights)
-                    run.count(rows, loss, correct)  # on the device: nothing waits for the figures
+                    run.count(rows, loss, correct)  # the sums stay on the device, so nothing waits for them
                     if run.log_due():
                         run.log()
                     stop_if_asked(devices)
@@ -91,8 +91,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches
         with devices.accumulate(model, is_last=number == len(micro_batches)):  # gradients are exchanged at the last one
             with devices.autocast():
                 output = model(**inputs, labels=labels, reduction="sum", class_weights=class_weights)
-            # Each micro-batch's sum is divided by the weight of all: their gradients add up to the mean's. DDP averages
-            # over the processes, which the factor undoes.
+            # Each micro-batch's sum is divided by the total weight of the effective batch, so that the gradients add up
+            # to that of its mean. DDP averages over the processes, which the factor undoes.
             devices.backward(output.loss * (devices.num_processes / total_weight))
         loss += output.loss.detach()
         correct += (output.logits.argmax(dim=1) == labels).sum()
@@ -123,7 +123,7 @@ def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) 
     model.eval()
     ids, labels, logits = compute_logits(model, batches(), sum(map(len, loader.sampler)), devices)
     model.train()
-    counted = ids >= 0  # the others only kept processes in step
+    counted = ids >= 0  # -1: a review that is there only to keep the processes in step
     return Predictions(*devices.gather(ids[counted], labels[counted], logits[counted]))
 
 

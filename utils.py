@@ -125,7 +125,8 @@ class LogConfig:
     wandb_project: str = option("imdb-sentiment", "name of the project on wandb", shapes_result=False)
     wandb_mode: str = option("auto", "auto: online if there is a login, else offline",
                              choices=("auto", "online", "offline", "disabled"), shapes_result=False)
-    log_every_steps: int = option(10, "optimizer steps between two training records", at_least=1)
+    log_every_steps: int = option(10, "optimizer steps between two training records; without a terminal, about ten "
+                                  "of them are printed in an epoch", at_least=1)
 
 
 @dataclass

@@ -207,3 +207,11 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     config = load_config(PROJECT / "config.yaml", ["output_dir=~/runs", "data_config.dataset=~/reviews.csv"])
     assert config.output_dir == "/home/somebody/runs"
     assert config.data_config.dataset == "/home/somebody/reviews.csv"
+
+
+def test_the_comments_of_config_yaml_list_the_choices():
+    text = (PROJECT / "config.yaml").read_text(encoding="utf-8")
+    for key, entry in config_fields():
+        if choices := entry.metadata.get("choices"):
+            [comment] = re.findall(rf"^  {key.rpartition('.')[2]}:.*?#(.*)$", text, re.MULTILINE)
+            assert all(re.search(rf"\b{choice}\b", comment) for choice in choices), key

@@ -88,7 +88,7 @@ def test_the_docs_name_files_and_functions_that_exist():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_four_lines_that_the_docs_show_are_those_of_the_loop():
+def test_the_lines_that_the_docs_show_are_those_of_the_loop():
     def lines_of(code: str) -> list[str]:
         return [line.strip() for line in re.sub("#.*", "", code).splitlines() if line.strip()]
 

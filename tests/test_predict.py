@@ -147,7 +147,7 @@ def test_broken_rows_are_put_aside_and_nothing_else(predicting, tmp_path, conten
     assert [int(row["row"]) for row in aside] == rejected
     assert all(word in row["problem"] for word, row in zip(words, aside, strict=True))
     assert words[0] in result.stdout
-    assert f"{len(rejected)} broken rows" in result.stdout
+    assert f"the broken rows, {len(rejected)}, were skipped" in result.stdout
 
 
 def test_broken_json_lines(predicting, tmp_path):
@@ -379,7 +379,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
             ("must end in .csv, .jsonl", ("--input", source, "--output", "out.parquet")),
             ("no such folder", ("--input", source, "--output", str(tmp_path / "no" / "out.csv")))]:
         assert words in refusal("--mode", "predict", *arguments)
-    assert "is for --mode predict and explain, not for train" in refusal("--text", "a")
+    assert "is for --mode predict, explain, not for train" in refusal("--text", "a")
 
 
 def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_chunk(trained):

@@ -20,7 +20,7 @@ from main_accumulation import AcceleratedDevices
 from suite.common.stopping import StopRequested
 from suite.common.storage import seal
 from suite.training.devices import SingleDevice
-from suite.training.run import Run, rank
+from suite.training.run import Run, quality
 from suite.training.states import saved_states
 from utils import load_config
 
@@ -180,8 +180,8 @@ def test_the_tested_weights_are_the_best_not_the_last(undisturbed, monkeypatch):
 
 
 def test_equal_accuracies_are_told_apart_by_the_loss():
-    assert rank({"accuracy": 0.9, "loss": 0.3}, "accuracy") > rank({"accuracy": 0.9, "loss": 0.4}, "accuracy")
-    assert rank({"accuracy": 0.8, "loss": 0.3}, "loss") > rank({"accuracy": 0.9, "loss": 0.4}, "loss")
+    assert quality({"accuracy": 0.9, "loss": 0.3}, "accuracy") > quality({"accuracy": 0.9, "loss": 0.4}, "accuracy")
+    assert quality({"accuracy": 0.8, "loss": 0.3}, "loss") > quality({"accuracy": 0.9, "loss": 0.4}, "loss")
 
 
 def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed, monkeypatch):

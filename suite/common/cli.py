@@ -119,7 +119,8 @@ def check_options(given: argparse.Namespace) -> None:
     for option in ("model", "text", "input", "output"):
         modes = [mode for mode in MODES if option in MODES[mode]]
         if getattr(given, option) is not None and given.mode not in modes:
-            raise UserError(f"--{option} is for --mode {' and '.join(modes)}, not for {given.mode}: leave it out")
+            hint = "name the run with run_name=" if option == "model" else "leave it out"
+            raise UserError(f"--{option} is for --mode {', '.join(modes)}, not for {given.mode}: {hint}")
     if given.model is not None and not Path(given.model).is_dir():
         raise UserError(f"--model: no such folder: {given.model}")
     if given.text is not None and not given.text.strip():

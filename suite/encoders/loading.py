@@ -220,8 +220,7 @@ def best_model(run_folder: Path) -> Path:
     """The folder of a run's best model. Raises UserError if there is none, or it is not what was saved."""
     folder = run_folder / "best"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; train this run first, or name one with a model by run_name=; if "
-                        "it was lost, train afresh with train_config.resume=never (and train_config.overwrite=true if "
-                        "the run is finished)")
+        raise UserError(f"{folder}: no trained model there: train this run first, or name another one with --config "
+                        "FILE, run_name=NAME or --model FOLDER")
     refuse_damage(folder)
     return folder

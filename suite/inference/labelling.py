@@ -106,7 +106,7 @@ class Job:
         seconds = time.perf_counter() - started
         say(f"{output}: {counts['rows'] - counts['broken']:,} rows, {counts['labelled'] / seconds:,.1f} a second")
         if counts["broken"]:
-            say(f"{parts.rejected}: {counts['broken']:,} broken rows, which were skipped")
+            say(f"{parts.rejected}: the broken rows, {counts['broken']:,}, were skipped")
 
     def open(self) -> None:
         """Let the main process claim the folder of parts for this job; if it fails, all processes leave."""

@@ -65,4 +65,4 @@ def print_rows(classifier: Classifier, path: str, column: str) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: nothing is written to it any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if broken:
-        print(f"{broken:,} broken rows were skipped", file=sys.stderr)
+        print(f"broken rows that were skipped: {broken:,}", file=sys.stderr)

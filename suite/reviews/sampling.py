@@ -47,8 +47,8 @@ def _cheapest_cuts(longest: np.ndarray, most: int, processes: int, pass_tokens: 
 class StepSampler:
     """Yields this process's micro-batches of each optimizer step of an epoch: a list of arrays of indices.
 
-    Which reviews form an effective batch depends on seed and epoch alone, never on the micro-batch or the number of
-    processes. The last one of an epoch may be smaller.
+    Which reviews form an effective batch depends on the seed, the epoch and the effective batch size alone, never on
+    the micro-batch or the number of processes. The last one of an epoch may be smaller.
     """
 
     lengths: np.ndarray  # (reviews,) tokens

@@ -1,7 +1,7 @@
 """Where the arithmetic happens: one device in plain PyTorch.
 
 The training loop asks for nothing but the methods of `suite.common.protocols.Devices`. `SingleDevice` is one device in
-plain PyTorch; main_accumulation.py puts Accelerate behind the same methods. That is all in which the scripts differ.
+plain PyTorch; main_accumulation.py puts Accelerate behind the same methods. The scripts differ in nothing else.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class FiniteGuard:
 
     def __init__(self, device: torch.device):
         self.failed = torch.zeros((), device=device)  # 1 from the first step whose number was not finite
-        self.good_steps = torch.zeros((), device=device)  # those before it
+        self.good_steps = torch.zeros((), device=device)  # optimizer steps before that one
 
-    def check(self, number: torch.Tensor) -> None:
+    def check(self, norm_or_loss: torch.Tensor) -> None:
         """Look at an optimizer step's gradient norm or loss, on the device."""
-        self.failed = torch.maximum(self.failed, (~number.isfinite()).float())
+        self.failed = torch.maximum(self.failed, (~norm_or_loss.isfinite()).float())
 
     def count(self) -> None:
         """An optimizer step is done. One that ran out of memory does not get here, and is checked again later."""
@@ -105,7 +105,7 @@ class SingleDevice:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.guard.count()
-        return self.scaler.get_scale() >= scale
+        return self.scaler.get_scale() >= scale  # the scale falls only when the step was skipped
 
     def steps_before_failure(self) -> int | None:
         return self.guard.steps_before_failure()
@@ -158,7 +158,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """no, bf16 or fp16; `auto` takes bf16 where the device computes in it rather than emulating it."""
+    """no, bf16 or fp16; `auto` takes bf16 where the hardware supports it."""
     if name == "fp16" and device.type == "cpu":
         raise UserError("train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
     if name != "auto":

@@ -23,7 +23,7 @@ class Meter:
         self.reviews = self.tokens = 0
         self.flops = self.executed_flops = 0.0  # of the whole model; of what is computed of it. Padding not counted
         self.seconds = 0.0  # of training, without evaluation and saving
-        self.read_reviews = 0  # those before the last reading
+        self.reviews_at_last_reading = 0
         self.total_weight = 0.0  # of the reviews since then, see `train_step`
         self._started: float | None = None  # None while the clock stands still
 
@@ -39,9 +39,10 @@ class Meter:
     def read(self) -> tuple[float, float, float]:
         """(mean loss and accuracy since the last reading, reviews a second so far). Waits for the device."""
         loss, correct = self.devices.total(self.sums).tolist()
-        figures = loss / self.total_weight, correct / (self.reviews - self.read_reviews), self.reviews / self.seconds
+        accuracy = correct / (self.reviews - self.reviews_at_last_reading)
+        figures = loss / self.total_weight, accuracy, self.reviews / self.seconds
         self.sums.zero_()
-        self.read_reviews, self.total_weight = self.reviews, 0.0
+        self.reviews_at_last_reading, self.total_weight = self.reviews, 0.0
         return figures
 
     def start_clock(self) -> None:
@@ -76,4 +77,5 @@ class Meter:
         self.sums = self.sums.to(self.devices.device)
 
 
-SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "read_reviews", "total_weight")
+SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "reviews_at_last_reading",
+         "total_weight")

@@ -87,11 +87,12 @@ class Run:
         if process_rank() > 0:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
         self.progress = Progress(data_fingerprint=data.fingerprint)
+        self.start_step = 0  # where this process began
         self._out_of_memory = False
 
     @property
     def state_bytes(self) -> int:
-        """What a saved state takes: the weights and, with Adam, its two moments of each."""
+        """The size of a saved state: the weights and, with Adam, two moments of each."""
         return self.model_bytes * (1 if self.config.train_config.optimizer == "sgd" else 3)
 
     def ensure_room(self) -> None:
@@ -103,7 +104,7 @@ class Run:
             pass
 
     def begin(self) -> None:
-        """Start from the beginning. What another run has left goes only now that data and model are ready."""
+        """Start from the beginning. An earlier run's files are removed only now, after data and model have loaded."""
         if self.devices.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ class Run:
         """The epochs that are left, counted from 0. They end with max_steps or early_stopping_patience, too."""
         progress, train_config = self.progress, self.config.train_config
         patience = train_config.early_stopping_patience or math.inf
-        while progress.steps_in_epoch > 0 or (  # then a signal came within an epoch, or before its validation
+        while progress.steps_in_epoch > 0 or (  # an epoch was interrupted, or its validation: finish it
                 progress.epoch < train_config.epochs and progress.step < self.total_steps
                 and progress.epochs_without_improvement < patience):
             yield progress.epoch
@@ -169,25 +170,25 @@ class Run:
                     break
                 if progress.step == self.total_steps:
                     break
-                self.meter.start_clock()  # which saving has stopped
-        self.settle()
+                self.meter.start_clock()  # saving stops it
+        self.wait_and_check()
         self.bar.close()
 
     @contextmanager
-    def retried_if_out_of_memory(self):
-        """Around an optimizer step. Where the device's memory runs out, `steps` cuts the step's micro-batches in half,
-        if train_config.auto_micro_batch asks for it."""
+    def smaller_if_out_of_memory(self):
+        """Around an optimizer step. If the device runs out of memory and train_config.auto_micro_batch is set, `steps`
+        gives the same step again, in micro-batches of half the size."""
         try:
             yield
         except torch.OutOfMemoryError:
             if not self.config.train_config.auto_micro_batch or self.sampler.micro_batch == 1:
                 raise
-            self._out_of_memory = True  # `steps` acts on it later: this traceback still keeps the step's tensors alive
+            self._out_of_memory = True  # `steps` acts on it when this error is gone, which keeps the tensors
 
     def _halve_micro_batch(self) -> None:
         self._out_of_memory = False
         self.model.zero_grad(set_to_none=True)
-        self.settle()
+        self.wait_and_check()
         self.sampler.micro_batch = self.progress.micro_batch = -(-self.sampler.micro_batch // 2)
         if self.devices.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -211,8 +212,8 @@ class Run:
         return is_last or progress.step % self.config.log_config.log_every_steps == 0
 
     def log(self) -> None:
-        """Record the means since the last record. Here, and in saving, training waits for the device."""
-        self.settle()
+        """Record the means since the last record. Waits for the device, as `save` does."""
+        self.wait_and_check()
         loss, accuracy, speed = self.meter.read()
         self.record({"train/loss": loss, "train/accuracy": accuracy,
                      "train/learning_rate": self.scheduler.get_last_lr()[0]}, {"train/samples_per_second": speed})
@@ -227,18 +228,19 @@ class Run:
             self.wandb.log(record | (speed or {}))
             self.progress.history_lines = self.history.lines
 
-    def settle(self) -> None:
+    def wait_and_check(self) -> None:
         """Wait for the device and stop the clock.
 
-        Raises FloatingPointError, naming step and reviews, if a step was not finite. The weights are those before that
-        step, because no later step has changed them: see FiniteGuard.
+        Raises FloatingPointError, naming step and reviews, if a step was not finite. Neither that step nor any later
+        one has changed the weights: see FiniteGuard.
         """
         self.meter.stop_clock()
         good_steps = self.devices.steps_before_failure()
         if good_steps is None:
             return
         step = self.start_step + good_steps + 1
-        rows = self.sampler.effective_batches()[self.progress.steps_in_epoch - 1 - (self.progress.step - step)]
+        place = self.progress.steps_in_epoch - (self.progress.step - step)  # of that step in this epoch, from 1
+        rows = self.sampler.effective_batches()[place - 1]
         ids = self.data.splits["train"].ids[np.sort(rows)].tolist()
         kept = next((str(state) for state in saved_states(self.folder / "last")), "none yet")
         raise FloatingPointError(
@@ -251,7 +253,8 @@ class Run:
         progress, best_metric = self.progress, self.config.train_config.best_metric
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
         progress.epoch, progress.steps_in_epoch = progress.epoch + 1, 0
-        is_best = progress.best_epoch is None or rank(metrics, best_metric) > rank(progress.best_metrics, best_metric)
+        is_best = progress.best_epoch is None or (
+            quality(metrics, best_metric) > quality(progress.best_metrics, best_metric))
         say(f"epoch {progress.epoch}: validation loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}"
             + (", the best so far" if is_best else ""))
         if is_best:
@@ -266,11 +269,11 @@ class Run:
 
     def save(self) -> None:
         """Save all that `resume` needs."""
-        self.settle()
+        self.wait_and_check()
 
         def write(folder: Path) -> None:
             self.devices.write_state(folder, self.model, self.optimizer)
-            with open(folder / f"process_{process_rank()}.pt", "wb") as file:  # a path would hide why a write failed
+            with open(folder / f"process_{process_rank()}.pt", "wb") as file:  # given a path, torch.save hides errors
                 torch.save({"scheduler": self.scheduler.state_dict(), "meter": self.meter.state_dict(),
                             "random": random_state()}, file)
 
@@ -308,7 +311,7 @@ class Run:
                 "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
 
 
-def rank(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
+def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
     """The larger, the better. Equal accuracies, which small validation splits often have, are decided by the loss."""
     return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
 

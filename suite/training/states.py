@@ -92,9 +92,9 @@ def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
             raise UserError(f"{path} is missing, so nobody knows what this run was: choose another run_name, or start "
                             "it afresh with train_config.resume=never")
     elif found := differences(path, config, ignored):
-        afresh = "" if ignored else ", or start afresh in its place with train_config.resume=never"
-        raise UserError(f"{config.run_folder} holds a run with other settings ({'; '.join(found)}): "
-                        f"choose another run_name, give the settings of that run{afresh}")
+        fix = ("leave these settings out, or choose another run_name" if ignored else "choose another run_name, give "
+               "the settings of that run, or start afresh in its place with train_config.resume=never")
+        raise UserError(f"{config.run_folder} holds a run with other settings ({'; '.join(found)}): {fix}")
 
 
 def refuse_other_data(config: Config, then: str, now: str) -> None:
