@@ -83,7 +83,7 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(("processes", "micro_batch", "class_weights"),
-                         [(2, 32, None), (2, 9, [0.5, 3.0]), (3, 16, None)])
+                         [(2, 32, None), (2, 9, [0.5, 3.0]), pytest.param(3, 16, None, marks=pytest.mark.long)])
 def test_several_processes_give_the_same_parameters(encoder_folder, tmp_path, processes, micro_batch, class_weights):
     folder, result = encoder_folder("bert"), tmp_path / "weights.pt"
     finished = launch(processes, "tests/accumulation_worker.py", folder, str(result), "64", str(micro_batch),

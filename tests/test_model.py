@@ -224,8 +224,9 @@ torch.save([logits, classify(texts, truncation=True)], sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize(("name", "pooling"), [
+    ("bert", "cls"), ("modernbert", "mean"), pytest.param("bert", "mean", marks=pytest.mark.long),
+    pytest.param("modernbert", "cls", marks=pytest.mark.long)])
 def test_the_same_bits_in_a_pipeline_that_knows_nothing_of_this_project(encoder_folder, tmp_path, name, pooling):
     model = build(encoder_folder(name), pooling=pooling).eval()
     tokenizer = load_tokenizer(encoder_folder(name), line_breaks="space")
@@ -320,9 +321,9 @@ def test_an_unreachable_hub_is_said_with_the_ways_on():
         build("google-bert/bert-base-uncased")
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize(("name", "dtype", "precision"), [
+    ("bert", torch.float16, "no"), ("bert", torch.bfloat16, "bf16"), ("modernbert", torch.float16, "bf16"),
+    ("modernbert", torch.bfloat16, "no")], ids=str)
 def test_an_encoder_stored_in_half_precision_is_trained_and_used_in_float32(overrides, encoder_folder, tmp_path, name,
                                                                            dtype, precision):
     folder = tmp_path / "half"

@@ -33,7 +33,8 @@ def test_a_home_that_cannot_be_written(short, tmp_path):
     assert len(list((tmp_path / "runs/run/plots").iterdir())) == 3
 
 
-@pytest.mark.parametrize("broken", ["raise ImportError('no fonts')", "raise FileNotFoundError('mpl-data/fonts')"])
+@pytest.mark.parametrize("broken", ["raise ImportError('no fonts')", pytest.param(
+    "raise FileNotFoundError('mpl-data/fonts')", marks=pytest.mark.long)])
 def test_without_matplotlib_only_the_plots_are_missing(short, tmp_path, broken):
     (tmp_path / "stub" / "matplotlib").mkdir(parents=True)
     (tmp_path / "stub" / "matplotlib" / "__init__.py").write_text(broken)

@@ -109,7 +109,7 @@ def test_mode_test_gives_the_same_figures_to_the_last_digit(undisturbed):
     before = bits_of(folder)
     for name in ("test_predictions.csv", "misclassified.csv", "best/README.md"):
         (folder / name).unlink()
-    train(*overrides, "run_name=run", "--mode", "test")
+    train_here(*overrides, "run_name=run", mode="test")
     assert bits_of(folder) == before
 
 
@@ -221,10 +221,10 @@ def test_data_that_changed_after_training_is_refused(undisturbed, tmp_path):
     overrides, folder = undisturbed
     reviews = write_reviews(tmp_path / "changing.csv")
     arguments = [*overrides, f"data_config.dataset={reviews}", "run_name=changing", "train_config.max_steps=5"]
-    train(*arguments)
+    train_here(*arguments)
     with open(reviews, "a") as file:
         file.write("one more gripping film,good\nand one more dull film,bad\n")
-    assert "has changed since the run" in train(*arguments, "--mode", "test", code=2).stderr
+    assert "has changed since the run" in train_here(*arguments, mode="test", code=2).stderr
 
 
 def test_a_typing_mistake_destroys_no_finished_run(undisturbed):
