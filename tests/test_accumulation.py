@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accumulation_worker import build_model, explicit_data, single_device, train_steps
-from conftest import PROJECT, free_port, run_script
+from conftest import PROJECT, free_port, run_here, run_script
 from safetensors.torch import load_file
 
 import main
@@ -178,10 +178,10 @@ def test_both_scripts_give_the_same_bits_on_the_demo(tmp_path):
 
 
 def test_accumulation_equals_the_large_batch_in_the_script(overrides, tmp_path):
-    for name, size in (("whole", "64"), ("cut", "16")):
-        result = run_script("main_accumulation.py", *overrides, f"run_name={name}", f"data_config.batch_size={size}",
-                            "train_config.effective_batch_size=64", "train_config.optimizer=sgd",
-                            "model_config.dropout_rate=0", "model_config.encoder_dropout=0")
+    plain = [*overrides, "train_config.effective_batch_size=64", "train_config.optimizer=sgd",
+             "model_config.dropout_rate=0", "model_config.encoder_dropout=0"]
+    for result in (run_here(*plain, "run_name=whole", "data_config.batch_size=64"),
+                   run_script("main_accumulation.py", *plain, "run_name=cut", "data_config.batch_size=16")):
         assert result.returncode == 0, result.stderr
     weights = [load_file(tmp_path / "runs" / name / "best/model.safetensors") for name in ("whole", "cut")]
     assert distance(*weights) < 1e-6
@@ -268,6 +268,7 @@ def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrid
     assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
 
 
+@pytest.mark.long
 def test_the_gradient_norm_benchmark_runs_and_this_suite_is_right():
     result = run_script("-m", "benchmarks.gradient_norm")
     assert result.returncode == 0, result.stderr
