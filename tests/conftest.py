@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # Before any Hugging Face library is imported: nothing outside, and nobody's cache
@@ -144,3 +145,28 @@ def run_here(*arguments: str, mode: str = "train", **options) -> subprocess.Comp
         except SystemExit as left:
             code = left.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refused(tmp_path, overrides):
+    """refused(*more overrides): the one line of a run that must not start, over a run folder that must stay."""
+    occupied = tmp_path / "runs" / "run"
+    (occupied / "best").mkdir(parents=True)
+    (occupied / "best" / "model.safetensors").write_bytes(b"precious")
+
+    def attempt(*more: str) -> str:
+        before, started = content_of(occupied), time.perf_counter()
+        result = run_here(*overrides, "train_config.resume=never", *more)
+        assert time.perf_counter() - started < 5
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert (result.returncode, len(errors)) == (2, 1), result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stderr.rstrip().endswith(errors[0]), result.stderr  # one line, however long
+        assert content_of(occupied) == before
+        return errors[0]
+
+    return attempt

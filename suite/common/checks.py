@@ -113,7 +113,7 @@ def max_positions(model_name: str) -> int | None:
             return None
     try:
         return position_limit(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None  # loading the model will say what is wrong with the folder
 
 

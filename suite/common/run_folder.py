@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.storage import atomic_write
+from suite.common.storage import atomic_write, read_json
 from utils import Config, UserError, brief, config_fields, leaves
 
 
@@ -20,7 +20,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """The content of metrics.json; {} if there is no such file. Raises UserError if it is damaged."""
     path = folder / "metrics.json"
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        metrics = read_json(path) if path.exists() else {}
         if metrics and not {"accuracy", "accuracy_ci95", "loss", "f1", "n"} <= set(metrics["test"]):
             raise ValueError("values are missing")
     except (ValueError, KeyError, TypeError) as error:
@@ -34,7 +34,7 @@ def read_history(path: Path, lines: int | None = None) -> list[dict[str, Any]]:
     try:
         for line in path.read_bytes().splitlines()[:lines] if path.exists() else []:
             records.append(json.loads(line))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: line {len(records) + 1} is damaged: put back a copy of the file, or start the run "
                         "afresh with train_config.resume=never") from None
     return records

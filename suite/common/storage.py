@@ -49,7 +49,7 @@ def seal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a sealed folder, naming the file; None if every file is as it was saved."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"{folder / MANIFEST} is missing or damaged"
@@ -241,3 +241,11 @@ def write_json(path: str | Path, value: Any) -> None:
     with atomic_write(path) as file:
         json.dump(value, file, indent=2)
         file.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises OSError if it cannot be read, and ValueError if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:  # thousands of brackets
+        raise ValueError("its brackets are nested too deeply") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from suite.common.run_folder import (
     read_saved_config,
     shaping_values,
 )
+from suite.common.storage import read_json
 from suite.training.evaluation import Predictions
 from utils import Config, UserError
 
@@ -114,7 +114,7 @@ def read_result(folder: Path) -> Result:
 
 def _fingerprint(folder: Path) -> str | None:
     try:
-        return json.loads((folder / "best" / "config.json").read_text(encoding="utf-8")).get("data_fingerprint")
+        return read_json(folder / "best" / "config.json").get("data_fingerprint")
     except (OSError, ValueError):
         return None
 

@@ -5,7 +5,6 @@ Weights are read and written as safetensors only: no pickle is loaded, and no co
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -25,12 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from model import ClassifierConfig, EncoderForClassification
 from suite.common.hub import explained, is_hub_name
-from suite.common.storage import (
-    MANIFEST,
-    atomic_write,
-    refuse_damage,
-    write_json,
-)
+from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
 from utils import PROJECT, ModelConfig, UserError, brief
 
 WEIGHTS = "model.safetensors"
@@ -147,7 +141,7 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     values["truncation_side"] = "left" if config.truncation == "tail" else "right"
     values["model_max_length"] = config.max_len or values.get("model_max_length")
     if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
@@ -176,7 +170,7 @@ def load_model(folder: str | Path) -> nn.Module:
     if (folder / MANIFEST).exists():
         refuse_damage(folder)
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "config.json")
         is_ours = values.pop("model_type") == ClassifierConfig.model_type
         model = EncoderForClassification(_sensible(ClassifierConfig(**values))) if is_ours else None
     except Exception as error:  # of any type: each architecture fails on bad values in its own way

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet
 
-from suite.common.storage import atomic_write, lock, refuse_existing, sync_folder
+from suite.common.storage import atomic_write, lock, read_json, refuse_existing, sync_folder
 from suite.reviews.rows import Row, columns_of
 from utils import UserError
 
@@ -57,7 +57,7 @@ class Parts:
     def read_job(self) -> dict[str, Any]:
         """The description of the job that used this folder before; {} if there was none or it cannot be read."""
         try:
-            return dict(json.loads((self.folder / "job.json").read_text(encoding="utf-8")))
+            return dict(read_json(self.folder / "job.json"))
         except (OSError, ValueError, TypeError):
             return {}
 

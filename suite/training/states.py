@@ -9,7 +9,6 @@ A folder is a state if its manifest is there and true. Anything else in `last/` 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from suite.common.run_folder import differences, read_metrics
-from suite.common.storage import OLD, PARTIAL, damage, lock, restore, seal, sync_folder, write_json
+from suite.common.storage import OLD, PARTIAL, damage, lock, read_json, restore, seal, sync_folder, write_json
 from utils import Config, UserError, process_rank, say
 
 KEPT_STATES = 2
@@ -173,7 +172,7 @@ def newest_good_state(folder: Path) -> Path | None:
 
 def load_progress(state: Path) -> Progress:
     """Raises UserError if another version of this project has saved the state."""
-    values = json.loads((state / "progress.json").read_text(encoding="utf-8"))
+    values = read_json(state / "progress.json")
     try:
         return Progress(**values)
     except TypeError:

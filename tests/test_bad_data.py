@@ -1,0 +1,139 @@
+"""Whatever is wrong with the data: exit code 2, one line that names file, row or value and the fix, nothing written.
+
+Each row of the table goes through the real main.main in this process; its run folder holds a run already, which must
+stay as it is to the last byte.
+"""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import PROJECT, write_reviews
+
+import data
+from suite.reviews import sources
+from suite.training import run
+from utils import DataConfig, UserError, load_config
+
+GOOD = "".join(f"a fine film number {row},good\na dull film number {row},bad\n" for row in range(20))
+
+
+def lines(text: str, header: str = "review,verdict\n"):
+    """A writer of reviews.csv with this text."""
+    return lambda folder: (folder / "reviews.csv").write_text(header + text)
+
+
+def raw(content: bytes, name: str):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def table(records: list[dict]):
+    return lambda folder: pyarrow.parquet.write_table(pa.Table.from_pylist(records), folder / "reviews.parquet")
+
+
+def tree(**files: str):
+    """A writer of the dataset folder `many`; in names, __ stands for the dot."""
+    def write(folder: Path):
+        (folder / "many").mkdir()
+        for name, text in files.items():
+            (folder / "many" / name.replace("__", ".")).write_text(text)
+    return write
+
+
+def dangling(folder: Path):
+    (folder / "reviews.csv").symlink_to(folder / "gone.csv")
+
+
+HEADED = "review,verdict\n"
+CSV, PARQUET, JSONL, MANY = "reviews.csv", "reviews.parquet", "reviews.jsonl", "many"
+BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
+    ("no file", lambda folder: None, CSV, "no such file or folder: {}"),
+    ("a dangling link", dangling, CSV, "no such file or folder: {}"),
+    ("an empty file", lines("", header=""), CSV, "{}: holds no labelled rows"),
+    ("a header only", lines(""), CSV, "{}: holds no labelled rows"),
+    ("an empty folder", tree(), MANY, "{}"),
+    ("a folder named .csv", lambda folder: (folder / CSV).mkdir(), CSV, "{}"),
+    ("no text column", lines(GOOD, header="text,verdict\n"), CSV, "no column 'review'; found text, verdict"),
+    ("no label column", lines(GOOD, header="review,label\n"), CSV, "set data_config.text_column and data_config.label"),
+    ("an empty text", lines(GOOD + " ,good\n"), CSV, "{}: row 41 has no text"),
+    ("a missing text", raw(b'{"review": null, "verdict": 1}\n', JSONL), JSONL, "{}: row 1 has no text"),
+    ("a list as text", raw(b'{"review": ["a"], "verdict": 1}\n', JSONL), JSONL, "{}: row 1 holds list"),
+    ("numbers as text", table([{"review": b"\xff", "verdict": 1}]), PARQUET, "{}: row 1 holds bytes"),
+    ("no label", lines(GOOD + "so so,\n"), CSV, "{}: row 41 has no label"),
+    ("a label too large", lines("fine,0\nbleak,1\nodd,7\n"), CSV, "{}: row 3 has the label 7"),
+    ("a negative label", lines("fine,0\nbleak,1\nodd,-1\n"), CSV, "{}: row 3 has the label -1"),
+    ("a fraction as label", lines("fine,0\nbleak,0.5\n"), CSV, "{}"),
+    ("one class", lines("fine,good\nnice,good\n"), CSV, "set model_config.num_labels=1"),
+    ("a class with one row", lines("a,good\nb,good\nc,good\nd,bad\n"), CSV, "the class 'bad' has 1 rows"),
+    ("too few to split", lines("a,x\nb,x\nc,x\nd,y\ne,y\nf,y\n"), CSV, "6 rows, 3 of them of the rarest class"),
+    ("a broken parquet", raw(b"PAR1 and no more", PARQUET), PARQUET, "{}: not a readable parquet file"),
+    ("half a parquet", lambda folder: (table([{"review": "a", "verdict": 1}] * 999)(folder), os.truncate(
+        folder / PARQUET, 700)), PARQUET, "{}: not a readable parquet file"),
+    ("bad UTF-8", raw(HEADED.encode() + b"fine,good\nbl\xffeak,bad\n", CSV), CSV, "{}: line 3 is not UTF-8"),
+    ("a comma too many", lines("fine,good\nso, so,bad\n"), CSV, "{}: row 2 (line 3) has 3 fields"),
+    ("an open quote", lines('fine,good\n"so so,bad\n'), CSV, "{}: line"),
+    ("bad JSON", raw(b'{"review": "a", "verdict": 1}\n{"review": \n', JSONL), JSONL, "{}: line 2 is not JSON"),
+    ("text that is not UTF-8 in parquet", lambda folder: pyarrow.parquet.write_table(pa.table({
+        "review": pa.array([b"\xff", b"b"]).view(pa.string()), "verdict": [0, 1]}), folder / PARQUET), PARQUET, "{}"),
+    ("no data in a folder", tree(README__md="---\n: [\n---\n"), MANY, "holds no .csv, .jsonl or .parquet files"),
+    ("a broken README", tree(README__md="---\na: [\n---\n", train__parquet=""), MANY, "{}"),
+    ("half a character", raw(b'{"review": "a \\uD83D", "verdict": 1}\n', JSONL), JSONL, "{}: line 1 holds half of a"),
+    ("two labels for a text", lines(GOOD + "a dull film number 3,good\n"), CSV, "{}: rows 8 and 41 are the same text"),
+    ("another file type", raw(b"text", "reviews.txt"), "reviews.txt", "a file must end in .csv, .jsonl, .parquet"),
+    ("mixed types", tree(train__csv=HEADED + GOOD, more__jsonl="{}"), MANY, "{} holds .csv and .jsonl files"),
+    ("labels only in a folder", tree(train__csv="verdict\n1\n2\n"), MANY, "train.csv: row 1 has no column 'review'"),
+    ("an odd row in a folder", tree(train__csv=HEADED + GOOD, test__csv=HEADED + "a,b,c\n"), MANY,
+     "test.csv: row 1 (line 2) has 3 fields"),
+    ("an empty text in a folder", tree(train__csv=HEADED + GOOD, test__csv=HEADED + "fine,good\n,bad\n"), MANY,
+     "test.csv: row 2 has no text"),
+    ("two labels in a folder", tree(train__csv=HEADED + GOOD, test__csv=HEADED + "a dull film number 3,good\n"), MANY,
+     "test.csv: row 1 are the same text with different labels"),
+    ("a broken parquet in a folder", tree(train__parquet="PAR1"), MANY, "train.parquet: not a readable parquet file"),
+]
+
+
+@pytest.mark.parametrize(("write", "name", "words"), [row[1:] for row in BAD_DATA], ids=[row[0] for row in BAD_DATA])
+def test_bad_data(tmp_path, refused, monkeypatch, write, name, words):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    monkeypatch.setattr(run, "new_model", lambda *_: pytest.fail("a model was loaded"))
+    path = tmp_path / "data" / name
+    assert words.format(path) in refused(f"data_config.dataset={path}")
+
+
+def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides):
+    path = write_reviews(tmp_path / "long.csv")
+    with open(path, "a") as file:
+        file.write(" ".join(["gripping"] * 100_000) + ",good\n")
+    config = load_config(PROJECT / "config.yaml", [*overrides, f"data_config.dataset={path}"])
+    prepared = data.prepare_data(config)
+    assert max(dataset.lengths.max() for dataset in prepared.splits.values()) == 32
+
+
+def test_a_folder_of_csv_files_is_read_like_the_files(tmp_path):
+    tree(train__csv=HEADED + GOOD, test__csv=HEADED + "NA,good\n")(tmp_path)
+    config = DataConfig(dataset=str(tmp_path / MANY), text_column="review", label_column="verdict")
+    reviews = sources.load_reviews(config, num_labels=2)
+    assert reviews.split_names.tolist() == ["train"] * 40 + ["test"]
+    assert reviews.table[40]["text"] == "NA"
+
+
+@pytest.mark.parametrize("drop", ["true", "false"])
+def test_copies_count_towards_the_limit(tmp_path, overrides, drop):
+    (tmp_path / "twice.csv").write_text(HEADED + GOOD + GOOD)
+    config = load_config(PROJECT / "config.yaml", [
+        *overrides, f"data_config.dataset={tmp_path / 'twice.csv'}", "data_config.limit=30",
+        f"data_config.drop_duplicates={drop}"])
+    prepared = data.prepare_data(config)
+    assert sum(len(dataset) for dataset in prepared.splits.values()) == 30
+    texts = [{dataset.text(i) for i in dataset.ids} for dataset in prepared.splits.values()]
+    assert len(set.union(*texts)) == sum(map(len, texts))
+
+
+def test_a_bug_in_the_reader_of_a_file_keeps_its_traceback(reviews_file, monkeypatch):
+    monkeypatch.setattr(sources, "as_text", lambda value: value.bug())
+    with pytest.raises(Exception, match="generating the dataset") as caught:
+        sources.load_reviews(DataConfig(dataset=str(reviews_file), text_column="review", label_column="verdict"), 2)
+    assert not isinstance(caught.value, UserError)
