@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from suite.common.storage import chain
-from utils import Config, UserError, brief
+from utils import Config, UserError, brief, say
 
 PROBE_SECONDS = 8  # the libraries themselves would retry for minutes before they give up
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
@@ -22,6 +22,7 @@ UNREACHABLE = {"ConnectionError", "TransportError", "HfHubHTTPError", "TimeoutEr
 NOT_FOUND = {"RepositoryNotFoundError", "DatasetNotFoundError"}
 LIBRARIES = {"datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "pyarrow", "safetensors", "tokenizers",
              "transformers", "yaml"}
+UNANSWERED: list[str] = []  # what this process asked the Hub for in vain
 
 
 def is_hub_name(name: str) -> bool:
@@ -33,19 +34,25 @@ def is_hub_name(name: str) -> bool:
 def check_hub(config: Config) -> None:
     """Go offline if the configuration names anything on the Hub and the Hub does not answer.
 
-    Offline, the libraries use what the local cache holds and fail at once for the rest. Call this before any loading.
+    Offline, the libraries use what the local cache holds and fail at once for the rest. Call this before any loading,
+    and `say_what_was_cached` after it.
     """
     names = [name for name in (config.model_config.model_name, config.data_config.dataset) if is_hub_name(name)]
     if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or answers(
             os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return
-    print(f"The Hugging Face Hub does not answer: looking for {' and '.join(names)} in the local cache.",
-          file=sys.stderr)
+    UNANSWERED.extend(names)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "huggingface_hub" in sys.modules:  # it read the variable when it was imported
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def say_what_was_cached() -> None:
+    if UNANSWERED:
+        say(f"The Hugging Face Hub does not answer: {' and '.join(UNANSWERED)} came from the local cache.")
+        UNANSWERED.clear()
 
 
 def usable_cache() -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from data import PreparedData, get_dataloader, prepare_data
 from model import EncoderForClassification
 from suite.common.checks import position_limit, too_long
+from suite.common.hub import say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import save_config
@@ -58,6 +59,7 @@ class Run:
             data = prepare_data(config)
         refuse_misfit(config, encoder_config, data.splits["train"].tokens)
         model = new_model(config.model_config, data.label_names, encoder_config)
+        say_what_was_cached()
         model.config.update({"max_len": config.data_config.max_len, "truncation": config.data_config.truncation,
                              "data_fingerprint": data.fingerprint})
         run = cls(config, devices, data, model)
