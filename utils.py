@@ -294,14 +294,14 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or item.startswith("-"):
-            raise UserError(f"command line: {item!r} is not an override; write section.key=value, "
+            raise UserError(f"command line: {shown(item)} is not an override; write section.key=value, "
                             "for example train_config.epochs=3")
         try:
             text = item[len(key) + 1:]
             refuse_odd_numbers(text, f"command line: {key}")
             value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text]))["value"]
         except (yaml.YAMLError, OmegaConfBaseException, RecursionError):
-            raise UserError(f"command line: the value of {item!r} is not valid YAML; quote it") from None
+            raise UserError(f"command line: the value of {shown(item)} is not valid YAML; quote it") from None
         if isinstance(value, dict):
             items += [("command line", *leaf) for leaf in leaves(value, key + ".")]
         else:

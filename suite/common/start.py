@@ -1,15 +1,12 @@
 """What every script does first: it settles what signals, closed or full streams, and unforeseen errors do.
 
-This module imports nothing but the standard library, because the other imports take seconds in which a signal can come.
+A signal can come at once, so this module imports as little as it can: what takes longer is imported where it is needed.
 """
 
+from __future__ import annotations
+
 import os
-import platform
 import sys
-import tempfile
-import traceback
-from pathlib import Path
-from typing import Any, TextIO
 
 from suite.common.stopping import SIGNALS
 
@@ -33,10 +30,10 @@ class Console:
     """Standard output or error. When it cannot be written any more, as on a full disk, the rest of it is dropped, and
     the work goes on: a log must not end a training run. If it is the command's `result`, OSError is raised."""
 
-    def __init__(self, stream: TextIO, name: str):
+    def __init__(self, stream, name: str):
         self.stream, self.name, self.is_result = stream, name, False
 
-    def __getattr__(self, attribute: str) -> Any:
+    def __getattr__(self, attribute: str):
         return getattr(self.stream, attribute)
 
     def write(self, text: str) -> int:
@@ -82,7 +79,10 @@ class LastNet:
     def __init__(self):
         self.doing, self.folder = "", None  # the folder that the traceback goes to; None: that of temporary files
 
-    def catch(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    def catch(self, kind: type[BaseException], error: BaseException, trace) -> None:
+        import platform
+        import traceback
+
         report = (f"{' '.join(sys.argv)}\nPython {platform.python_version()}, {platform.platform()}\n\n"
                   + "".join(traceback.format_exception(kind, error, trace)))
         what = " ".join(f"{kind.__name__}: {error}".split())[:300]
@@ -91,14 +91,16 @@ class LastNet:
 
     def _kept(self, report: str) -> str:
         """Where the report lies; all of it if no file can be written."""
-        for folder in filter(None, (self.folder, tempfile.gettempdir())):
+        import tempfile
+
+        for folder in (self.folder, None) if self.folder else (None,):
             try:
                 descriptor, name = tempfile.mkstemp(prefix="traceback-", suffix=".txt", dir=folder)
                 with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(report)
             except OSError:  # there is no such folder yet, or no room
                 continue
-            return f"the traceback is in {Path(name)}"
+            return f"the traceback is in {name}"
         return f"the traceback could not be written to a file:\n{report}"
 
 
