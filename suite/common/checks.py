@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+LONGEST_RUN_NAME = 200  # bytes; a file's name has at most 255, and some are made of it
+
 
 def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> dict[str, str]:
     """{dotted key: what is wrong} for every value of the right type that cannot work.
@@ -32,10 +34,10 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
     if data.text_column == data.label_column:
         problems["data_config.label_column"] = (
             f"data_config.text_column and data_config.label_column are both {data.text_column!r}: name two columns")
-    if config.run_name and (len(config.run_name.encode()) > 200 or config.run_name.strip(".") == ""
+    if config.run_name and (len(config.run_name.encode()) > LONGEST_RUN_NAME or config.run_name.strip(".") == ""
                             or not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)):
-        problems["run_name"] = (f"run_name is {config.run_name!r}: use up to 200 letters, digits and . _ - = + for a "
-                                "folder's name")
+        problems["run_name"] = (f"run_name is {config.run_name!r}: use up to {LONGEST_RUN_NAME} letters, digits and "
+                                ". _ - = + for a folder's name")
     if train.mixed_precision == "fp16" and train.device == "cpu":
         problems["train_config.mixed_precision"] = (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
