@@ -22,6 +22,7 @@ from pathlib import Path
 
 from suite.common import cli
 from suite.comparison.grid import Cell, Experiment, describe, find_finished, read_experiment
+from suite.comparison.report_folder import refuse_foreign_report
 from suite.comparison.running import remaining_time, run_cells
 from utils import UserError, say
 
@@ -89,6 +90,7 @@ def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace)
         return
     failed = {}
     try:
+        refuse_foreign_report(experiment.report_folder)
         if not options.report:
             failed = run_cells(experiment, cells)
         if options.only is None:

@@ -148,7 +148,7 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
         f"{run.sampler.effective_batch} reviews on {devices}")
     train(run)
-    test(config, devices, load_model(run.folder / "best"), run.data, run.figures(), run.wandb)
+    test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
 
 
 def test(config: Config, devices: Devices, model: EncoderForClassification, data: PreparedData, figures: dict[str, Any],

@@ -330,6 +330,7 @@ def _type_name(entry: Any) -> str:
 
 def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", Path(config.model_config.model_name).name) or "encoder"
+    model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
     demo = "DEMO-" if config.is_demo else ""
     return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
             f"-seed{config.train_config.seed}")

@@ -15,6 +15,7 @@ from typing import Any
 
 INPUTS = ("model_config.model_name", "data_config.dataset")  # keys whose values may be paths of what is read
 LARGEST = 2**53  # integers up to here are exact wherever they are computed with
+LONGEST_RUN_NAME = 200  # bytes; a file's name has at most 255, and some are made of it
 
 
 def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> dict[str, str]:
@@ -41,9 +42,9 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
         problems["data_config.label_column"] = (
             f"data_config.text_column and data_config.label_column are both {data.text_column!r}: name two columns")
     if config.run_name and (not re.fullmatch(r"[\w=+-][\w.=+ -]*", config.run_name)
-                            or len(config.run_name.encode()) > 200):
-        problems["run_name"] = (f"run_name is {shown(config.run_name)}: use up to 200 letters, digits and . _ - = + "
-                                "for a folder's name, which does not begin with a dot")
+                            or len(config.run_name.encode()) > LONGEST_RUN_NAME):
+        problems["run_name"] = (f"run_name is {shown(config.run_name)}: use up to {LONGEST_RUN_NAME} letters, digits "
+                                "and . _ - = + for a folder's name, which does not begin with a dot")
     if train.mixed_precision == "fp16" and train.device == "cpu":
         problems["train_config.mixed_precision"] = (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")

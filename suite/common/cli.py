@@ -13,7 +13,7 @@ from suite.common.hub import usable_cache
 from suite.common.run_folder import read_saved_config
 from suite.common.start import CLOSED, LAST_NET, Console
 from suite.common.stopping import SIGNALS
-from suite.common.storage import refuse_existing
+from suite.common.storage import PARTIAL, refuse_existing, refuse_long
 from utils import Config, UserError, load_config, num_processes, printable
 
 MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
@@ -171,6 +171,7 @@ def check_options(given: argparse.Namespace) -> None:
         check_prediction(given)
     elif given.output is not None:
         refuse_existing(given.output)
+        refuse_long(given.output + PARTIAL)
         if given.mode == "explain" and Path(given.output).suffix != ".html":
             raise UserError(f"--output: {given.output}: the file must end in .html")
 
@@ -206,6 +207,7 @@ def check_files(source: str, output: str | None) -> None:
     if Path(output).suffix not in kinds:
         raise UserError(f"--output: {output}: from {'standard input' if source == '-' else kind}, the file must end in "
                         f"{', '.join(kinds)}")
+    refuse_long(output + ".rejected.csv")  # the longest of the names that are made of it
     if not Path(output + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
         refuse_existing(output, output + ".rejected.csv")
     if not Path(output).absolute().parent.is_dir():

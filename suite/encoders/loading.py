@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from model import ClassifierConfig, EncoderForClassification
 from suite.common.hub import explained, is_hub_name
-from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
+from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, refuse_foreign, write_json
 from utils import PROJECT, ModelConfig, UserError, brief
 
 WEIGHTS = "model.safetensors"
@@ -211,10 +211,11 @@ def _load_foreign(folder: Path) -> nn.Module:
 
 
 def best_model(run_folder: Path) -> Path:
-    """The folder of a run's best model. Raises UserError if there is none, or it is not what was saved."""
+    """The folder of a run's best model. Raises UserError if there is none, or it is not what this run has saved."""
     folder = run_folder / "best"
     if not folder.is_dir():
         raise UserError(f"{folder}: no trained model there: train this run first, or name another one with --config "
                         "FILE, run_name=NAME or --model FOLDER")
     refuse_damage(folder)
+    refuse_foreign(folder)
     return folder

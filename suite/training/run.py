@@ -29,11 +29,11 @@ from suite.training.states import (
     KEPT_STATES,
     Progress,
     claim_run_folder,
+    clear_run,
     find_state,
     load_progress,
     random_state,
     refuse_other_data,
-    remove_run,
     save_state,
     saved_states,
     set_random_state,
@@ -109,8 +109,7 @@ class Run:
         """Start from the beginning. An earlier run's files are removed only now, after data and model have loaded."""
         if self.devices.is_main:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                remove_run(self.folder)
+                clear_run(self.folder)
                 save_config(self.config, self.folder / "config.yaml")
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
@@ -293,7 +292,7 @@ class Run:
 
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
-                replace_folder(self.folder / "best", write)
+                replace_folder(self.folder / "best", write, recorded=True)
 
     @contextmanager
     def saved_when_stopped(self):
