@@ -247,6 +247,17 @@ def test_paths_in_a_configuration_are_found_beside_it(tmp_path, monkeypatch):
     assert load_config(PROJECT / "demo.yaml", ["data_config.dataset=x.csv"]).data_config.dataset == "x.csv"
 
 
+@pytest.mark.parametrize(("mode", "overrides"), [
+    ("train", ["data_config.dataset=absent.csv"]), ("train", ["model_config.model_name=./absent"]), ("test", []),
+    ("train", ["train_config.resume=must"])])
+def test_nothing_is_made_for_wrong_input(tmp_path, monkeypatch, mode, overrides):
+    monkeypatch.chdir(tmp_path)
+    result = run_here("log_config.wandb_mode=disabled", f"model_config.model_name={PROJECT / 'demo/bert'}",
+                      f"data_config.dataset={PROJECT / 'demo/reviews.csv'}", *overrides, mode=mode)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("mode", ["train", *(pytest.param(mode, marks=pytest.mark.long) for mode in cli.MODES
                                              if mode != "train")])
 def test_the_last_net(overrides, tmp_path, mode):

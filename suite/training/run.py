@@ -51,7 +51,8 @@ class Run:
 
         Raises UserError, before anything is replaced, if data, encoder and run folder do not go together.
         """
-        claim_run_folder(config.run_folder)
+        if is_there := config.run_folder.exists():
+            claim_run_folder(config.run_folder)
         state = find_state(config)
         set_seed(config.train_config.seed)
         encoder_config = load_encoder_config(config.model_config)  # refuses what is no encoder before reviews are read
@@ -62,6 +63,10 @@ class Run:
         say_what_was_cached()
         model.config.update({"max_len": config.data_config.max_len, "truncation": config.data_config.truncation,
                              "data_fingerprint": data.fingerprint})
+        if not is_there:  # only now, so that wrong input leaves nothing behind, not even a lock
+            claim_run_folder(config.run_folder)
+            state = find_state(config)  # another process may have begun the run meanwhile
+        devices.barrier()
         run = cls(config, devices, data, model)
         run.ensure_room()
         if state is None:
