@@ -76,6 +76,7 @@ def fuzz(name: str, strategy: st.SearchStrategy, attempt: Callable[..., str]) ->
     print(f"\nfuzzing {name}: {sum(outcomes.values()):,} examples in {SECONDS:g} s with FUZZ_SEED={SEED}: {counts}")
     assert set(outcomes) >= {"done", "refused"}, "a fuzzing that reaches only one outcome proves little"
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One command, and what holds for every one
 
@@ -147,7 +148,7 @@ class Bench:
                 assert name not in PRECIOUS, f"{name} has changed; {report}"
                 # Locks stay, because another process may wait for them.
                 assert code != 2 or Path(name).name.startswith("."), f"{name} was written; {report}"
-        assert not self.lasting or lasting_files(self.shared) == self.lasting, report
+        assert not self.lasting or lasting_files(self.shared) == self.lasting, f"a shared file has changed; {report}"
         return {0: "done", 1: "diverged", 2: "refused"}[code]
 
     def json_files(self) -> dict[str, dict[str, dict]]:
@@ -254,12 +255,14 @@ def content_below(folder: Path) -> dict[str, str]:
             for path in folder.rglob("*") if path.is_file()}
 
 
-def lasting_files(shared: Path) -> dict[Path, tuple[int, int]]:
-    """Sizes and times of the files that all examples share, and of the project's own."""
+def lasting_files(shared: Path) -> dict[Path, tuple[int, int] | None]:
+    """The files that all examples share, with sizes and times, and the names of the project's own."""
     of_project = itertools.chain(PROJECT.glob("*"), *(PROJECT.glob(f"{name}/**/*") for name in (
         "suite", "demo", "docs", "experiments")))
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in itertools.chain(
-        shared.rglob("*"), of_project) if path.is_file() and path.suffix != ".pyc"}
+    files = {path: None for path in of_project if "__pycache__" not in path.parts}  # somebody may edit them meanwhile
+    for path in shared.rglob("*"):
+        files[path] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
