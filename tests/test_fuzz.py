@@ -37,7 +37,7 @@ from hypothesis import strategies as st
 from transformers import BertForSequenceClassification
 
 import main
-from suite.common import cli, storage
+from suite.common import cli, locks, storage
 from suite.common.stopping import SIGNALS
 from suite.inference import labelling
 from suite.reviews.rows import columns_of
@@ -131,8 +131,8 @@ class Bench:
                     cli.run(lambda: main.main(cli.read_command("", accumulates=False)))
                 except SystemExit as left:
                     code = left.code
-        while storage._locks:  # this process goes on, but the command has ended
-            storage._locks.pop().close()
+        while locks._held:  # this process goes on, but the command has ended
+            locks._held.popitem()[1].file.close()
         self.printed, self.errors = out.getvalue(), err.getvalue()
         errors = self.errors
         report = f"exit code {code}, standard error {errors!r}"
