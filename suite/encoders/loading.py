@@ -103,16 +103,17 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
     with explained("model_config.model_name", name, any_error=True):
         folder = model_folder(name)
         read_config(folder / "config.json")
+        files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
         encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = encoder_config.model_type
-    is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if encoder_config.is_encoder_decoder or is_decoder or not hasattr(encoder_config, "vocab_size"):
+    is_decoder = getattr(encoder_config, "is_decoder", False) or encoder_config.is_encoder_decoder or (
+        kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    if is_decoder or not hasattr(encoder_config, "vocab_size"):
         raise UserError(f"model_config.model_name: {name} is a {kind} model, not a text encoder: take one such as "
                         "bert-base-uncased or answerdotai/ModernBERT-base")
     if model_config.encoder_dropout is not None:
         set_encoder_dropout(encoder_config, model_config.encoder_dropout)
     try:
-        files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
         build_on_meta(lambda: AutoModel.from_config(encoder_config), *room_for_weights(files))
     except Exception as error:  # of any type: each architecture fails on bad values in its own way
         reason = f"{type(error).__name__}: {brief(error)}"

@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from suite.common.storage import read_json
 
 WEIGHTS = "model.safetensors"
-# The ways to compute attention, and the experts of a layer, that transformers itself contains. Other names are those of
-# compiled code on the Hub.
-IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
-                   "batched_mm", "grouped_mm"}
+# The ways to compute attention and experts that transformers itself contains and that work in this suite on any device.
+# Most other names are those of compiled code on the Hub.
+IMPLEMENTATIONS = ("eager", "sdpa", "batched_mm", "grouped_mm")
 # Keys of a config.json that make transformers read other files, or replace parts of the model by other code.
 NOT_FOLLOWED = {"transformers_weights", "quantization_config", "fusion_config", "kernel_config", "use_kernels"}
 MOST_LAYERS = 100_000  # and labels, heads, ...: of everything that is counted by a key of config.json
 MOST_TENSORS = 10_000  # of a model's weights; the largest encoders have hundreds
+MOST_TOKENS = 10_000_000  # of a tokenizer
 DEEPEST = 20  # objects within objects in a config.json
 FLOATS = {"F64", "F32", "F16", "BF16"}  # the types of weights that torch trains; F8 needs scales that are not read here
 BYTES_TO_TRAIN = 16  # for each weight: itself, its gradient and Adam's two moments, in float32
@@ -72,7 +72,7 @@ def _entry_problem(key: str, value: Any) -> str | None:
     if "attn_implementation" in key or "experts_implementation" in key:
         names = value.values() if isinstance(value, dict) else [value]  # for the parts of a model, one each
         if foreign := [name for name in names if name is not None and name not in IMPLEMENTATIONS]:
-            return f"{key} is {str(foreign[0])[:80]!r}: foreign code is not run"
+            return f"{key} is {str(foreign[0])[:80]!r}: foreign code is not run; give sdpa or eager"
     return None
 
 
@@ -97,6 +97,8 @@ def build_on_meta(build: Callable[[], nn.Module], most_numbers: int, room: str) 
         counting.remove()
     if empty := [key for key, weights in model.named_parameters() if weights.numel() == 0]:
         raise ValueError(f"{empty[0]} would be empty")
+    if getattr(getattr(model.config, "encoder", model.config), "num_hidden_layers", 1) < 1:
+        raise ValueError("it has no layers")
     return model
 
 
@@ -123,13 +125,15 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
         return []
+    there = {path.name for path in folder.glob("*.safetensors") if path.is_file()}
     try:
         names = set(read_json(index)["weight_map"].values())
-        foreign = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        raise ValueError(f"{index.name} is damaged") from None
-    if lost := [name for name in names if name in foreign or not (folder / name).is_file()]:
-        raise ValueError(f"{index.name} names the file {str(lost[0])[:80]!r}, which is not in this folder")
+        names = set()
+    if not names:
+        raise ValueError(f"{index.name} is damaged")
+    if lost := [name for name in names if name not in there]:
+        raise ValueError(f"{index.name} names the file {str(lost[0])[:80]!r}, and this folder has no such safetensors")
     return [folder / name for name in sorted(names)]
 
 
@@ -171,11 +175,24 @@ def refuse_broken(model: nn.Module) -> None:
 
 def refuse_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
     """transformers makes a tokenizer of special tokens alone out of nothing."""
-    if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+    vocabulary = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
         raise ValueError("its tokenizer has no words: the files are missing, such as tokenizer.json, or empty")
+    if (largest := max(vocabulary.values())) > MOST_TOKENS:  # what tokenizers does with it takes as long
+        raise ValueError(f"its tokenizer gives token {largest}")
+    unknown_tokens(tokenizer)
     length = tokenizer.model_max_length
     if not isinstance(length, int | float) or isinstance(length, bool):
         raise ValueError(f"model_max_length in its tokenizer_config.json is {str(length)[:40]!r}, not a number")
+
+
+def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that stand for an unknown word. Raises Exception if the tokenizer fails on such words."""
+    found = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # where it names another one, that is the true one
+        of_nothing = backend.model.tokenize("\ue000")  # a character without meaning; read as bytes, it is several
+        found += [token.id for token in of_nothing if len(of_nothing) == 1]
+    return found
 
 
 def largest_token(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
@@ -188,9 +205,7 @@ def refuse_unknown_words(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray)
 
     A tokenizer that reads bytes has no such token, and leaves nothing to be noticed.
     """
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    unknown = {tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids(getattr(model, "unk_token", None))} - {None}
-    is_unknown = np.isin(tokens, list(unknown))
+    is_unknown = np.isin(tokens, unknown_tokens(tokenizer))
     words = np.count_nonzero(is_unknown | ~np.isin(tokens, tokenizer.all_special_ids))
     if words == 0:
         raise ValueError("its tokenizer finds no word in the reviews")
