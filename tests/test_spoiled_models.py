@@ -99,7 +99,7 @@ def renamed_words(folder: Path) -> None:
 TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 UNIGRAM = {"type": "Unigram", "vocab": [["[PAD]", 0.0], ["<unk>", 0.0], ["xq", -1.0]], "unk_id": 1}
 NO_SIZE, TOO_LARGE, FOREIGN = "is no size that", "describes more weights than model.safetensors", "foreign code is not"
-SPOILED = [
+TOKENIZERS = [
     ("no tokenizer", without(*TOKENIZER), "tokenizer"),
     ("an empty vocab.txt", lambda folder: (without(*TOKENIZER)(folder), file("vocab.txt", "")(folder)), "tokenizer"),
     ("no words", part("tokenizer.json:model", vocab={}), "its tokenizer has no words"),
@@ -110,24 +110,24 @@ SPOILED = [
     ("no unknown token", part("tokenizer.json:model", unk_token="[NOPE]"), "[UNK] token"),
     ("a huge token", part("tokenizer.json:model", vocab={"film": 2**31, "[UNK]": 1}), "gives token 2147483648"),
     ("another JSON", file("tokenizer.json", '{"a": 1}'), "cannot be loaded"),
-    ("a list as tokenizer", file("tokenizer.json", "[]"), "cannot be loaded"),
     ("an empty tokenizer.json", file("tokenizer.json", ""), "Expecting value"),
     ("a folder as tokenizer", folder_instead("tokenizer.json"), "tokenizer"),
     *((f"model_max_length {value}", part("tokenizer_config.json", model_max_length=value), "model_max_length in its")
-      for value in ("word", [1], True, {})),
+      for value in ("word", [1])),
     *((f"{key} {value}", part("tokenizer_config.json", **{key: value}), "cannot be loaded") for key, value in (
-        ("pad_token", ["a"]), ("pad_token", 3), ("added_tokens_decoder", 3), ("added_tokens_decoder", {"a": 3}),
-        ("truncation_side", "up"), ("chat_template", [{"a": 1}]), ("tokenizer_class", 3), ("auto_map", 3))),
+        ("pad_token", ["a"]), ("pad_token", 3), ("added_tokens_decoder", {"a": 3}), ("truncation_side", "up"),
+        ("chat_template", [{"a": 1}]), ("tokenizer_class", 3))),
     ("deep tokenizer_config.json", file("tokenizer_config.json", "[" * 3000), "cannot be loaded"),
     ("a list as special tokens", file("special_tokens_map.json", "[]"), "cannot be loaded"),
     ("words as added tokens", file("added_tokens.json", '{"a": "b"}'), "cannot be loaded"),
-    *((f"{value} in a tensor", weights(one(value)), "output.dense.bias has values that are not finite")
-      for value in (float("nan"), float("inf"), -float("inf"))),
+]
+MODELS = [
+    ("infinity in a tensor", weights(one(-float("inf"))), "output.dense.bias has values that are not finite"),
     ("nan in a shard", weights(one(float("nan")), shards=True), "output.dense.bias has values that are not finite"),
     ("too large for float32", weights(lambda t: torch.full_like(t.double(), 1e300)), "are not finite"),
     ("finite weights, infinite logits", weights(lambda t: torch.full_like(t, 3e38)), "no finite logits"),
     *((f"weights of {kind}", weights(lambda t, kind=kind: t.to(kind)), "output.dense.bias has values of type")
-      for kind in (torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64)),
+      for kind in (torch.uint8, torch.bool, torch.float8_e4m3fn)),
     ("integers in a shard", weights(torch.Tensor.long, shards=True), "values of type I64"),
     ("a shard outside", weights(one(0), shards=True, index={"x": "../../x.safetensors"}), "'../../x.safetensors'"),
     ("a shard that is no safetensors", weights(one(0), shards=True, index={"x": "config.json"}), "'config.json'"),
@@ -135,19 +135,18 @@ SPOILED = [
     ("an index that is none", lambda folder: (weights(one(0), shards=True)(folder), file(INDEX, "[]")(folder)),
      "model.safetensors.index.json is damaged"),
     *((f"{key} {value}", values(**{key: value}), TOO_LARGE)
-      for key in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size")
-      for value in (10**9, 10**12)),
-    *((f"{key} of 400 digits", values(**{key: 10**400}), NO_SIZE) for key in ("vocab_size", "num_attention_heads")),
-    *((f"layers {value}", values(num_hidden_layers=value), NO_SIZE) for value in (10**9, 10**12)),
-    *((f"layers {value}", values(num_hidden_layers=value), "config.json") for value in (0, -1)),
+      for key, value in (("vocab_size", 10**9), ("vocab_size", 10**12), ("hidden_size", 10**9),
+                         ("intermediate_size", 10**12), ("max_position_embeddings", 10**12))),
+    ("heads of 400 digits", values(num_attention_heads=10**400), NO_SIZE),
+    ("layers without end", values(num_hidden_layers=10**12), NO_SIZE),
+    ("no layers", values(num_hidden_layers=0), "config.json"),
     ("many small layers", values(num_hidden_layers=99_999, hidden_size=2, intermediate_size=1, vocab_size=9),
-     "more than 10,000 tensors"),
-    *((f"hidden_size {value}", values(hidden_size=value), "hidden_size") for value in (1.5, "wide", None, [1], True)),
+     "more than 5,000 tensors"),
+    *((f"hidden_size {value}", values(hidden_size=value), "hidden_size") for value in (1.5, None, True)),
     ("labels without end", first('"num_labels": 1000000000000'), NO_SIZE),
     ("NaN", values(layer_norm_eps=float("nan")), NO_SIZE),
     ("infinity", values(hidden_dropout_prob=float("inf")), NO_SIZE),
     ("a thousand brackets", first(f'"x": {"[" * 1000}{"]" * 1000}'), "nested too deeply"),
-    ("thirty brackets", first(f'"x": {"[" * 30}{"]" * 30}'), "nested too deeply"),
     ("5,000 digits", first(f'"x": {"9" * 5000}'), "4300 digits"),
     ("a list as config.json", file("config.json", "[]"), "no object of keys and values"),
     ("a NUL in config.json", file("config.json", '{"model_type": "bert\0"}'), "Invalid control character"),
@@ -155,9 +154,10 @@ SPOILED = [
     ("a list as model_type", file("config.json", '{"model_type": ["bert"]}'), "model_type"),
     ("a NUL in model_type", file("config.json", '{"model_type": "bert\\u0000"}'), "bert"),
     ("an adapter", file("adapter_config.json", '{"base_model_name_or_path": "a/b"}'), "adapter_config.json"),
-    *((f"{key}: {name}", values(**{key: name}), FOREIGN)
-      for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-      for name in (KERNEL, "owner/name:function", f"paged|{KERNEL}", f"flash|{KERNEL}", {"": KERNEL}, [KERNEL])),
+    *((f"{key}: {name}", values(**{key: name}), FOREIGN) for key, name in (
+        ("attn_implementation", KERNEL), ("_attn_implementation", "owner/name:function"),
+        ("attn_implementation", f"paged|{KERNEL}"), ("attn_implementation", {"": KERNEL}),
+        ("_attn_implementation_internal", f"flash|{KERNEL}"), ("attn_implementation", [KERNEL]))),
     ("a kernel in a part", values(text_config={"attn_implementation": KERNEL}), FOREIGN),
     ("a kernel at the top", first(f'"attn_implementation": "{KERNEL}"'), FOREIGN),
     ("a kernel for experts", values(experts_implementation="deepgemm"), FOREIGN),
@@ -167,7 +167,7 @@ SPOILED = [
 ]
 LABELS = [[], ["a", "b"], {"0": "a", "1": "a"}, {"1": "a", "2": "b"}, {"x": "a"}, {"0": ["a"], "1": None}, 3,
           {"0": "\ud800", "1": "b"}]
-OF_A_CLASSIFIER = [
+CLASSIFIERS = [
     *((f"id2label {names}", lambda folder, names=names: part("config.json", id2label=names)(folder), "config.json: not")
       for names in LABELS),
     ("a manifest of nonsense", file("manifest.json", '{"a": 3}'), "manifest.json is missing or damaged"),
@@ -224,17 +224,25 @@ def cases(table):
     return pytest.mark.parametrize(("spoil", "words"), [row[1:] for row in table], ids=[row[0][:60] for row in table])
 
 
-@cases(SPOILED)
+@cases(TOKENIZERS + MODELS)
 def test_a_spoiled_encoder_is_not_trained(spoiled, refused, spoil, words):
     error = refused(f"model_config.model_name={spoiled('encoder', spoil)}")
     assert words in error
     assert "model_config.model_name" in error
 
 
-@pytest.mark.parametrize("door", ["ours", "theirs"])
-@cases(SPOILED + OF_A_CLASSIFIER)
-def test_a_spoiled_classifier_does_not_predict(spoiled, door, spoil, words):
-    folder, started = spoiled(door, spoil), time.perf_counter()
+@cases(TOKENIZERS + MODELS + CLASSIFIERS)
+def test_a_spoiled_classifier_of_the_suite_does_not_predict(spoiled, spoil, words):
+    refuses(spoiled("ours", spoil), words)
+
+
+@cases(MODELS + CLASSIFIERS)  # tokenizers are read in the same way
+def test_a_spoiled_classifier_of_transformers_does_not_predict(spoiled, spoil, words):
+    refuses(spoiled("theirs", spoil), words)
+
+
+def refuses(folder: Path, words: str) -> None:
+    started = time.perf_counter()
     error = refusal(predict(folder))
     assert time.perf_counter() - started < 3
     assert words in error

@@ -27,7 +27,7 @@ IMPLEMENTATIONS = ("eager", "sdpa", "batched_mm", "grouped_mm")
 # Keys of a config.json that make transformers read other files, or replace parts of the model by other code.
 NOT_FOLLOWED = {"transformers_weights", "quantization_config", "fusion_config", "kernel_config", "use_kernels"}
 MOST_LAYERS = 100_000  # and labels, heads, ...: of everything that is counted by a key of config.json
-MOST_TENSORS = 10_000  # of a model's weights; the largest encoders have hundreds
+MOST_TENSORS = 5000  # of a model's weights; the largest encoders have hundreds
 MOST_TOKENS = 10_000_000  # of a tokenizer
 DEEPEST = 20  # objects within objects in a config.json
 FLOATS = {"F64", "F32", "F16", "BF16"}  # the types of weights that torch trains; F8 needs scales that are not read here
