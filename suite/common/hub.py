@@ -108,10 +108,11 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def explained(key: str, name: str):
+def explained(key: str, name: str, any_error: bool = False):
     """Surrounds code that loads `name`, the value of `key`: turns its errors into one UserError that says what to do.
 
-    Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback.
+    Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback. With
+    `any_error` there are none: the libraries fail on bad values of a model's files in any way.
     """
     try:
         yield
@@ -121,10 +122,13 @@ def explained(key: str, name: str):
             raise user_error from None
         # datasets wraps every error of the code that reads the rows, bugs included, in a DatasetGenerationError
         culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
+        reason = brief(causes[-1])
         if not _is_about_input(culprit):
-            raise
+            if not any_error:
+                raise
+            reason = f"{type(error).__name__}: {reason}"
         problem = (is_hub_name(name) and _hub_problem(name, causes)
-                   or f"{name} cannot be loaded ({brief(causes[-1])}): repair it or name another one")
+                   or f"{name} cannot be loaded ({reason}): repair it or name another one")
         raise UserError(f"{key}: {problem}") from error
 
 

@@ -56,12 +56,13 @@ def damage(folder: Path) -> str | None:
     try:
         manifest = read_json(folder / MANIFEST)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+        lost = [name for name in expected if not (folder / name).is_file()]
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"{folder / MANIFEST} is missing or damaged"
+    if lost:
+        return f"{folder / lost[0]} is missing"
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
         if path.stat().st_size != size or _sum(path)["sha256"] != digest:
             return f"{path} is damaged: it has changed since it was saved"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
@@ -211,7 +212,7 @@ def chain(error: BaseException | None):
     """An exception, then the one that caused it, and so on to the first that was raised."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 @contextmanager

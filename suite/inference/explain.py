@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+import numpy as np
 from tqdm import tqdm
 
 from suite.common.cli import Command
@@ -161,6 +162,8 @@ def explain(command: Command, devices: Devices) -> None:
     if not classifier.tokenizer.is_fast:
         raise UserError(f"{folder}: its tokenizer cannot tell where a token stands in the text: save it as "
                         "tokenizer.json")
+    tokens = classifier.encode({"text": [row["text"] for row in rows]})["input_ids"]
+    classifier.refuse_unknown_words(np.concatenate(tokens))
     with room_for(output.parent, fix="make room or choose another --output") if output else nullcontext():
         reviews = []
         for row in tqdm(rows, desc="explain", unit="review", leave=False, dynamic_ncols=True,

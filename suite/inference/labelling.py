@@ -100,6 +100,10 @@ class Job:
                 self.devices.barrier()
                 if is_main:
                     self.finish(counts, broken)
+            except UserError:
+                if is_main and not parts.files(parts.kind):  # nothing was labelled, so nothing is left behind
+                    parts.remove()
+                raise
             except SystemExit:
                 say(f"stopped: the same command goes on from {parts.folder}")
                 raise
