@@ -300,7 +300,7 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
             text = item[len(key) + 1:]
             refuse_odd_numbers(text, f"command line: {key}")
             value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text]))["value"]
-        except (yaml.YAMLError, OmegaConfBaseException, RecursionError):
+        except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):  # ValueError: 5000 digits
             raise UserError(f"command line: the value of {shown(item)} is not valid YAML; quote it") from None
         if isinstance(value, dict):
             items += [("command line", *leaf) for leaf in leaves(value, key + ".")]

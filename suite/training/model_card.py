@@ -52,7 +52,8 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
     from huggingface_hub import ModelCard
 
     data, train, encoder = config.data_config, config.train_config, config.model_config.model_name
-    dataset = printable(data.dataset if is_hub_name(data.dataset) else Path(data.dataset).name)  # no path of this machine
+    # No path of this machine
+    dataset = printable(data.dataset if is_hub_name(data.dataset) else Path(data.dataset).name)
     card = CARD.substitute(
         metadata=card_metadata(config, dataset, metrics["test"]).to_yaml(), run_name=plain(config.run_name),
         warning=f"> **{DEMO_WARNING}**\n\n" if config.is_demo else "",
