@@ -101,10 +101,11 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def explained(key: str, name: str):
+def explained(key: str, name: str, only_libraries: bool = False):
     """Surrounds code that loads `name`, the value of `key`: turns its errors into one UserError that says what to do.
 
-    Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback.
+    Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback. With
+    `only_libraries`, no code of this project reads what is loaded, so that every error is about that.
     """
     try:
         yield
@@ -114,7 +115,7 @@ def explained(key: str, name: str):
             raise user_error from None
         # datasets wraps every error of the code that reads the rows, bugs included, in a DatasetGenerationError
         culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
-        if not _is_about_input(culprit):
+        if not (only_libraries or _is_about_input(culprit)):
             raise
         problem = (is_hub_name(name) and _hub_problem(name, causes)
                    or f"{name} cannot be loaded ({brief(causes[-1])}): repair it or name another one")
