@@ -12,6 +12,7 @@ from typing import TypeVar
 import datasets
 from huggingface_hub.utils import WeakFileLock
 
+from suite.common.hub import ANOTHER_DISK
 from suite.common.storage import read_json, room_for, write_json
 from utils import say
 
@@ -27,7 +28,7 @@ def cached(name: str, build: Callable[[Path], Tables]) -> Tables:
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     folder = cache / name
-    with room_for(cache, needed=0, fix="set HF_HOME to another disk"):
+    with room_for(cache, needed=0, fix=ANOTHER_DISK):
         cache.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(f"{folder}.lock"):  # two commands at the same time build a table once
             for place in sorted({path.parent for path in folder.rglob(SUMS)}):
