@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from suite.common.stopping import EXIT_CODES
 from suite.encoders.loading import load_tokenizer
+from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
 from suite.reviews.sources import load_reviews
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
@@ -129,9 +130,10 @@ class Encode:
 
 def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All tokens (total,) int32 and the offsets of the reviews in them (rows + 1,), from the library's cache."""
-    tokenized = table.map(encode, batched=True, remove_columns=table.column_names, desc="tokenizing",
-                          features=Features({"input_ids": List(Value("int32"))}),
-                          new_fingerprint=encode.fingerprint(digests))
+    fingerprint = encode.fingerprint(digests)
+    tokenized = cached(f"tokens-{fingerprint}", lambda folder: table.map(
+        encode, batched=True, remove_columns=table.column_names, desc="tokenizing", new_fingerprint=fingerprint,
+        features=Features({"input_ids": List(Value("int32"))}), cache_file_name=str(folder / "tokens.arrow")))
     column = tokenized.data.column("input_ids").combine_chunks()
     offsets = column.offsets.to_numpy().astype(np.int64)
     return column.values.to_numpy(), offsets

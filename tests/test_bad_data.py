@@ -7,6 +7,7 @@ stay as it is to the last byte.
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -44,6 +45,21 @@ def tree(**files: str):
 
 def dangling(folder: Path):
     (folder / "reviews.csv").symlink_to(folder / "gone.csv")
+
+
+def card(yaml: str):
+    """A writer of the folder `many` with a good table and a README.md that declares `yaml` about it."""
+    def write(folder: Path):
+        tree(README__md=f"---\n{yaml}\n---\n")(folder)
+        table([{"review": f"film {row}", "verdict": row % 2} for row in range(40)])(folder)
+        (folder / PARQUET).rename(folder / MANY / "train.parquet")
+        (folder / "secret.parquet").symlink_to(folder / MANY / "train.parquet")
+    return write
+
+
+def renamed(name: str):
+    """A writer of a table under another name."""
+    return lambda folder: (table([{"review": "a", "verdict": 1}])(folder), (folder / PARQUET).rename(folder / name))
 
 
 HEADED = "review,verdict\n"
@@ -90,6 +106,44 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
      "test.csv: row 2 has no text"),
     ("two labels in a folder", tree(train__csv=HEADED + GOOD, test__csv=HEADED + "a dull film number 3,good\n"), MANY,
      "test.csv: row 1 are the same text with different labels"),
+    ("a script beside data", tree(train__csv=HEADED + GOOD, many__py=""), MANY, "scripts are no longer supported"),
+    ("an archive beside data", tree(some__csv=HEADED + GOOD, data__zip="PK"), MANY, "{} holds .csv and .zip files"),
+    ("a broken archive", tree(data__zip="PK"), MANY, "{} cannot be loaded (File is not a zip file)"),
+    ("another format beside", tree(a__csv=HEADED + GOOD, b__tsv=""), MANY, "{} holds .csv and .tsv files"),
+    ("an empty file in a folder", tree(train__csv=HEADED + GOOD, test__csv=""), MANY, "test.csv: holds no labelled"),
+    ("broken dataset_infos.json", tree(train__csv=HEADED + GOOD, dataset_infos__json="{"), MANY,
+     "{} with its dataset_infos.json cannot be loaded"),
+    ("a README that is no YAML", tree(train__csv=HEADED + GOOD, README__md="---\na: [\n---\n"), MANY,
+     "{} with its README.md cannot be loaded"),
+    ("a README of brackets", card("a: " + "[" * 400), MANY, "{} with its README.md cannot be loaded"),
+    ("a README of code", card("a: !!python/object/apply:os.abort []"), MANY, "{} with its README.md cannot be loaded"),
+    ("configs of a wrong type", card("configs: [3]"), MANY, "{} with its README.md cannot be loaded"),
+    ("a split of a wrong type", card("configs: [{config_name: default, data_files: [{split: 3, path: a}]}]"), MANY,
+     "{} with its README.md cannot be loaded"),
+    ("declared files that are missing", card("configs: [{config_name: default, data_files: gone.parquet}]"), MANY,
+     "gone.parquet"),
+    ("declared files elsewhere", card("configs: [{config_name: default, data_files: ../secret.parquet}]"), MANY,
+     "{}/README.md: names"),
+    ("declared files on the web", card("configs: [{config_name: default, data_files: http://127.0.0.1:9/a.parquet}]"),
+     MANY, "{} with its README.md cannot be loaded"),
+    ("features of a wrong type", card("dataset_info: {features: nonsense}"), MANY, "{} with its README.md cannot"),
+    ("features of other data", card("dataset_info: {features: [{name: other, dtype: string}]}"), MANY,
+     "{} with its README.md cannot be loaded"),
+    ("other columns in a file", lambda folder: (card("")(folder), table([{"text": 1}])(folder), os.rename(
+        folder / PARQUET, folder / MANY / "test.parquet")), MANY, "test.parquet: no column 'review'; found text"),
+    ("a pipe", lambda folder: os.mkfifo(folder / CSV), CSV, "{} is neither a file nor a folder"),
+    ("a device", lambda folder: None, "/dev/zero", "/dev/zero is neither a file nor a folder"),
+    ("a name too long", lambda folder: None, "a" * 300 + ".csv", "no such file or folder: {}"),
+    ("a name that is not UTF-8", lambda folder: (tree()(folder), renamed(f"{MANY}/\udcff.parquet")(folder)), MANY,
+     "{}/\udcff.parquet: not a readable parquet file"),
+    ("a parquet called .csv", renamed(CSV), CSV, "is not UTF-8"),
+    ("UTF-16", raw((HEADED + GOOD).encode("utf-16"), CSV), CSV, "{}: line 1 is not UTF-8"),
+    ("zeros", raw(bytes(5000), CSV), CSV, "{}: holds no labelled rows"),
+    ("a name for two columns", lines(GOOD, header="review,review\n"), CSV, "{}: two columns have the same name"),
+    ("a thousand brackets", raw(b'{"review": ' + b"[" * 1000 + b"]" * 1000 + b', "verdict": 1}\n', JSONL), JSONL,
+     "{}: line 1"),
+    ("5,000 digits", raw(b'{"review": "a", "verdict": ' + b"9" * 5000 + b"}\n", JSONL), JSONL, "{}: line 1"),
+    ("a huge field", lines("a" * (1 << 24) + "a,good\n"), CSV, "{}: line 2: field larger than field limit"),
     ("a broken parquet in a folder", tree(train__parquet="PAR1"), MANY, "train.parquet: not a readable parquet file"),
 ]
 
@@ -101,6 +155,41 @@ def test_bad_data(tmp_path, refused, monkeypatch, write, name, words):
     monkeypatch.setattr(run, "new_model", lambda *_: pytest.fail("a model was loaded"))
     path = tmp_path / "data" / name
     assert words.format(path) in refused(f"data_config.dataset={path}")
+
+
+@pytest.mark.parametrize("name", ["csv", "parquet", "text"])
+def test_a_reader_of_the_library_is_no_dataset(refused, reviews_file, monkeypatch, name):
+    monkeypatch.chdir(reviews_file.parent)  # the library would take whatever lies here
+    assert f"no such file or folder: {name}" in refused(f"data_config.dataset={name}")
+
+
+def clutter(folder: Path):
+    tree(train__csv=HEADED + GOOD)(folder)
+    (folder / MANY / "loop").symlink_to(folder / MANY)
+    (folder / MANY / "gone.csv").symlink_to(folder / "gone")
+    os.mkfifo(folder / MANY / "pipe.csv")
+    (folder / MANY / "folder.csv").mkdir()
+
+
+ODD_FOLDERS = [  # (name, what writes `many`)
+    ("loops, pipes and folders", clutter),
+    ("a name that is not UTF-8", tree(**{"a\udcff__csv": HEADED + GOOD})),
+    ("a long name", tree(**{"a" * 240 + "__csv": HEADED + GOOD})),
+    ("a foreign script and a byte order mark", tree(train__csv="\ufeff" + HEADED + GOOD, loader__py="1 / 0")),
+    ("control characters", tree(train__csv=HEADED + GOOD.replace("good", "\x1b[31m\0"))),
+    ("a label of 400 digits", tree(train__csv=HEADED + GOOD.replace("good", "9" * 400))),
+    ("numbers as names", card("dataset_info: {features: [{name: review, dtype: string}, {name: verdict, dtype: "
+                              "{class_label: {names: [3, 4]}}}]}")),
+]
+
+
+@pytest.mark.parametrize("write", [row[1] for row in ODD_FOLDERS], ids=[row[0] for row in ODD_FOLDERS])
+def test_odd_but_good_folders(tmp_path, write):
+    write(tmp_path)
+    config = DataConfig(dataset=str(tmp_path / MANY), text_column="review", label_column="verdict")
+    reviews = sources.load_reviews(config, num_labels=2)
+    assert np.bincount(reviews.labels).tolist() == [20, 20]
+    assert all(isinstance(name, str) for name in reviews.label_names)
 
 
 def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides):

@@ -1,5 +1,6 @@
 """The Hub: the real download path against a stand-in, and what happens without it."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -26,7 +27,10 @@ def test_the_unchanged_config_through_the_hubs_own_protocol(tmp_path):
         train(*arguments, environment=hub, timeout=300)
         run = tmp_path / "bert-base-uncased-len128-bs64-seed42"
         before = bits_of(run)
-        train(*arguments, "--mode", "test", environment=hub)
+        [cached] = (tmp_path / "hf/datasets").glob("stanfordnlp___imdb/**/imdb-train.arrow")
+        os.truncate(cached, 1000)
+        assert f"{cached}: this file of the cache is damaged" in train(
+            *arguments, "--mode", "test", environment=hub).stdout
         assert bits_of(run) == before
         result = train(*arguments, "run_name=new", "model_config.model_name=nobody/nothing", environment=hub, code=2)
         assert "nobody/nothing is neither a folder here nor a name on the Hugging Face Hub" in result.stderr

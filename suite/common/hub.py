@@ -12,12 +12,13 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from suite.common.storage import chain
+from suite.common.storage import chain, room_for
 from utils import Config, UserError, brief, say
 
 PROBE_SECONDS = 8  # the libraries themselves would retry for minutes before they give up
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
            "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
+ANOTHER_DISK = "set HF_HOME to another disk"  # where a cache has no room
 UNREACHABLE = {"ConnectionError", "TransportError", "HfHubHTTPError", "TimeoutError", "LocalEntryNotFoundError"}
 NOT_FOUND = {"RepositoryNotFoundError", "DatasetNotFoundError"}
 LIBRARIES = {"datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "pyarrow", "safetensors", "tokenizers",
@@ -28,7 +29,7 @@ UNANSWERED: list[str] = []  # what this process asked the Hub for in vain
 def is_hub_name(name: str) -> bool:
     """Whether `name` is a Hub id such as `owner/name` and not a path on this machine."""
     is_file = name.endswith((".csv", ".jsonl", ".parquet", ".json", ".txt"))
-    return not is_file and not Path(name).exists() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+    return not is_file and not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def check_hub(config: Config) -> None:
@@ -81,6 +82,7 @@ def quiet_libraries() -> None:
     import huggingface_hub
     import transformers
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # it counts weights while they are read, for a second or two
     if not sys.stderr.isatty():
@@ -112,10 +114,12 @@ def explained(key: str, name: str, any_error: bool = False):
     """Surrounds code that loads `name`, the value of `key`: turns its errors into one UserError that says what to do.
 
     Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback. With
-    `any_error` there are none: the libraries fail on bad values of a model's files in any way.
+    `any_error` there are none: where libraries alone read what is loaded, they fail on bad values in
+    any way.
     """
     try:
-        yield
+        with room_for(_model_cache(), needed=0, fix=ANOTHER_DISK):
+            yield
     except Exception as error:
         causes = list(chain(error))
         if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
@@ -130,6 +134,12 @@ def explained(key: str, name: str, any_error: bool = False):
         problem = (is_hub_name(name) and _hub_problem(name, causes)
                    or f"{name} cannot be loaded ({reason}): repair it or name another one")
         raise UserError(f"{key}: {problem}") from error
+
+
+def _model_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
 
 
 def _hub_problem(name: str, causes: list[BaseException]) -> str | None:

@@ -198,9 +198,12 @@ def _says_full(error: BaseException) -> bool:
 
 
 def _no_room(folder: Path, needed: float, fix: str) -> UserError:
-    return UserError(f"{folder}: no room to write {max(needed / MEGABYTE, 1):,.0f} MB ({_free(folder) / MEGABYTE:,.0f} "
-                     "MB are free; a quota or ulimit -f may allow less). What was saved before is intact. Before you "
-                     f"give the same command again, {fix}")
+    problem = "its disk is full, or a quota or ulimit -f is reached"
+    if needed:
+        problem = (f"no room to write {max(needed / MEGABYTE, 1):,.0f} MB ({_free(folder) / MEGABYTE:,.0f} MB are "
+                   "free; a quota or ulimit -f may allow less)")
+    return UserError(f"{folder}: {problem}. What was saved before is intact. Before you give the same command again, "
+                     f"{fix}")
 
 
 def _free(folder: Path) -> int:

@@ -247,7 +247,7 @@ def _opened(path: str) -> BinaryIO:
 def _opened_parquet(path: str) -> pyarrow.parquet.ParquetFile:
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:  # the file's name may not be UTF-8 either
         raise _unreadable(path, error) from None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
+from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # as a dataset, `csv` is what lies around
 
 from suite.common.hub import explained, is_hub_name
-from suite.reviews.rows import Row, read_rows
-from utils import DataConfig, UserError, brief, say
+from suite.reviews.caches import cached, digest_of
+from suite.reviews.rows import Row, columns_of, read_rows
+from utils import DataConfig, UserError, say
 
 FILE_TYPES = (".csv", ".jsonl", ".parquet")
 
@@ -99,16 +113,18 @@ def as_text(value: Any) -> str | None:
 
 
 def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in FILE_TYPES:
+    if os.path.isfile(name):  # unlike Path's own, these functions take names that no file can have
+        if Path(name).suffix not in FILE_TYPES:
             raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}")
         return [Part("train", name, _load_file(name, columns))]
-    if path.is_dir():
+    if os.path.isdir(name):
         return _load_folder(name, columns)
-    if not is_hub_name(name):
+    if os.path.exists(name):
+        raise UserError(f"data_config.dataset: {name} is neither a file nor a folder: name one")
+    if not is_hub_name(name) or name in READERS:
         raise UserError(f"data_config.dataset: no such file or folder: {name}")
-    return _load_with_library(name)
+    *owner, last = name.split("/")
+    return _load_with_library(name, "___".join([*owner, camelcase_to_snakecase(last)]), lambda _: load_dataset(name))
 
 
 def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
@@ -117,48 +133,66 @@ def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
     It also reads parquet files. This module reads .csv and .jsonl files itself: it can name the row of an error, and it
     reads NA as a text, not as a missing value.
     """
-    found = [path for path in sorted(Path(name).rglob("*")) if path.suffix in FILE_TYPES and path.is_file()
-             and not any(part.startswith(".") for part in path.relative_to(name).parts)]
-    kinds = sorted({path.suffix for path in found})
-    if not any(path.is_file() and path.suffix not in ("", ".md") for path in Path(name).rglob("*")):
+    everything = [path for path in sorted(Path(name).rglob("*")) if path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(name).parts)]
+    found = [path for path in everything if path.suffix in FILE_TYPES]
+    if all(path.suffix in ("", ".md") for path in everything):
         raise UserError(f"data_config.dataset: {name} holds no .csv, .jsonl or .parquet files: name a folder with some")
+    splits = _files_of_splits(name)
+    kinds = sorted({path.suffix for path in (*found, *(file for files in splits.values() for file in files))})
     if len(kinds) > 1:
         raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, but all must be of one kind: "
                         "move the others elsewhere, or name one file")
+    if kinds in ([".csv"], [".jsonl"]):
+        return [Part(split, str(file), _load_file(str(file), columns)) for split, files in splits.items()
+                for file in files]
     if kinds == [".parquet"]:
-        for path in found:
-            next(read_rows(str(path)), None)  # if it cannot be read, the library's error would not name the file
-    if kinds not in ([".csv"], [".jsonl"]):
-        return _load_with_library(name)
+        for path in found:  # the library's error would not name the file
+            next(read_rows(str(path)), None)
+            _refuse_missing(columns, columns_of(str(path)), str(path))
     with explained("data_config.dataset", name):
-        splits = load_dataset_builder(name).config.data_files
-    return [Part(str(split), str(file), _load_file(str(file), columns)) for split, files in splits.items()
-            for file in files]
+        # The library would notice another name or time of a file, but not other content.
+        key = digest_of([*everything, *Path(name).glob(".huggingface.yaml")])
+    return _load_with_library(name, f"reviews-{key}", lambda folder: load_dataset(
+        str(Path(name).resolve()), cache_dir=str(folder)))
 
 
-def _load_with_library(name: str) -> list[Part]:
-    with explained("data_config.dataset", name):
-        try:
-            splits = load_dataset(name)
-        except RuntimeError as error:  # "Dataset scripts are no longer supported": such code never runs here
-            raise UserError(f"data_config.dataset: {name}: {brief(error)}: name a folder of .csv, .jsonl "
-                            "or .parquet files") from None
+def _files_of_splits(name: str) -> dict[str, list[Path]]:
+    """Which files of a dataset folder belong to which split."""
+    folder = Path(name).resolve()  # or the library would take a folder called `csv` for its own reader of this name
+    with explained("data_config.dataset", _with_card(name), any_error=True):
+        splits = load_dataset_builder(str(folder)).config.data_files
+    for file in (file for files in splits.values() for file in files):
+        if folder not in Path(os.path.normpath(file)).parents:
+            raise UserError(f"{name}/README.md: names {file}, which lies outside the folder: name only files inside")
+    return {str(split): [Path(file) for file in files] for split, files in splits.items()}
+
+
+def _with_card(name: str) -> str:
+    """A dataset's name for an error that may come from the files in which a folder declares what it holds."""
+    declaring = [file for file in ("README.md", ".huggingface.yaml", "dataset_infos.json")
+                 if os.path.isfile(os.path.join(name, file))]
+    return f"{name} with its {' and '.join(declaring)}" if declaring else name
+
+
+def _load_with_library(name: str, cache_name: str, load: Callable[[Path], DatasetDict]) -> list[Part]:
+    with explained("data_config.dataset", _with_card(name), any_error=True):
+        splits = cached(cache_name, load)
     return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
             for split, table in splits.items()]
 
 
 def _load_file(path: str, columns: tuple[str, str]) -> Dataset:
-    """The two columns of a file, every value as text, from the cache of the datasets library if they are there."""
-    status = Path(path).stat()
+    """The two columns of a file, every value as text, from the cache if a file of the same content was read before."""
     features = Features(dict.fromkeys(columns, Value("string")))
-    # The stamp makes the file's size and time a part of the cache's key, so that a changed file is read again.
-    stamp = f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}"
     with explained("data_config.dataset", path):
-        return Dataset.from_generator(_read_texts, features=features, gen_kwargs={
-            "path": path, "columns": columns, "stamp": stamp})
+        key = hashlib.sha256(repr((digest_of([Path(path)]), Path(path).resolve(), columns)).encode()).hexdigest()
+        return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
+            _read_texts, features=features, cache_dir=str(folder), fingerprint=key,
+            gen_kwargs={"path": path, "columns": columns}))
 
 
-def _read_texts(path: str, columns: tuple[str, str], stamp: str) -> Iterator[dict[str, str | None]]:
+def _read_texts(path: str, columns: tuple[str, str]) -> Iterator[dict[str, str | None]]:
     row = None
     for row in read_rows(path):
         if problem := row.problem or misfit(row, columns):
@@ -170,12 +204,15 @@ def _read_texts(path: str, columns: tuple[str, str], stamp: str) -> Iterator[dic
 
 def _select(table: Dataset, columns: tuple[str, str], name: str) -> Dataset:
     """The table with only the columns text and label, under these names."""
-    for key, column in zip(("text_column", "label_column"), columns, strict=True):
-        if column not in table.column_names:
-            raise UserError(f"{name}: no column {column!r}; found {', '.join(table.column_names)}: "
-                            f"set data_config.{key}")
+    _refuse_missing(columns, table.column_names, name)
     text, label = columns
     return table.select_columns([text, label]).rename_columns({text: "text", label: "label"})
+
+
+def _refuse_missing(columns: tuple[str, str], found: list[str], name: str) -> None:
+    for key, column in zip(("text_column", "label_column"), columns, strict=True):
+        if column not in found:
+            raise UserError(f"{name}: no column {column!r}; found {', '.join(found)}: set data_config.{key}")
 
 
 def _is_unlabelled(part: Part) -> bool:
@@ -219,7 +256,7 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
     distinct = sorted(pc.unique(values).to_pylist())
     if all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in distinct):
         labels = pc.cast(values, pa.int64()).to_numpy()
-        names = list(feature.names) if isinstance(feature, ClassLabel) else [str(i) for i in range(num_labels)]
+        names = list(map(str, feature.names if isinstance(feature, ClassLabel) else range(num_labels)))
         first = labels.min()
         if not isinstance(feature, ClassLabel) and first > 0 and set(labels) == set(range(first, first + num_labels)):
             labels, names = labels - first, [str(i) for i in range(first, first + num_labels)]  # stars from 1 to 5
