@@ -79,7 +79,8 @@ def values_of(key: str, field) -> st.SearchStrategy:
     near = [str(bounds[name] + step) for name in ("at_least", "at_most", "above", "below") if name in bounds
             for step in (-1, 0, 1)] + SPLITS * (key == "data_config.split")
     near += [text for choice in bounds.get("choices", ()) for text in (choice, choice[:-1], choice.upper())]
-    any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).map(json.dumps)
+    any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).map(
+        lambda text: json.dumps(text, ensure_ascii=False))
     numbers = st.one_of(st.integers(-5, 2000).map(str), st.floats().map(repr))
     return st.one_of(*[st.sampled_from(near)] * bool(near), st.sampled_from(VALUES), numbers, any_text)
 

@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,9 @@ class Bench:
         """The outcome of `python main.py ARGUMENTS`: done, refused, or diverged, where a learning rate is absurd."""
         before, code = content_below(folder), 0
         out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, at_most(LONGEST):
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), at_most(LONGEST):
+            warnings.simplefilter("always")  # once a place would make a failure that does not repeat
+            patch.setattr(warnings, "showwarning", show_warning)
             patch.chdir(folder / here)
             patch.setenv("HOME", str(folder / "home"))
             patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
@@ -248,6 +251,12 @@ def at_most(seconds: float):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def show_warning(message: Warning, category: type[Warning], *_) -> None:
+    """Print what a script shows; pytest would keep it to itself."""
+    if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | ImportWarning | ResourceWarning):
+        print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def content_below(folder: Path) -> dict[str, str]:
