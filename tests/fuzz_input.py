@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from utils import config_fields
 
-LARGEST = 100  # of a size that is drawn for a model's folder. Absurd ones take minutes or all memory to be refused.
-WORKERS = ["-1", "0", "1", "2", "1.5", "null", "word", "[]", "${nope}"]  # not thousands of processes
+SIZES = [100, -100, 10**5, 10**9, 10**12, 10**400]
+WORKERS = ["-1", "0", "1", "2", "1.5", "5000", "null", "word", "[]", "${nope}"]  # 200 would take long
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes
@@ -177,7 +177,7 @@ def reviews(draw, kind: str) -> bytes:
 WORDS = ["", "word", "auto", "float16", "bfloat16", "float64", "int8", "torch.float32", "gelu", "relu", "sdpa", "eager",
          "../../x", "\ud800", "\0", "x" * 300, "1", "NaN"]
 JSON_VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 8, 0.5, 2.5, -1.5, 1e-12, 1e308, float("nan"), float("inf"),
-               LARGEST, -LARGEST, [], {}, [1, 2], [None], {"a": 1}, {"0": "x", "1": "y"}, [[[[]]]], *WORDS]
+               *SIZES, [], {}, [1, 2], [None], {"a": 1}, {"0": "x", "1": "y"}, [[[[]]]], *WORDS]
 FOREIGN = {
     "AutoConfig": "foreign.Config", "AutoModel": "foreign.Model", "AutoTokenizer": ["foreign.Slow", "foreign.Fast"],
     "AutoModelForSequenceClassification": "foreign.Model"}
@@ -196,7 +196,7 @@ SPECIAL = {
                         "LlamaTokenizer"],
     "problem_type": ["regression", "multi_label_classification", "single_label_classification"],
     "id2label": [{"0": "a", "1": "a"}, {"0": "a"}, {"1": "a", "2": "b"}, {"0": 1, "1": 2}, {"0": "\x1b[31m", "1": "b"},
-                 {str(row): str(row) for row in range(LARGEST)}, ["a", "b"], {"0": None, "1": []},
+                 {str(row): str(row) for row in range(100)}, ["a", "b"], {"0": None, "1": []},
                  {"x": "a", "y": "b"}],
     "label2id": [{"a": 0}, {"a": "0"}], "pooling": ["cls", "mean", "max"], "truncation": ["head", "tail", "windows"],
     "max_len": [4, 32, 66, 67], "num_labels": [2, 3], "architectures": [["BertModel"], ["Foreign"], "BertModel"],

@@ -6,6 +6,7 @@ Weights are read and written as safetensors only: no pickle is loaded, and no co
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -138,6 +139,8 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     with explained(key, name, any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_vocabulary(tokenizer)
+        with tempfile.TemporaryDirectory() as folder:  # what cannot be written would end the training at its first save
+            tokenizer.save_pretrained(folder)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
                         "tokenizer_config.json")
