@@ -12,19 +12,23 @@ Each run is a process of main.py or main_accumulation.py. Ctrl-C and SIGTERM let
 the others still take place. Two such commands at the same time share the work.
 """
 
+from suite.common.start import start
+
+if __name__ == "__main__":
+    start("experiment.py")  # first of all: what signals, closed streams and unforeseen errors do
+
 import argparse
 from pathlib import Path
 
 from suite.common import cli
-from suite.common.stopping import SIGNALS
 from suite.comparison.grid import Cell, Experiment, describe, find_finished, read_experiment
+from suite.comparison.report_folder import refuse_foreign_report
 from suite.comparison.running import remaining_time, run_cells
 from utils import UserError, say
 
 
 def read_command() -> tuple[Experiment, list[Cell], argparse.Namespace]:
     """The experiment, the cells that were asked for, and the options; leaves with exit code 2 if anything is wrong."""
-    SIGNALS.install()
     parser = cli.new_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="the experiment, such as experiments/exp1.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value in every run")
@@ -86,6 +90,7 @@ def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace)
         return
     failed = {}
     try:
+        refuse_foreign_report(experiment.report_folder)
         if not options.report:
             failed = run_cells(experiment, cells)
         if options.only is None:

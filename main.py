@@ -16,6 +16,11 @@
     python compare.py checkpoints/RUN checkpoints/RUN                   finished runs side by side
 """
 
+from suite.common.start import start
+
+if __name__ == "__main__":
+    start("main.py")  # first of all: what signals, closed streams and unforeseen errors do
+
 from suite.common import cli
 
 if __name__ == "__main__":
@@ -30,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from data import PreparedData, get_dataloader, prepare_data
 from model import EncoderForClassification
-from suite.common.hub import check_hub, quiet_libraries
+from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import read_history, read_metrics
@@ -143,7 +148,7 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
         f"{run.sampler.effective_batch} reviews on {devices}")
     train(run)
-    test(config, devices, load_model(run.folder / "best"), run.data, run.figures(), run.wandb)
+    test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
 
 
 def test(config: Config, devices: Devices, model: EncoderForClassification, data: PreparedData, figures: dict[str, Any],
@@ -171,13 +176,15 @@ def test(config: Config, devices: Devices, model: EncoderForClassification, data
 def test_again(config: Config, devices: Devices) -> None:
     """--mode test: the best model of a finished or interrupted run on the test split."""
     folder = config.run_folder
-    claim_run_folder(folder)
+    if folder.is_dir():  # else there is nothing to claim, and `best_model` says so
+        claim_run_folder(folder)
     devices.barrier()
     model = load_model(best_model(folder))
     # With another split, the model would be tested on reviews that it was trained on.
     refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
     with devices.main_process_first():
         data = prepare_data(config, trained_model=str(folder / "best"))
+    say_what_was_cached()
     refuse_other_data(config, model.config.data_fingerprint, data.fingerprint)
     if data.label_names != list(model.config.id2label.values()):
         raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {folder / 'best'} was "

@@ -11,6 +11,11 @@ The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: A
 backpropagates, exchanges gradients only at the last micro-batch of an optimizer step, and gathers over the processes.
 """
 
+from suite.common.start import start
+
+if __name__ == "__main__":
+    start("main_accumulation.py")  # first of all: what signals, closed streams and unforeseen errors do
+
 from suite.common import cli
 
 if __name__ == "__main__":
@@ -29,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from main import main
 from suite.training.devices import FiniteGuard, SingleDevice, pick_device, pick_precision
-from utils import Config
+from utils import Config, UserError, brief, num_processes
 
 
 class AcceleratedDevices(SingleDevice):
@@ -43,9 +48,16 @@ class AcceleratedDevices(SingleDevice):
         self.precision = pick_precision(precision, device)
         # Accelerate's own gradient_accumulation_steps stays 1: its `backward` would divide by it, and train_step has
         # already divided by the reviews of the effective batch.
-        self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
+        try:
+            self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
+        except (ValueError, ImportError) as error:
+            raise UserError(f"Accelerate cannot work as its environment variables say ({brief(error)}): correct them, "
+                            "or start with accelerate launch") from error
         self.device, self.scaler = self.accelerator.device, self.accelerator.scaler
         self.num_processes = self.accelerator.num_processes
+        if self.num_processes != num_processes():  # MPI, for example, tells it by other variables
+            raise UserError(f"Accelerate has found {self.num_processes} processes, but the environment variable "
+                            f"WORLD_SIZE stands for {num_processes()}: start them with accelerate launch")
         self.is_main = self.accelerator.is_main_process
         # Flags travel over the network, not over the GPUs, which would first have to finish what they are doing.
         self.flags = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None

@@ -8,6 +8,7 @@ the answer to a typing mistake comes at once.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import random
 import re
@@ -20,10 +21,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import impossible_values
+from suite.common.checks import INPUTS, impossible_values, shown
 
 PROJECT = Path(__file__).resolve().parent
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
+
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) != "\t"}
 
 
 class UserError(Exception):
@@ -83,7 +86,7 @@ class DataConfig:
     eval_batch_size: int = option(256, "reviews per forward pass in evaluation and prediction; "
                                   "at most 64 on a CPU", at_least=1, shapes_result=False)
     num_workers: int = option(0, "processes that prepare batches; without them, a batch takes 0.15 ms", at_least=0,
-                              shapes_result=False)
+                              at_most=256, shapes_result=False)
 
 
 @dataclass
@@ -165,9 +168,14 @@ def process_rank() -> int:
 
 
 def say(text: str) -> None:
-    """Print a line for the user, in process 0 only."""
+    """Print lines for the user, in process 0 only."""
     if process_rank() == 0:
-        print(text, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped: one in the name of a class could change the terminal's state."""
+    return text.translate(CONTROLS)
 
 
 def config_fields(config: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -196,7 +204,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
     config = OmegaConf.structured(Config)
     problems: dict[str, str] = {}
     origins: dict[str, str] = {}
-    items = [(str(path), key, value) for key, value in leaves(read_yaml(path))]
+    items = [(str(path), key, _beside(path, value) if key in INPUTS else value)
+             for key, value in leaves(read_yaml(path))]
     items += [(origin, key, value) for origin, values in (between or {}).items() for key, value in values.items()]
     for origin, key, value in [*items, *_read_overrides(overrides)]:
         if key not in known:
@@ -208,17 +217,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
         try:
             OmegaConf.update(config, key, value)
             problems.pop(key, None)  # an override replaces a wrong value of the file
-        except OmegaConfBaseException:
-            shown = "null" if value is None else repr(value)
-            problems[key] = f"{origin}: {key} must be {_type_name(known[key])}, got {shown}"
+        except (OmegaConfBaseException, OverflowError):
+            problems[key] = f"{origin}: {key} must be {_type_name(known[key])}, got {shown(value)}"
     try:
         config = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = error.full_key or "an interpolation"  # a ${...} whose value is missing or of the wrong type
         raise UserError(f"{origins.get(key, path)}: {key}: {brief(error)}: give a value of the right type") from None
     for section, key in ((config, "output_dir"), (config.model_config, "model_name"), (config.data_config, "dataset")):
-        if (value := getattr(section, key)).startswith("~"):  # the shell leaves it alone in key=~/folder
-            setattr(section, key, os.path.expanduser(value))
+        if (value := getattr(section, key)).startswith("~") and "\0" not in value:
+            setattr(section, key, os.path.expanduser(value))  # the shell leaves it alone in key=~/folder
     for key, text in impossible_values(config, known, num_processes()).items():
         problems.setdefault(key, f"{origins.get(key, path)}: {text}")
     if problems:
@@ -237,18 +245,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
 def read_yaml(path: str | Path, fix: str = "give the configuration with --config FILE") -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError; `fix` says what to do if there is no such file."""
     try:
-        loaded = OmegaConf.load(path)
-        tree = OmegaConf.to_container(loaded, resolve=False)
+        text = Path(path).read_text(encoding="utf-8")
+        refuse_odd_numbers(text, str(path))
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {fix}") from None
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read: its brackets are nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {brief(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
     return tree
+
+
+def refuse_odd_numbers(text: str, place: str) -> None:
+    """Raises UserError for a number that YAML 1.1 reads as another one than most people: 1:30 as 90, 010 as 8."""
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and re.fullmatch(
+                r"[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-7_]+)", token.value):
+            raise UserError(f"{place}: YAML reads {token.value} as {yaml.safe_load(token.value)}: write the number "
+                            f"that you mean, or '{token.value}' in quotes")
+
+
+def _beside(path: str | Path, value: Any) -> Any:
+    """A path in a configuration file: if it exists beside that file, it is found there, whatever the current folder."""
+    folder = Path(path).parent
+    found = isinstance(value, str) and folder.resolve() != Path.cwd() and os.path.exists(folder / value)
+    return str(folder / value) if found else value
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -267,12 +294,14 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
     for item in overrides:
         key, equals, _ = item.partition("=")
         if not equals or item.startswith("-"):
-            raise UserError(f"command line: {item!r} is not an override; write section.key=value, "
+            raise UserError(f"command line: {shown(item)} is not an override; write section.key=value, "
                             "for example train_config.epochs=3")
         try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + item[len(key) + 1:]]))["value"]
-        except (yaml.YAMLError, OmegaConfBaseException):
-            raise UserError(f"command line: the value of {item!r} is not valid YAML; quote it") from None
+            text = item[len(key) + 1:]
+            refuse_odd_numbers(text, f"command line: {key}")
+            value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text]))["value"]
+        except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):  # ValueError: 5000 digits
+            raise UserError(f"command line: the value of {shown(item)} is not valid YAML; quote it") from None
         if isinstance(value, dict):
             items += [("command line", *leaf) for leaf in leaves(value, key + ".")]
         else:
@@ -301,6 +330,7 @@ def _type_name(entry: Any) -> str:
 
 def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", Path(config.model_config.model_name).name) or "encoder"
+    model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
     demo = "DEMO-" if config.is_demo else ""
     return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
             f"-seed{config.train_config.seed}")

@@ -1,12 +1,64 @@
 """Whatever is wrong around a run, its values, streams, disks and environment: one line, and nothing is lost."""
 
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import PROJECT, run_here, run_script
+from conftest import PROJECT, content_of, run_here, run_script
 
 from suite.common import cli, hub
+from suite.common.start import Console
 from suite.common.storage import room_for
-from utils import UserError, load_config
+from utils import UserError, load_config, say
+
+MANY = "9" * 400
+BAD_VALUES = [  # (an override, words of the message)
+    ("output_dir=~nosuchuser/runs", "output_dir is '~nosuchuser/runs': there is no such user"),
+    ("data_config.dataset=~nosuchuser", "there is no such user"),
+    ("run_name=.zz.lock", "does not begin with a dot"),
+    ("run_name=..", "does not begin with a dot"),
+    ("run_name=a/b", "for a folder's name"),
+    ("train_config.seed=010", "YAML reads 010 as 8"),
+    ("train_config.epochs=1:30", "YAML reads 1:30 as 90"),
+    ("data_config.limit=[1, 190:20:30]", "YAML reads 190:20:30 as 685230"),
+    (f"data_config.limit={MANY}", "it must be at most 9007199254740992"),
+    (f"train_config.seed={MANY}", "it must be at most"),
+    (f"train_config.learning_rate={MANY}", "train_config.learning_rate must be a number"),
+    (f"data_config.split=[{MANY}, 1, 1]", "each share must lie between 0 and 1"),
+    ("data_config.num_workers=5000", "it must be at most 256"),
+    ("train_config.seed=" + "[" * 1000 + "]" * 1000, "not valid YAML"),
+    ('model_config.model_name="a\\0b"', "it holds a character that no text has"),
+    ('data_config.text_column="a\\0b"', "it holds a character that no text has"),
+    ('output_dir="a\\0b"', "it holds a character that no text has"),
+    ('run_name="a\\0b"', "for a folder's name"),
+]
+BAD_FILES = [  # (content of a configuration, words of the message)
+    ("train_config:\n  epochs: 1:30\n", "YAML reads 1:30 as 90"),
+    ("train_config:\n  seed: 010\n", "YAML reads 010 as 8"),
+    ("train_config: " + "[" * 1000 + "]" * 1000, "its brackets are nested too deeply"),
+    ("train_config: " + "{a: " * 1000 + "}" * 1000, "its brackets are nested too deeply"),
+    ("train_config: !!python/object/apply:os.system [id]\n", "not valid YAML"),
+    ("a: &a [*a]\n", "recursive aliases are not supported"),
+    ("\0", "cannot be read"),
+    ("- a\n- b\n", "expected sections"),
+]
+BAD_ENVIRONMENTS = [  # (variables, words of the message)
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', not a number"),
+    ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2', not a number"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
+    ({"WORLD_SIZE": "0"}, "contradict each other"),
+    ({"RANK": ""}, "RANK is '', not a number"),
+    ({"RANK": "-1"}, "RANK is '-1', not a number"),
+    ({"RANK": "1"}, "contradict each other"),
+    ({"LOCAL_RANK": "first"}, "LOCAL_RANK is 'first', not a number"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+    ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a port"),
+]
 
 
 def test_fp16_on_a_cpu_that_nobody_named_is_refused(refused, monkeypatch):
@@ -63,3 +115,164 @@ def test_a_full_disk_names_the_fix(tmp_path, fix, words):
     with (pytest.raises(UserError, match=f"{tmp_path}: no room to write .*same command again.*{words}$"),
           room_for(tmp_path, needed=1e18, **fix)):
         pytest.fail("there is no such disk")
+
+
+@pytest.mark.parametrize(("override", "words"), BAD_VALUES, ids=[override[:40] for override, _ in BAD_VALUES])
+def test_bad_values(override, words):
+    with pytest.raises(UserError) as caught:
+        load_config(PROJECT / "config.yaml", [override])
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_FILES, ids=[content[:30] for content, _ in BAD_FILES])
+def test_bad_configuration_files(tmp_path, content, words):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "bad.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'bad.yaml'}: ")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("variables", "words"), BAD_ENVIRONMENTS, ids=[str(case) for case, _ in BAD_ENVIRONMENTS])
+def test_bad_environments(monkeypatch, capsys, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        cli.new_parser("")
+    error = capsys.readouterr().err
+    assert (left.value.code, error.count("\n")) == (2, 1)
+    assert words in error
+
+
+def test_arguments_and_paths_that_are_not_of_the_encoding(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["main.py", os.fsdecode(b"run_name=\xff")])
+    with pytest.raises(SystemExit):
+        cli.read_command("", accumulates=False)
+    assert "is not UTF-8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")  # what PYTHONUTF8=0 LC_ALL=C can lead to
+    with pytest.raises(UserError, match="the file system's encoding here, ascii, lacks a character"):
+        load_config(PROJECT / "config.yaml", ["data_config.dataset=Bücher.csv"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+@pytest.mark.parametrize("closed", ["> /dev/full", pytest.param("<&- >&- 2>&-", marks=pytest.mark.long)])
+def test_a_run_does_not_end_with_its_log(overrides, tmp_path, closed):
+    command = " ".join(f"'{word}'" for word in (sys.executable, "main.py", *overrides, "train_config.max_steps=2"))
+    result = subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=PROJECT, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert (tmp_path / "runs/run/metrics.json").exists()
+    assert result.stderr in ("", "standard output: No space left on device: the rest of it is dropped\n")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a trained model whose classes have odd names."""
+    runs = tmp_path_factory.mktemp("trained")
+    rows = "".join(f"a {word} film number {row},{name}\n" for row in range(30)
+                   for word, name in (("fine", "go\x1b[31mod"), ("dull", '"ba\nd"')))
+    (runs / "reviews.csv").write_text("text,label\n" + rows)
+    result = run_here(f"output_dir={runs}", "run_name=run", f"data_config.dataset={runs / 'reviews.csv'}",
+                      f"model_config.model_name={PROJECT / 'demo/bert'}", "model_config.pretrained=false",
+                      "train_config.max_steps=1", "log_config.wandb_mode=disabled", "train_config.mixed_precision=no",
+                      "train_config.device=cpu")
+    assert result.returncode == 0
+    return str(runs / "run/best")
+
+
+@pytest.mark.parametrize(("mode", "options"), [
+    ("predict", {"text": "fine"}), ("predict", {"input": "reviews.csv"}), ("explain", {"text": "fine"})])
+def test_a_result_that_cannot_be_printed_is_an_error(model, tmp_path, monkeypatch, mode, options):
+    (tmp_path / "reviews.csv").write_text("text\nfine\ndull\n")
+    monkeypatch.chdir(tmp_path)
+    before = content_of(tmp_path)
+    with open("/dev/full", "w") as full:
+        console = Console(full, "standard output")
+        console.is_result = True
+        monkeypatch.setattr(contextlib, "redirect_stdout", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(sys, "stdout", console)
+        result = run_here(mode=mode, model=model, **options)
+        monkeypatch.undo()
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: standard output: No space left on device")
+    assert result.stderr.count("\n") == 1
+    assert content_of(tmp_path) == before
+
+
+def test_a_read_only_disk_or_a_file_in_place_of_a_folder_is_one_line(capsys):
+    def work():
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/run/last")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(work)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: runs/run/last: Read-only file system: ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_memory_that_runs_out_names_the_keys(capsys, error):
+    def work():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(work)
+    assert left.value.code == 2
+    assert "out of memory: set a smaller data_config.batch_size" in capsys.readouterr().err
+
+
+def test_control_characters_do_not_reach_the_terminal(model, capsys):
+    for mode in ("predict", "explain"):
+        shown = run_here(mode=mode, model=model, text="a fine film").stdout
+        assert "\x1b" not in shown
+        assert "ba\\x0ad" in shown or "go\\x1b[31mod" in shown
+    say("a\x07b\n\x9bc")
+    assert capsys.readouterr().out == "a\\x07b\n\\x9bc\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths, and the last net
+
+
+def test_paths_in_a_configuration_are_found_beside_it(tmp_path, monkeypatch):
+    assert load_config(PROJECT / "demo.yaml").data_config.dataset == "demo/reviews.csv"
+    monkeypatch.chdir(tmp_path)
+    config = load_config(PROJECT / "demo.yaml")
+    assert (config.data_config.dataset, config.model_config.model_name) == (
+        str(PROJECT / "demo/reviews.csv"), str(PROJECT / "demo/bert"))
+    assert config.run_name.startswith("DEMO-")
+    assert load_config(PROJECT / "demo.yaml", ["data_config.dataset=x.csv"]).data_config.dataset == "x.csv"
+
+
+@pytest.mark.parametrize(("mode", "overrides"), [
+    ("train", ["data_config.dataset=absent.csv"]), ("train", ["model_config.model_name=./absent"]), ("test", []),
+    ("train", ["train_config.resume=must"])])
+def test_nothing_is_made_for_wrong_input(tmp_path, monkeypatch, mode, overrides):
+    monkeypatch.chdir(tmp_path)
+    result = run_here("log_config.wandb_mode=disabled", f"model_config.model_name={PROJECT / 'demo/bert'}",
+                      f"data_config.dataset={PROJECT / 'demo/reviews.csv'}", *overrides, mode=mode)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["train", *(pytest.param(mode, marks=pytest.mark.long) for mode in cli.MODES
+                                             if mode != "train")])
+def test_the_last_net(overrides, tmp_path, mode):
+    """An error that nobody foresaw, in a function that every mode calls."""
+    planted = ("import runpy, suite.training.devices as devices\n"
+               "def bug(): raise ZeroDivisionError('a bug')\n"
+               "devices.make_deterministic = bug\n"
+               "runpy.run_path('main.py', run_name='__main__')")
+    (tmp_path / "runs/run").mkdir(parents=True)
+    text = ["--text", "fine"] if mode in ("predict", "explain") else []
+    result = run_script("-c", planted, "--mode", mode, *text, *overrides, environment={"TMPDIR": str(tmp_path)})
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert f"unforeseen in --mode {mode}" in result.stderr
+    assert "nothing that was saved is lost" in result.stderr
+    report, = [*tmp_path.glob("traceback-*.txt"), *tmp_path.glob("runs/run/traceback-*.txt")]
+    assert str(report) in result.stderr
+    assert "Traceback" in report.read_text()
+    assert "ZeroDivisionError: a bug" in report.read_text()

@@ -351,8 +351,8 @@ def test_a_second_process_in_one_folder_is_refused(undisturbed):
     folder, arguments = shutil.copytree(whole, whole.parent / "shared"), [*arguments, "run_name=shared"]
     (folder / "metrics.json").unlink()
     before = content_of(folder)
-    code = ("import pathlib, sys; from suite.common import storage; "
-            "storage.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()")
+    code = ("import pathlib, sys; from suite.common import locks; "
+            "locks.lock(pathlib.Path(sys.argv[1])); print(flush=True); input()")
     other = subprocess.Popen([sys.executable, "-c", code, folder], cwd=PROJECT, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)
     other.stdout.readline()

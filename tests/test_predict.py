@@ -225,9 +225,9 @@ def test_stopped_at_any_point_of_the_joining(predicting, tmp_path, monkeypatch, 
             return function(*arguments, **settings)
         return called
 
-    def joining(job, join=parts.Parts.join):
+    def joining(*arguments, join=parts.Parts.join):
         reached["joining"] = 1
-        join(job)
+        join(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(parts.Parts, "join", joining)
@@ -308,7 +308,7 @@ def test_a_folder_that_is_no_job_s_is_left_alone(predicting, tmp_path):
 
 def test_an_output_that_appears_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
     source, join = write_reviews(tmp_path / "few.csv", 6), parts.Parts.join
-    monkeypatch.setattr(parts.Parts, "join", lambda job: (job.output.write_text("mine"), join(job)))
+    monkeypatch.setattr(parts.Parts, "join", lambda job, *counts: (job.output.write_text("mine"), join(job, *counts)))
     assert "has appeared meanwhile" in predicting(source, code=2)[0].stderr
     assert (tmp_path / "out.csv").read_text() == "mine"
     (tmp_path / "out.csv").unlink()

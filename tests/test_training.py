@@ -140,7 +140,9 @@ def test_replacing_a_run_leaves_nothing_of_it(undisturbed):
     arguments = [*overrides, "run_name=replaced", "train_config.resume=never", "train_config.overwrite=true"]
     config = load_config(PROJECT / "config.yaml", arguments)
     Run.open(config, SingleDevice(config))
-    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl"}
+    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last", "best.sha256"}
+    assert list((replaced / "last").iterdir()) == []
+    assert (replaced / "best.sha256").read_text() == ""
     assert not (replaced / "history.jsonl").read_text()
 
 

@@ -9,8 +9,13 @@ import difflib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+INPUTS = ("model_config.model_name", "data_config.dataset")  # keys whose values may be paths of what is read
+LARGEST = 2**53  # integers up to here are exact wherever they are computed with
+LONGEST_RUN_NAME = 200  # bytes; a file's name has at most 255, and some are made of it
 
 
 def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> dict[str, str]:
@@ -25,17 +30,21 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
         if value == "":
             problems[key] = f"{key} is empty: give a value, or leave the key out"
         elif value is not None and (problem := _out_of_bounds(value, entry.metadata)):
-            problems[key] = f"{key} is {value!r}: {problem}"
+            problems[key] = f"{key} is {shown(value)}: {problem}"
     data, model, train = config.data_config, config.model_config, config.train_config
+    for key, path in zip(("run_name", "output_dir", *INPUTS), (config.run_name or "", config.output_dir,
+                                                               model.model_name, data.dataset), strict=True):
+        if key not in problems and (problem := _path_problem(path)):
+            problems[key] = f"{key} is {shown(path)}: {problem}"
     if problem := _split_problem(data.split):
-        problems["data_config.split"] = f"data_config.split is {data.split!r}: {problem}"
+        problems["data_config.split"] = f"data_config.split is {shown(data.split)}: {problem}"
     if data.text_column == data.label_column:
         problems["data_config.label_column"] = (
             f"data_config.text_column and data_config.label_column are both {data.text_column!r}: name two columns")
-    if config.run_name and (len(config.run_name.encode()) > 200 or config.run_name.strip(".") == ""
-                            or not re.fullmatch(r"[\w.=+-][\w.=+ -]*", config.run_name)):
-        problems["run_name"] = (f"run_name is {config.run_name!r}: use up to 200 letters, digits and . _ - = + for a "
-                                "folder's name")
+    if config.run_name and (not re.fullmatch(r"[\w=+-][\w.=+ -]*", config.run_name)
+                            or len(config.run_name.encode()) > LONGEST_RUN_NAME):
+        problems["run_name"] = (f"run_name is {shown(config.run_name)}: use up to {LONGEST_RUN_NAME} letters, digits "
+                                "and . _ - = + for a folder's name, which does not begin with a dot")
     if train.mixed_precision == "fp16" and train.device == "cpu":
         problems["train_config.mixed_precision"] = (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
@@ -45,7 +54,8 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
         problems["train_config.auto_micro_batch"] = (
             f"train_config.auto_micro_batch is true, but {processes} processes cannot agree on a new micro-batch "
             "in the middle of a step: set a smaller data_config.batch_size")
-    if problem := too_long(data.max_len, model.model_name, max_positions(model.model_name)):
+    if "model_config.model_name" not in problems and (
+            problem := too_long(data.max_len, model.model_name, max_positions(model.model_name))):
         problems["data_config.max_len"] = problem
     return problems
 
@@ -61,14 +71,34 @@ def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:
     if "choices" in bounds and value not in bounds["choices"]:
         near = difflib.get_close_matches(str(value), bounds["choices"], n=1)
         return f"choose one of {', '.join(bounds['choices'])}" + (f"; did you mean {near[0]}?" if near else "")
+    if isinstance(value, str) and ("\0" in value or not _encodes(value, "utf-8")):
+        return "it holds a character that no text has"
     if isinstance(value, float) and not math.isfinite(value):
         return "it must be a finite number"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"it must be at most {LARGEST}"
     tests = {"at_least": lambda limit: value >= limit, "at_most": lambda limit: value <= limit,
              "above": lambda limit: value > limit, "below": lambda limit: value < limit}
     for name, holds in tests.items():
         if name in bounds and not holds(bounds[name]):
             return f"it must be {name.replace('_', ' ')} {bounds[name]}"
     return None
+
+
+def _encodes(text: str, encoding: str) -> bool:
+    return text == text.encode(encoding, errors="replace").decode(encoding)
+
+
+def _path_problem(path: str) -> str | None:
+    if not _encodes(path, encoding := sys.getfilesystemencoding()):
+        return f"the file system's encoding here, {encoding}, lacks a character of it: set LC_ALL=C.UTF-8"
+    return "there is no such user" if path.startswith("~") else None
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _split_problem(split: Any) -> str | None:

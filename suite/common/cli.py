@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from suite.common.hub import usable_cache
 from suite.common.run_folder import read_saved_config
+from suite.common.start import CLOSED, LAST_NET, Console
 from suite.common.stopping import SIGNALS
-from suite.common.storage import refuse_existing
-from utils import Config, UserError, load_config, num_processes
+from suite.common.storage import PARTIAL, refuse_existing, refuse_long
+from utils import Config, UserError, load_config, num_processes, printable
 
 MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
          "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
@@ -35,8 +37,6 @@ def read_command(description: str, accumulates: bool) -> Command:
     It imports no torch, so scripts call it before their slow imports. `accumulates`: whether the script can train with
     several micro-batches and processes.
     """
-    SIGNALS.install()
-    SIGNALS.importing = True
     given = parse(description)
     try:
         check_options(given)
@@ -47,18 +47,54 @@ def read_command(description: str, accumulates: bool) -> Command:
         leave(error)
     except OSError as error:  # such as a file name that is too long
         leave(UserError(f"command line: {error.filename}: {error.strerror}"))
+    LAST_NET.doing = f"--mode {given.mode}"
     if given.mode in ("train", "test"):
+        LAST_NET.doing, LAST_NET.folder = f"--mode {given.mode} of {config.run_folder}", config.run_folder
         usable_cache()
     return Command(given.mode, config, given.model, given.text, given.input,
                    output=None if given.output == "-" else given.output)
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that shows the script's docstring, and says on one line what is wrong."""
+    """A parser that shows the script's docstring, and says on one line what is wrong: with the options, or with what
+    surrounds them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.error = lambda message: leave(UserError(f"command line: {message}; see --help"))
+    try:
+        refuse_other_encodings(sys.argv[1:])
+        refuse_launch()
+    except UserError as error:
+        leave(error)
     return parser
+
+
+def refuse_other_encodings(arguments: Sequence[str]) -> None:
+    """Raises UserError for an argument that is not UTF-8, which neither libraries nor JSON files could hold."""
+    for argument in arguments:
+        if argument != argument.encode(errors="replace").decode():
+            raise UserError(f"command line: {argument.encode(errors='backslashreplace').decode()} is not UTF-8: set "
+                            "the terminal to UTF-8, or rename the file")
+
+
+def refuse_launch() -> None:
+    """Raises UserError if the environment variables by which a launcher tells processes apart cannot be right."""
+    numbers = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+    fix = "start the processes with accelerate launch, or unset it"
+    for name in numbers:
+        if (text := os.environ.get(name)) is not None:
+            if not re.fullmatch("[0-9]{1,6}", text):
+                raise UserError(f"the environment variable {name} is {text!r}, not a number of processes: {fix}")
+            numbers[name] = int(text)
+    world_size, rank, local_rank = numbers.values()
+    if world_size < 1 or max(rank, local_rank) >= world_size:
+        raise UserError(f"the environment variables WORLD_SIZE={world_size}, RANK={rank}, LOCAL_RANK={local_rank} "
+                        "contradict each other: start the processes with accelerate launch, or unset them")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if world_size > 1 and not os.environ.get(name):
+            raise UserError(f"the environment variable WORLD_SIZE is {world_size}, but {name} is not set: {fix}")
+    if not re.fullmatch("[0-9]{1,5}", os.environ.get("MASTER_PORT") or "0"):
+        raise UserError(f"the environment variable MASTER_PORT is {os.environ['MASTER_PORT']!r}, not a port: {fix}")
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -125,12 +161,17 @@ def check_options(given: argparse.Namespace) -> None:
         raise UserError(f"--model: no such folder: {given.model}")
     if given.text is not None and not given.text.strip():
         raise UserError("--text is empty: give a review")
-    if given.text is not None and given.text != given.text.encode(errors="replace").decode():
-        raise UserError("--text is not UTF-8: set the terminal to UTF-8, or give a file with --input")
+    if given.output in (None, "-") and (given.mode == "predict" or given.mode == "explain" and given.text):
+        if "stdout" in CLOSED:
+            raise UserError("standard output is closed, and the result would be printed there: leave it open, or give "
+                            "an --output")
+        if isinstance(sys.stdout, Console):
+            sys.stdout.is_result = True
     if given.mode == "predict":
         check_prediction(given)
     elif given.output is not None:
         refuse_existing(given.output)
+        refuse_long(given.output + PARTIAL)
         if given.mode == "explain" and Path(given.output).suffix != ".html":
             raise UserError(f"--output: {given.output}: the file must end in .html")
 
@@ -149,7 +190,7 @@ def check_prediction(given: argparse.Namespace) -> None:
 def check_files(source: str, output: str | None) -> None:
     """Raises UserError if the rows of `source` cannot be labelled into `output`; - is standard input and output."""
     kind = Path(source).suffix
-    if source == "-" and sys.stdin is None:
+    if source == "-" and "stdin" in CLOSED:
         raise UserError("--input -: standard input is closed: give a file")
     if source != "-":
         if Path(source).is_dir():
@@ -166,6 +207,7 @@ def check_files(source: str, output: str | None) -> None:
     if Path(output).suffix not in kinds:
         raise UserError(f"--output: {output}: from {'standard input' if source == '-' else kind}, the file must end in "
                         f"{', '.join(kinds)}")
+    refuse_long(output + ".rejected.csv")  # the longest of the names that are made of it
     if not Path(output + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
         refuse_existing(output, output + ".rejected.csv")
     if not Path(output).absolute().parent.is_dir():
@@ -177,10 +219,7 @@ def run(work: Callable[[], None]) -> None:
     # One process tokenizes the reviews in several threads before data loaders are forked from it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     SIGNALS.importing = False
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show must not end the work
-            stream.reconfigure(errors="backslashreplace")
-    code = 1  # that of a traceback
+    code = 1  # that of an error nobody foresaw
 
     def leave_without_finalization() -> None:
         # gloo's threads outlive their process group. If one still frees the tensors of the last exchange while the
@@ -201,6 +240,19 @@ def run(work: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
         raise SystemExit(code) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code = 2
+        leave(UserError(f"{error.filename}: {error.strerror}: mend that, and give the same command again; what was "
+                        "saved before is intact"))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        code = 2
+        leave(UserError("out of memory: set a smaller data_config.batch_size (main_accumulation.py keeps the effective "
+                        "batch by train_config.effective_batch_size), data_config.eval_batch_size or "
+                        "data_config.max_len"))
     except FloatingPointError as error:  # the training diverged, the program did not fail: the message is enough
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
@@ -211,5 +263,5 @@ def run(work: Callable[[], None]) -> None:
 
 def leave(error: UserError) -> None:
     """Print the error on one line and exit with code 2."""
-    print("error:", *str(error).splitlines(), file=sys.stderr, flush=True)
+    print("error:", printable(" ".join(str(error).splitlines())), file=sys.stderr, flush=True)
     raise SystemExit(2) from None

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from suite.common.storage import chain, room_for
-from utils import Config, UserError, brief
+from utils import Config, UserError, brief, say
 
 PROBE_SECONDS = 8  # the libraries themselves would retry for minutes before they give up
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
@@ -23,6 +23,7 @@ UNREACHABLE = {"ConnectionError", "TransportError", "HfHubHTTPError", "TimeoutEr
 NOT_FOUND = {"RepositoryNotFoundError", "DatasetNotFoundError"}
 LIBRARIES = {"datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "pyarrow", "safetensors", "tokenizers",
              "transformers", "yaml"}
+UNANSWERED: list[str] = []  # what this process asked the Hub for in vain
 
 
 def is_hub_name(name: str) -> bool:
@@ -34,19 +35,25 @@ def is_hub_name(name: str) -> bool:
 def check_hub(config: Config) -> None:
     """Go offline if the configuration names anything on the Hub and the Hub does not answer.
 
-    Offline, the libraries use what the local cache holds and fail at once for the rest. Call this before any loading.
+    Offline, the libraries use what the local cache holds and fail at once for the rest. Call this before any loading,
+    and `say_what_was_cached` after it.
     """
     names = [name for name in (config.model_config.model_name, config.data_config.dataset) if is_hub_name(name)]
     if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or answers(
             os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return
-    print(f"The Hugging Face Hub does not answer: looking for {' and '.join(names)} in the local cache.",
-          file=sys.stderr)
+    UNANSWERED.extend(names)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "huggingface_hub" in sys.modules:  # it read the variable when it was imported
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def say_what_was_cached() -> None:
+    if UNANSWERED:
+        say(f"The Hugging Face Hub does not answer: {' and '.join(UNANSWERED)} came from the local cache.")
+        UNANSWERED.clear()
 
 
 def usable_cache() -> None:
@@ -103,11 +110,11 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def explained(key: str, name: str, only_libraries: bool = False):
+def explained(key: str, name: str, any_error: bool = False):
     """Surrounds code that loads `name`, the value of `key`: turns its errors into one UserError that says what to do.
 
     Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback. With
-    `only_libraries`, no code of this project reads what is loaded, so that every error is about that.
+    `any_error` there are none: the libraries fail on bad values of a model's or a dataset's files in any way.
     """
     try:
         with room_for(_model_cache(), needed=0, fix=ANOTHER_DISK):
@@ -118,10 +125,13 @@ def explained(key: str, name: str, only_libraries: bool = False):
             raise user_error from None
         # datasets wraps every error of the code that reads the rows, bugs included, in a DatasetGenerationError
         culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
-        if not (only_libraries or _is_about_input(culprit)):
-            raise
+        reason = brief(causes[-1])
+        if not _is_about_input(culprit):
+            if not any_error:
+                raise
+            reason = f"{type(error).__name__}: {reason}"
         problem = (is_hub_name(name) and _hub_problem(name, causes)
-                   or f"{name} cannot be loaded ({brief(causes[-1])}): repair it or name another one")
+                   or f"{name} cannot be loaded ({reason}): repair it or name another one")
         raise UserError(f"{key}: {problem}") from error
 
 

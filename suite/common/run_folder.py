@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,78 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.storage import atomic_write, read_json
+from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular
 from utils import Config, UserError, brief, config_fields, leaves
+
+FILES = ("config.yaml", "metrics.json", "history.jsonl", "test_predictions.csv", "misclassified.csv",
+         "misclassified.html", "best" + RECORD)
+FOLDERS = ("best", "best" + PARTIAL, "best" + OLD, "last", "plots", "onnx")
+FIGURES = {"train": ("seconds", "samples_per_second", "optimizer_steps"), "valid": (),  # what each part must have
+           "test": ("accuracy", "accuracy_ci95", "loss", "f1", "n")}
+
+
+def refuse_wrong_kinds(folder: Path) -> None:
+    """Raises UserError if a file of a run is a folder, a pipe or a link to nowhere, or a folder of it is no folder."""
+    for name in ("", *FILES, *FOLDERS):
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_file() if name in FILES else path.is_dir()):
+            raise UserError(f"{path} is no {'file' if name in FILES else 'folder'}, so this run has not written it: "
+                            "move it elsewhere, or choose another run_name")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """The content of metrics.json; {} if there is no such file. Raises UserError if it is damaged."""
     path = folder / "metrics.json"
+    if not os.path.lexists(path):
+        return {}
     try:
-        metrics = read_json(path) if path.exists() else {}
-        if metrics and not {"accuracy", "accuracy_ci95", "loss", "f1", "n"} <= set(metrics["test"]):
-            raise ValueError("values are missing")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it") from None
+        metrics = read_json(path)
+        if metrics != {} and (wrong := _wrong_figure(metrics)):
+            raise ValueError(wrong)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): remove it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({brief(error)}): remove it") from None
     return metrics
+
+
+def _wrong_figure(metrics: Any) -> str | None:
+    """Names the first value of metrics.json that is missing or that no run writes; None if there is none."""
+    if not isinstance(metrics, dict) or not metrics.keys() <= {*FIGURES, "environment"}:
+        return "other parts than a run's"
+    for name, needed in FIGURES.items():
+        if name not in metrics and name != "test":  # a run that is tested before its end has no figures of training
+            continue
+        part = metrics.get(name)
+        if not isinstance(part, dict):
+            return f"{name}: no figures"
+        for key in (*needed, *part):
+            value = part.get(key)
+            is_pair = key == "accuracy_ci95" and isinstance(value, list) and len(value) == 2
+            numbers = value if is_pair else [value]
+            if is_pair != (key == "accuracy_ci95") or not all(map(_is_number, numbers)) and (
+                    value is not None or key in needed):
+                return f"{name}: {key} is {brief(repr(value))}"
+    found = metrics.get("environment", {})
+    if not isinstance(found, dict) or any(isinstance(value, dict | list) for value in found.values()):
+        return "environment"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # and no NaN
 
 
 def read_history(path: Path, lines: int | None = None) -> list[dict[str, Any]]:
     """The records in history.jsonl, or its first `lines`. Raises a UserError that names a damaged line."""
     records: list[dict[str, Any]] = []
     try:
-        for line in path.read_bytes().splitlines()[:lines] if path.exists() else []:
-            records.append(json.loads(line))
-    except (ValueError, RecursionError):
+        for line in regular(path).read_bytes().splitlines()[:lines] if os.path.lexists(path) else []:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not all(map(_is_number, (record["step"], *record.values()))):
+                raise ValueError
+            records.append(record)
+    except (ValueError, KeyError, RecursionError):
         raise UserError(f"{path}: line {len(records) + 1} is damaged: put back a copy of the file, or start the run "
                         "afresh with train_config.resume=never") from None
     return records
@@ -50,11 +100,11 @@ def shaping_values(config: Config) -> dict[str, Any]:
 def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
-        saved = OmegaConf.load(path)
+        saved = OmegaConf.load(regular(path))
         if missing := Config.__dataclass_fields__.keys() - dict(saved).keys():
             raise ValueError(f"{min(missing)} is missing")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
-    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: damaged, or of another version: {brief(error)}") from None
 
 
@@ -88,7 +138,7 @@ def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, s
     again = how_to_write_again(run_folder)
     csv.field_size_limit(2**31 - 1)  # the csv module's own limit is 131,072 characters, less than some reviews have
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(regular(path), newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
             rows = list(itertools.islice(reader, most))
             if not {"id", "text", "label"} <= set(reader.fieldnames or ()):

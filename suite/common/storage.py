@@ -12,24 +12,29 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from utils import UserError, process_rank, say
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from suite.common.locks import confirm
+from utils import UserError
 
 MANIFEST = "manifest.json"
-PARTIAL, OLD = ".partial", ".old"
-NOT_SEALED = {MANIFEST, "README.md", ".README.md.tmp"}  # the owner of a model may edit its model card at any time
+PARTIAL, OLD, RECORD = ".partial", ".old", ".sha256"  # endings of what lies beside a folder that is replaced
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called while it is written. Its length does not depend on `name`, which may be the longest."""
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.tmp"
+
+
+CARD = "README.md"
+NOT_SEALED = {MANIFEST, CARD, temporary_name(CARD)}  # the owner of a model may edit its model card at any time
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk is full, the user's quota is, the file may not grow
 MEGABYTE = 10**6
-_locks = []  # open files: closing one would give its lock back
+LONGEST_NAME = 255  # bytes of a file's name, on nearly every file system
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sealed folders
@@ -51,12 +56,13 @@ def damage(folder: Path) -> str | None:
     try:
         manifest = read_json(folder / MANIFEST)
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+        lost = [name for name in expected if not (folder / name).is_file()]
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"{folder / MANIFEST} is missing or damaged"
+    if lost:
+        return f"{folder / lost[0]} is missing"
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
         if path.stat().st_size != size or _sum(path)["sha256"] != digest:
             return f"{path} is damaged: it has changed since it was saved"
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
@@ -79,26 +85,57 @@ def _sum(path: Path, sync: bool = False) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(folder: Path, write: Callable[[Path], None], recorded: bool = False) -> None:
     """Seal what `write(path)` writes and put it in the place of `folder`, completely or not at all.
 
     A kill between the two renames leaves only the old folder, under its temporary name: `restore` brings it back.
+    `recorded`: keep the sum of the folder's manifest beside it, so that `refuse_foreign` knows the folder. During the
+    renames the record holds the sums of the old folder and of the new one, since a kill may leave either.
     """
-    partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
+    partial, old, record = (folder.with_name(folder.name + ending) for ending in (PARTIAL, OLD, RECORD))
+    confirm(folder)
     for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     partial.mkdir(parents=True)
     try:
         write(partial)
         seal(partial)
+        confirm(folder)
+        if recorded:
+            refuse_foreign(folder)
+            new = _record_line(partial, folder.name)
+            write_text(record, _record_line(folder, folder.name) + new)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # half a folder is of no use and takes space
         raise
-    if folder.exists():
+    if os.path.lexists(folder):
         os.replace(folder, old)
     os.replace(partial, folder)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+    if recorded:
+        write_text(record, new)
+
+
+def _record_line(folder: Path, name: str) -> str:
+    """A line that `sha256sum -c` understands; an empty text if there is no such folder yet."""
+    manifest = folder / MANIFEST
+    return f"{_sum(manifest)['sha256']}  {name}/{MANIFEST}\n" if manifest.is_file() else ""
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError if there is a folder that is not the one that `replace_folder` has recorded.
+
+    Without a record, it is that of an earlier version of this project, which kept none.
+    """
+    record, manifest = folder.with_name(folder.name + RECORD), folder / MANIFEST
+    if not os.path.lexists(record) or not os.path.lexists(folder):
+        return
+    if not manifest.is_file() or _sum(manifest)["sha256"].encode() not in regular(record).read_bytes().split():
+        raise UserError(f"{folder} is not the model that this run has saved ({record.name} has another sum): put back "
+                        "this run's own, or train the run afresh with train_config.resume=never (and "
+                        "train_config.overwrite=true if it is finished); if this model is meant, name it with --model "
+                        f"{folder}")
 
 
 def restore(folder: Path) -> None:
@@ -108,15 +145,31 @@ def restore(folder: Path) -> None:
         os.replace(old, folder)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that it holds; what is missing is passed by."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def refuse_existing(*names: str | Path) -> None:
-    """Raises UserError if a file with one of these names exists."""
+    """Raises UserError if a file with one of these names exists, or cannot because the name is too long."""
     for name in names:
+        refuse_long(name)
         if os.path.lexists(name):
             raise UserError(f"--output: {name} exists already: choose another name, or remove it")
 
 
+def refuse_long(path: str | Path) -> None:
+    """Raises UserError if a file of this name cannot be."""
+    if (length := len(os.fsencode(Path(path).name))) > LONGEST_NAME:
+        raise UserError(f"--output: the file name in {path} has {length} bytes, but file systems take only "
+                        f"{LONGEST_NAME}: choose a shorter name")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Space, and one process at a time
+# Space, and whole files
 
 
 @contextmanager
@@ -162,65 +215,27 @@ def chain(error: BaseException | None):
     """An exception, then the one that caused it, and so on to the first that was raised."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
-
-
-def lock(folder: Path, otherwise: str = "choose another run_name") -> None:
-    """Keep other processes from writing this run folder for as long as this process lives.
-
-    What is locked is a file beside the folder, so replacing the folder does not matter. `lockf` works on NFS too, and
-    its locks belong to one process: the kernel frees them when that process dies, even if data loaders that it forked
-    live on. Raises UserError if another process has the lock; `otherwise` is what to do then instead of waiting.
-    """
-    if process_rank() > 0 or fcntl is None:
-        return
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written ({error.strerror}): set output_dir") from None
-    try:
-        if _is_taken(file):
-            raise UserError(f"{folder} is in use by another process: wait until it ends, or {otherwise}")
-    except OSError as error:  # a file system without locks
-        say(f"{path}: cannot be locked ({error.strerror}): make sure that no other process uses this run folder")
-    _locks.append(file)
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether another process is using this run folder now."""
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        with path.open("r+") as file:  # closing it gives the lock back
-            return fcntl is not None and _is_taken(file)
-    except OSError:  # no such file, or a file system without locks
-        return False
-
-
-def _is_taken(file: IO) -> bool:
-    """Lock an open file; True if another process has locked it already."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    return False
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w"):
     """Open a temporary file beside `path` for writing; on success, sync it and rename it to `path`.
 
-    Whenever the process dies, `path` is either the old file or the complete new one.
+    Whenever the process dies, `path` is either the old file or the complete new one. Raises UserError if another
+    process has taken over the folder, see `confirm`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    confirm(path)
+    temporary.unlink(missing_ok=True)  # what a killed process has left, or a link that leads elsewhere
     try:
-        with open(temporary, mode, encoding=encoding, newline=newline) as file:
+        with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        confirm(path)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
@@ -240,15 +255,26 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_text(path: str | Path, text: str) -> None:
     with atomic_write(path) as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def regular(path: str | Path) -> Path:
+    """The path of a file that can be read to its end. Raises OSError for others: a FIFO would be waited for forever."""
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
 
 
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file. Raises OSError if it cannot be read, and ValueError if it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(regular(path).read_text(encoding="utf-8"))
     except RecursionError:  # thousands of brackets
         raise ValueError("its brackets are nested too deeply") from None

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from suite.common.checks import LONGEST_RUN_NAME
 from suite.common.run_folder import read_metrics, read_saved_config, shaping_values
 from utils import Config, UserError, config_fields, leaves, load_config, read_yaml, suggest
 
@@ -95,8 +96,9 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
         near = difflib.get_close_matches(str(key), KEYS, n=1)
         problems.append(f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(KEYS)}"))
     name, script = tree.get("name", Path(path).stem), tree.get("script", "main.py")
-    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", str(name)):
-        problems.append(f"name is {name!r}: use letters, digits and . _ - + for a folder's name")
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", str(name)) or len(str(name).encode()) > LONGEST_RUN_NAME:
+        problems.append(f"name is {name!r}: use letters, digits and . _ - + for a folder's name, up to "
+                        f"{LONGEST_RUN_NAME} of them")
     if script not in SCRIPTS:
         problems.append(f"script is {script!r}: choose one of {', '.join(SCRIPTS)}")
     sections = {}
@@ -207,8 +209,10 @@ def _name_runs(cells: list[Cell]) -> None:
     """Give each cell the name of the run folder that holds it already, or else a name that no other run has."""
     names = [_name(cell) for cell in cells]
     for cell, name in zip(cells, names, strict=True):
-        long_name = f"{name}-{hashlib.sha256(cell.identity.encode()).hexdigest()[:8]}"
-        cell.config.run_name = name if names.count(name) == 1 else long_name
+        short = name.encode()[:LONGEST_RUN_NAME - 9].decode(errors="ignore")
+        long_name = f"{short}-{hashlib.sha256(cell.identity.encode()).hexdigest()[:8]}"
+        is_usable = names.count(name) == 1 and len(name.encode()) <= LONGEST_RUN_NAME
+        cell.config.run_name = name if is_usable else long_name
         if cell.folder.exists() and any(cell.folder.iterdir()):
             cell.config.run_name = long_name  # the folder belongs to another run, unless find_finished says otherwise
     find_finished(cells)

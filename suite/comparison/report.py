@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from suite.common.storage import atomic_write, write_json
+from suite.comparison.report_folder import SUMMARY, refuse_foreign_report
 from suite.comparison.report_page import write_page
 from suite.comparison.results import Setting, group, read_result, refuse_different_tests, texts
 from suite.comparison.summary import LEGEND, PUBLISHED, counts, hard_reviews, published_table, settings_table, summarize
@@ -22,8 +23,9 @@ def compare_runs(folders: Sequence[Path], output: Path, title: str, question: st
     """Compare the runs in these folders, print the summary, and write the report into the folder `output`.
 
     `published`: {run folder: {source: accuracy}}, figures of others to show beside a run's setting.
-    Raises UserError if the runs are not finished or cannot be compared.
+    Raises UserError if the runs are not finished or cannot be compared, or if `output` holds other files.
     """
+    refuse_foreign_report(output)
     runs = [read_result(folder) for folder in folders]
     refuse_different_tests(runs)
     settings = group(runs)
@@ -49,9 +51,10 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def write_report(folder: Path, summary: dict[str, Any], settings: Sequence[Setting]) -> None:
-    """Write report.md, report.html, comparison.json, two CSV files and plots/."""
+    """Write comparison.json, report.md, report.html, two CSV files and plots/."""
     runs = [run for setting in settings for run in setting.runs]
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SUMMARY, summary)
     found = texts(runs)
     for name, places in hard_reviews(runs).items():
         _write_reviews(folder / f"{name}.csv", settings, places, found)
@@ -59,7 +62,6 @@ def write_report(folder: Path, summary: dict[str, Any], settings: Sequence[Setti
     with atomic_write(folder / "report.md") as file:
         file.write(markdown(summary, plots))
     write_page(folder / "report.html", summary, settings, plots, found)
-    write_json(folder / "comparison.json", summary)
 
 
 def _write_reviews(path: Path, settings: Sequence[Setting], places: np.ndarray, found: dict[int, str]) -> None:

@@ -19,9 +19,9 @@ from suite.common.run_folder import (
     read_saved_config,
     shaping_values,
 )
-from suite.common.storage import read_json
+from suite.common.storage import read_json, regular
 from suite.training.evaluation import Predictions
-from utils import Config, UserError
+from utils import Config, UserError, brief
 
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
@@ -93,17 +93,18 @@ def read_result(folder: Path) -> Result:
     again = how_to_write_again(folder)
     path = folder / "test_predictions.csv"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(regular(path), newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
         names = [column.removeprefix("probability_") for column in header[3:]]
         index = {name: place for place, name in enumerate(names)}
-        ids, labels, predicted = (np.array([convert(row[place]) for row in rows]) for place, convert in
+        ids, labels, predicted = (np.array([convert(row[place]) for row in rows], np.int64) for place, convert in
                                   enumerate((int, index.__getitem__, index.__getitem__)))
-        probabilities = np.array([[float(value) for value in row[3:]] for row in rows])
+        probabilities = np.array([[float(value) for value in row[3:]] for row in rows], np.float64)
+        refuse_impossible(ids, predicted, probabilities)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {again}") from None
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({error}): {again}") from None
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({brief(error)}): {again}") from None
     if len(ids) != metrics["test"]["n"] or (labels == predicted).sum() / len(ids) != metrics["test"]["accuracy"]:
         raise UserError(f"{path} and metrics.json are of different tests: {again}")
     order = np.argsort(ids)
@@ -112,10 +113,23 @@ def read_result(folder: Path) -> Result:
     return Result(folder, config, metrics, names, predictions, predicted[order], _fingerprint(folder))
 
 
+def refuse_impossible(ids: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray) -> None:
+    """Raises ValueError for what no test writes. Probabilities are saved with nine digits, so their sums are rounded.
+
+    ids, predicted: (reviews,) int64; probabilities: (reviews, classes) float64.
+    """
+    if (ids < 0).any() or len(np.unique(ids)) < len(ids):
+        raise ValueError("an id is negative or comes twice")
+    in_range = ((probabilities >= 0) & (probabilities <= 1)).all(axis=1)  # false for NaN, too
+    highest = probabilities[np.arange(len(ids)), predicted] >= probabilities.max(axis=1) - 1e-6
+    if not (in_range & highest & (abs(probabilities.sum(axis=1) - 1) < 1e-5)).all():
+        raise ValueError("probabilities that are none, or not of the predicted class")
+
+
 def _fingerprint(folder: Path) -> str | None:
     try:
         return read_json(folder / "best" / "config.json").get("data_fingerprint")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return None
 
 

@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Sequence
 
+from suite.common.locks import is_locked
 from suite.common.run_folder import read_metrics
 from suite.common.stopping import EXIT_CODES, SIGNALS
-from suite.common.storage import is_locked
 from suite.comparison.grid import Cell, Experiment, describe, find_finished
+from suite.comparison.report_folder import LOGS
 from utils import PROJECT, say
 
 POLL_SECONDS = 0.1  # between two looks for a signal or the end of the run
@@ -79,7 +80,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
     A signal is passed on, so that the script saves its state and ends. Returns None if the script succeeded, else one
     line that says why it failed: its first line that starts with "error:", or else its last line.
     """
-    log = experiment.report_folder / "logs" / f"{cell.config.run_name}.txt"
+    log = experiment.report_folder / LOGS / f"{cell.config.run_name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, str(PROJECT / experiment.script), *cell.arguments, f"run_name={cell.config.run_name}"]
     # The script gets a process group of its own. Otherwise the terminal would send it Ctrl-C, we would pass on a second

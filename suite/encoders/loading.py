@@ -21,13 +21,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file
 
 from model import ClassifierConfig, EncoderForClassification
 from suite.common.hub import explained, is_hub_name
-from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
+from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, refuse_foreign, write_json
+from suite.encoders.refusals import (
+    WEIGHTS,
+    build_on_meta,
+    read_config,
+    refuse_broken,
+    refuse_not_finite,
+    refuse_types,
+    refuse_vocabulary,
+    room_for_weights,
+    weight_files,
+)
 from utils import PROJECT, ModelConfig, UserError, brief
 
-WEIGHTS = "model.safetensors"
 LINE_BREAKS = r"(?i)(\s*<br\s*/?>\s*)+"
 
 AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig)  # here, transformers needs no code from the folder
@@ -47,7 +58,7 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
     name = model_config.model_name
     if encoder_config is None:
         encoder_config = load_encoder_config(model_config)
-    with explained("model_config.model_name", name):
+    with explained("model_config.model_name", name, any_error=True):
         if model_config.pretrained:
             # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
             encoder, report = AutoModel.from_pretrained(
@@ -62,13 +73,23 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
             if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
                 raise UserError(f"model_config.model_name: {name} lacks {len(missing)} weights of its architecture "
                                 f"({missing[0]}, ...): take a complete model, or model_config.pretrained=false")
+            refuse_types(weight_files(model_folder(name)), encoder)
+            refuse_not_finite(encoder.named_parameters())
         else:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
     names = label_names or [str(label) for label in range(model_config.num_labels)]
     encoder_config.name_or_path = ""  # a path of this machine, which concerns nobody else
     config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
                               id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
-    return EncoderForClassification(config, encoder)
+    with explained("model_config.model_name", name, any_error=True):
+        model = EncoderForClassification(config, encoder)
+        refuse_broken(model)
+    return model
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model, which is in the Hub's cache if `name` is one on the Hub."""
+    return Path(cached_file(name, "config.json")).parent
 
 
 def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
@@ -79,20 +100,21 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
     name = model_config.model_name
     if not is_hub_name(name) and not Path(name).is_dir():
         raise UserError(f"model_config.model_name: no such folder: {name}")
-    with explained("model_config.model_name", name):
+    with explained("model_config.model_name", name, any_error=True):
+        folder = model_folder(name)
+        read_config(folder / "config.json")
+        files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
         encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = encoder_config.model_type
-    is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if encoder_config.is_encoder_decoder or is_decoder or not hasattr(encoder_config, "vocab_size"):
+    is_decoder = getattr(encoder_config, "is_decoder", False) or encoder_config.is_encoder_decoder or (
+        kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    if is_decoder or not hasattr(encoder_config, "vocab_size"):
         raise UserError(f"model_config.model_name: {name} is a {kind} model, not a text encoder: take one such as "
                         "bert-base-uncased or answerdotai/ModernBERT-base")
     if model_config.encoder_dropout is not None:
         set_encoder_dropout(encoder_config, model_config.encoder_dropout)
     try:
-        with torch.device("meta"):  # shapes without memory
-            encoder = AutoModel.from_config(encoder_config)
-        if empty := [key for key, weights in encoder.named_parameters() if weights.numel() == 0]:
-            raise ValueError(f"{empty[0]} would be empty")
+        build_on_meta(lambda: AutoModel.from_config(encoder_config), *room_for_weights(files))
     except Exception as error:  # of any type: each architecture fails on bad values in its own way
         reason = f"{type(error).__name__}: {brief(error)}"
         raise UserError(f"model_config.model_name: no encoder can be built from the config.json of {name} ({reason}): "
@@ -113,11 +135,9 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
 
     With line_breaks="space" it reads `<br />` as a space, also wherever it is loaded from a trained model's folder.
     """
-    with explained(key, name):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (AttributeError, KeyError, TypeError) as error:  # from a tokenizer.json that is none
-            raise ValueError(f"its tokenizer files: {type(error).__name__}: {error}") from error
+    with explained(key, name, any_error=True):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        refuse_vocabulary(tokenizer)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
                         "tokenizer_config.json")
@@ -164,57 +184,71 @@ def load_model(folder: str | Path) -> nn.Module:
     the last bit before anything is read from it.
     """
     folder = Path(folder)
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: no {name}; train this run first, or name a folder with a trained model")
+    with explained("--model", str(folder)):
+        files = weight_files(folder)
+    if lost := "config.json" if not (folder / "config.json").is_file() else None if files else WEIGHTS:
+        raise UserError(f"{folder}: no {lost}; train this run first, or name a folder with a trained model")
     if (folder / MANIFEST).exists():
         refuse_damage(folder)
     try:
-        values = read_json(folder / "config.json")
+        values = read_config(folder / "config.json")
         is_ours = values.pop("model_type") == ClassifierConfig.model_type
-        model = EncoderForClassification(_sensible(ClassifierConfig(**values))) if is_ours else None
+        config = ClassifierConfig(**values) if is_ours else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_senseless(config)
+        build = EncoderForClassification if is_ours else AutoModelForSequenceClassification.from_config
+        build_on_meta(lambda: build(config), *room_for_weights(files))
     except Exception as error:  # of any type: each architecture fails on bad values in its own way
         raise UserError(f"{folder / 'config.json'}: not a trained model: {brief(error)}") from error
-    if not is_ours:
-        return _load_foreign(folder)
-    try:
-        model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: damaged, or not of the model in config.json: {brief(error)}") from error
+    with explained("--model", str(folder), any_error=True):
+        model = _load_ours(files, config) if is_ours else _load_foreign(folder, config)
+        refuse_types(files, model)
+        refuse_not_finite(model.named_parameters())
+        refuse_broken(model)
     return model
 
 
-def _sensible(config: ClassifierConfig) -> ClassifierConfig:
-    """The configuration itself. Raises ValueError for values that would be read as something else."""
+def refuse_senseless(config: PreTrainedConfig) -> None:
+    """Raises ValueError for values of a classifier's config.json that would be read as something else."""
     names = config.id2label
     if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names) or len(names) < 2:
         raise ValueError(f"id2label is {names}: two or more different names, numbered from 0, are needed")
+    "".join(names.values()).encode()  # a UnicodeEncodeError is a ValueError
+    if config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(f"problem_type is {config.problem_type!r}: one class of a review must be right")
+    if not isinstance(config, ClassifierConfig):
+        return
     if config.pooling not in ("cls", "mean") or config.truncation not in ("head", "tail", "head_tail"):
         raise ValueError(f"pooling is {config.pooling!r} and truncation {config.truncation!r}")
     if config.max_len is not None and not (isinstance(config.max_len, int) and config.max_len >= 4):
         raise ValueError(f"max_len is {config.max_len!r}, not a number of tokens from 4")
-    return config
 
 
-def _load_foreign(folder: Path) -> nn.Module:
-    with explained("--model", str(folder)):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
-            output_loading_info=True)
+def _load_ours(files: list[Path], config: ClassifierConfig) -> nn.Module:
+    model = EncoderForClassification(config)
+    try:
+        model.load_state_dict({name: weights for path in files
+                               for name, weights in safetensors.torch.load_file(path).items()})
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{files[0]}: damaged, or not of the model in config.json: {brief(error)}") from error
+    return model
+
+
+def _load_foreign(folder: Path, config: PreTrainedConfig) -> nn.Module:
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+        ignore_mismatched_sizes=True, output_loading_info=True)
     lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if lacking:
         raise UserError(f"{folder / WEIGHTS}: no weights for {lacking[0]}: take a trained classifier, not an encoder")
-    if model.config.num_labels < 2 or model.config.problem_type not in (None, "single_label_classification"):
-        raise UserError(f"{folder / 'config.json'}: the model gives no probabilities of two or more classes, one of "
-                        "which is right: take another")
     return model
 
 
 def best_model(run_folder: Path) -> Path:
-    """The folder of a run's best model. Raises UserError if there is none, or it is not what was saved."""
+    """The folder of a run's best model. Raises UserError if there is none, or it is not what this run has saved."""
     folder = run_folder / "best"
     if not folder.is_dir():
         raise UserError(f"{folder}: no trained model there: train this run first, or name another one with --config "
                         "FILE, run_name=NAME or --model FOLDER")
     refuse_damage(folder)
+    refuse_foreign(folder)
     return folder

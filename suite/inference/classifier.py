@@ -13,9 +13,11 @@ from torch import nn
 
 from data import Encode, IMDBDataset, eval_batch_size
 from suite.common.checks import position_limit, too_long
+from suite.common.hub import explained
 from suite.common.protocols import Devices
 from suite.encoders.loading import load_model, load_tokenizer
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
+from suite.encoders.refusals import largest_token, refuse_unknown_words
 from suite.reviews.sampling import cut
 from utils import Config, UserError
 
@@ -31,10 +33,12 @@ class Classifier:
         encoder = getattr(own, "encoder", own)
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
-        if len(self.tokenizer) > encoder.vocab_size:
-            raise UserError(f"{folder}: its tokenizer has {len(self.tokenizer)} tokens, its encoder knows only "
-                            f"{encoder.vocab_size}: they do not belong together")
         self.encode = Encode(self.tokenizer, max_len, getattr(own, "truncation", config.data_config.truncation))
+        ids = [*self.tokenizer.get_vocab().values(), *self.encode.prefix, *self.encode.suffix]
+        if (largest := largest_token(self.tokenizer, np.array(ids))) >= encoder.vocab_size:
+            raise UserError(f"{folder}: its tokenizer gives token {largest}, its encoder knows only "
+                            f"{encoder.vocab_size}: they do not belong together")
+        self.knows_words = False  # until the first reviews have shown it
         self.label_names = [str(own.id2label[label]) for label in range(len(own.id2label))]
         self.batch_size = eval_batch_size(config.data_config, devices.device)
         self.pass_tokens = pass_tokens(self.model, devices.device)
@@ -48,6 +52,12 @@ class Classifier:
                 if isinstance(module, nn.Linear):
                     module.to(dtype)
 
+    def refuse_unknown_words(self, tokens: np.ndarray) -> None:
+        """Raises UserError if these tokens, of several reviews, show that the tokenizer does not know their words."""
+        with explained("--model", str(self.folder)):
+            refuse_unknown_words(self.tokenizer, tokens)
+        self.knows_words = True
+
     @property
     def added(self) -> list[str]:
         """The names of the columns that are added to a row."""
@@ -58,6 +68,8 @@ class Classifier:
         encoded = self.encode({"text": texts})["input_ids"]
         offsets, rows = np.cumsum([0, *map(len, encoded)]), np.arange(len(texts))
         tokens = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, offsets[-1])
+        if not self.knows_words:
+            self.refuse_unknown_words(tokens)
         reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id)
         batches = (reviews[batch] for batch, in cut(rows, reviews.lengths, self.batch_size, 1, self.pass_tokens))
         ids, _, logits = compute_logits(self.model, batches, len(texts), self.devices)

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+import numpy as np
 from tqdm import tqdm
 
 from suite.common.cli import Command
@@ -21,7 +22,7 @@ from suite.common.storage import atomic_write, room_for
 from suite.inference.attribution import Explanation, attribute
 from suite.inference.classifier import Classifier
 from suite.inference.predict import model_folder
-from utils import UserError, say
+from utils import UserError, printable, say
 
 MISTAKES, SHOWN_MISTAKES, SHOWN_WORDS = 20, 3, 10
 FAINT = 0.1  # of the strongest attribution: the terminal shows weaker words without a colour
@@ -72,10 +73,10 @@ def show(heading: str, explanation: Explanation) -> None:
     say(heading)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         say("green words speak for it, red ones against it:")
-        say(in_colour(explanation))
+        print(in_colour(explanation))
     else:
         say("words that speak for it (+) and against it (-), as shares of all that is attributed:")
-        say(as_plain_text(explanation).translate(CONTROLS))
+        say(as_plain_text(explanation))
     for remark in remarks(explanation):
         say(remark)
 
@@ -161,14 +162,16 @@ def explain(command: Command, devices: Devices) -> None:
     if not classifier.tokenizer.is_fast:
         raise UserError(f"{folder}: its tokenizer cannot tell where a token stands in the text: save it as "
                         "tokenizer.json")
+    tokens = classifier.encode({"text": [row["text"] for row in rows]})["input_ids"]
+    classifier.refuse_unknown_words(np.concatenate(tokens))
     with room_for(output.parent, fix="make room or choose another --output") if output else nullcontext():
         reviews = []
         for row in tqdm(rows, desc="explain", unit="review", leave=False, dynamic_ncols=True,
                         disable=text is not None or not sys.stderr.isatty()):
             explanation = attribute(classifier, row["text"])
-            heading = f"predicted {explanation.predicted} ({explanation.probability:.4f})"
+            heading = f"predicted {printable(explanation.predicted)} ({explanation.probability:.4f})"
             if text is None:
-                heading = f"review {row['id']}: labelled {row['label']}, {heading}"
+                heading = f"review {row['id']}: labelled {printable(row['label'])}, {heading}"
             reviews.append((heading, explanation))
         for heading, explanation in reviews[:SHOWN_MISTAKES]:
             show(heading, explanation)

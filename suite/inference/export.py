@@ -32,7 +32,7 @@ from data import Encode, pad
 from suite.common.cli import Command
 from suite.common.protocols import Devices
 from suite.common.storage import replace_folder, room_for, write_json
-from suite.encoders.loading import WEIGHTS
+from suite.encoders.refusals import weight_files
 from suite.inference.classifier import Classifier
 from suite.inference.predict import model_folder
 from utils import PROJECT, UserError, brief, say
@@ -58,7 +58,8 @@ def export(command: Command, devices: Devices) -> None:
         return
     classifier = Classifier(folder, command.config, devices)
     classifier.model.cpu()
-    with room_for(target.parent, (folder / WEIGHTS).stat().st_size, fix="make room or choose another --output"):
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    with room_for(target.parent, size, fix="make room or choose another --output"):
         replace_folder(target, lambda partial: write_export(partial, folder, classifier))
     size = sum(path.stat().st_size for path in target.glob(MODEL + "*"))
     say(f"exported: {target / MODEL} ({size / 1e6:,.1f} MB), its tokenizer beside it")

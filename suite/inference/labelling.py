@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,20 @@ class Job:
             return
         with room_for(output.parent, fix="make room or choose another --output"):
             self.open()
-            done = {int(part.stem) for part in parts.finished()}
+            done, with_broken = parts.files(parts.kind).keys(), parts.files(".csv").keys()
             self.devices.barrier()  # every process has to see what was done before any of them does more
             if done:
                 say(f"going on: {len(done):,} chunks of {CHUNK_ROWS:,} rows are labelled already")
             started = time.perf_counter()
             try:
-                counts = self.label_chunks(done)
+                counts, broken = self.label_chunks(done, with_broken)
                 self.devices.barrier()
                 if is_main:
-                    self.finish()
+                    self.finish(counts, broken)
+            except UserError:
+                if is_main and not parts.files(parts.kind):  # nothing was labelled, so nothing is left behind
+                    parts.remove()
+                raise
             except SystemExit:
                 say(f"stopped: the same command goes on from {parts.folder}")
                 raise
@@ -117,8 +121,9 @@ class Job:
                 before = self.parts.read_job()
                 if self.from_stdin:
                     self.copy_standard_input(before)
+                self.parts.discard_damaged()
                 self.description = self.describe()
-                if self.parts.finished() and before != self.description:
+                if self.parts.files(self.parts.kind) and before != self.description:
                     self.parts.refuse([key for key, value in self.description.items() if before.get(key) != value])
                 write_json(self.parts.folder / "job.json", self.description)
             except Exception as error:  # raised below, when the other processes know
@@ -141,15 +146,20 @@ class Job:
             if path.is_file() and path.name not in NOT_SEALED:
                 with open(path, "rb") as file:
                     model.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        return {"input": str(source), "bytes": source.stat().st_size, "changed": source.stat().st_mtime_ns,
-                "model": model.hexdigest(), "text_column": data.text_column, "max_len": data.max_len,
-                "truncation": data.truncation, "eval_batch_size": data.eval_batch_size,
+        with open(source, "rb") as file:  # its content, because another file can have the same size and time
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"input": str(source), "content": content, "model": model.hexdigest(), "text_column": data.text_column,
+                "max_len": data.max_len, "truncation": data.truncation, "eval_batch_size": data.eval_batch_size,
                 "precision": self.devices.precision, "chunk_rows": CHUNK_ROWS}
 
-    def label_chunks(self, done: set[int]) -> Counter:
-        """Label the chunks that are not `done`; the processes take turns. Returns the numbers of rows, of broken ones,
-        and of those that all processes together have labelled now."""
+    def label_chunks(self, done: Set[int], with_broken: Set[int]) -> tuple[Counter, list[int]]:
+        """Label the chunks whose rows are not `done`, or whose broken ones are not; the processes take turns.
+
+        Returns the numbers of chunks, of rows, of broken ones, and of those that all processes together have labelled
+        now; and which chunks have broken rows.
+        """
         source, counts, turns = self.parts.source, Counter(), itertools.cycle(range(num_processes()))
+        numbers: list[int] = []
         bar = tqdm(desc="predict", total=size_of(source), unit="row" if source.endswith(".parquet") else "B",
                    unit_scale=True, dynamic_ncols=True, disable=process_rank() > 0 or not sys.stderr.isatty())
         column = self.config.data_config.text_column
@@ -157,19 +167,20 @@ class Job:
             broken = [row for row in chunk if row.problem]
             for row in broken[:max(0, SHOWN - counts["broken"])]:
                 say(f"skipped: {row.problem}")
-            counts.update(rows=len(chunk), broken=len(broken))
-            if number not in done:
+            counts.update(chunks=1, rows=len(chunk), broken=len(broken))
+            numbers += [number] * bool(broken)
+            if number not in done or (number in with_broken) != bool(broken):
                 if next(turns) == process_rank():
-                    self.parts.write(number, label(self.classifier, chunk), broken)
+                    self.parts.write(number, label(self.classifier, chunk), chunk)
                 counts.update(labelled=len(chunk))
             bar.update(chunk[-1].position - bar.n)
             if SIGNALS.received:
                 raise SystemExit(SIGNALS.exit_code)
         bar.close()
-        return counts
+        return counts, numbers
 
-    def finish(self) -> None:
+    def finish(self, counts: Counter, broken: list[int]) -> None:
         if self.describe() != self.description:
             raise UserError(f"{self.parts.source}, or the model, has changed while it was labelled: remove "
                             f"{self.parts.folder} and give the command again")
-        self.parts.join()
+        self.parts.join(counts["chunks"], counts["rows"] - counts["broken"], broken)

@@ -1,30 +1,38 @@
 """The folder `<output>.parts`, which holds what a labelling job has done until all of it is joined into the output.
 
-    labelled.csv.parts/job.json         which input is labelled by which model; any other job is refused
-    labelled.csv.parts/input.txt        a copy of standard input, if that is the input
-    labelled.csv.parts/00000003.jsonl   the labelled rows of chunk 3 (.parquet if the output is a .parquet file)
-    labelled.csv.parts/00000003.csv     its broken rows, if it has any
-    labelled.csv.parts/rejected.csv     all broken rows; it becomes labelled.csv.rejected.csv
-    labelled.csv.parts/output.csv       all labelled rows; it becomes labelled.csv, and then the folder is removed
+    labelled.csv.parts/job.json               which input is labelled by which model; any other job is refused
+    labelled.csv.parts/input.txt              a copy of standard input, if that is the input
+    labelled.csv.parts/00000003-<sum>.jsonl   the labelled rows of chunk 3 (.parquet if the output is a .parquet file)
+    labelled.csv.parts/00000003-<sum>.csv     its broken rows, if it has any
+    labelled.csv.parts/rejected.csv           all broken rows; it becomes labelled.csv.rejected.csv
+    labelled.csv.parts/output.csv             all labelled rows; it becomes labelled.csv, and then the folder is removed
+
+<sum>: 16 digits of the SHA-256 sum of chunk and content. A file that does not match its name is never joined.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import itertools
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from suite.common.storage import atomic_write, lock, read_json, refuse_existing, sync_folder
+from suite.common.locks import lock
+from suite.common.storage import atomic_write, read_json, refuse_existing, regular, sync_folder
 from suite.reviews.rows import Row, columns_of
-from utils import UserError
+from utils import UserError, say
+
+OWN_NAMES = re.compile(r"\..*|job\.json|input\.txt|rejected\.csv|output\.\w+|[0-9].*\.(jsonl|parquet|csv)")
+PART_NAMES = re.compile(r"([0-9]{8,})-[0-9a-f]{16}\.\w+")
 
 
 class Parts:
@@ -37,44 +45,81 @@ class Parts:
         self.joined, self.joined_rejected = self.folder / f"output{output.suffix}", self.folder / "rejected.csv"
         self.kind = ".parquet" if output.suffix == ".parquet" else ".jsonl"  # of the files of the chunks
 
-    def finished(self) -> list[Path]:
-        return sorted(self.folder.glob(f"[0-9]*{self.kind}"))
+    def files(self, kind: str) -> dict[int, Path]:
+        """{number of a chunk: its file of labelled rows or, with kind=".csv", of broken ones}. What the files hold is
+        not verified here."""
+        return {int(found[1]): path for path in self.folder.glob(f"[0-9]*{kind}")
+                if (found := PART_NAMES.fullmatch(path.name))}
 
     def claim(self) -> None:
-        """Raises UserError if the folder is in use or holds other files, or if there is an output already."""
+        """Take the folder for this process.
+
+        Raises UserError if it is in use or holds other files, or if there is an output already.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --output") from None
-        found = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
-        if self.folder.is_symlink() or found and not (self.folder / "job.json").exists():
-            raise UserError(f"{self.folder} holds files that no job wrote: move them or choose another --output")
-        lock(self.folder / "job", "choose another --output")
+        foreign = [path for path in self.folder.iterdir() if not OWN_NAMES.fullmatch(path.name)
+                   or path.is_symlink() or not path.is_file()]
+        if self.folder.is_symlink() or foreign:
+            raise UserError(f"{self.folder} holds files that no job wrote ({min(foreign, default=self.folder).name}): "
+                            "move them or choose another --output")
+        lock(self.folder, "choose another --output", inside=".job.lock")
+        self.remove_files(".*.tmp")  # of a job that was killed while it wrote
         if is_same(self.joined_rejected, self.rejected):  # this job was stopped between its two outputs
             self.rejected.unlink()
         refuse_existing(self.output, self.rejected)  # again: another job may have written them since the command began
 
     def read_job(self) -> dict[str, Any]:
-        """The description of the job that used this folder before; {} if there was none or it cannot be read."""
+        """The description of the job that used this folder before; {} if there was none."""
+        path = self.folder / "job.json"
         try:
-            return dict(read_json(self.folder / "job.json"))
+            return dict(read_json(path)) if path.exists() else {}
         except (OSError, ValueError, TypeError):
-            return {}
+            raise UserError(f"{path} is damaged, so nobody knows what job this is: choose another --output, or remove "
+                            "this folder") from None
 
     def refuse(self, differing: list[str]) -> None:
         raise UserError(f"{self.folder} holds the rows of an interrupted job with another {', '.join(differing)}: give "
                         "its command again, choose another --output, or remove this folder")
 
-    def write(self, number: int, rows: list[dict[str, Any]], broken: list[Row]) -> None:
-        """Write the rows of a chunk. The file of the labelled ones comes last, because it tells that it is done."""
-        if broken:
-            with atomic_write(self.folder / f"{number:08d}.csv") as file:
-                csv.writer(file).writerows([row.number, row.problem, row.content] for row in broken)
-        with atomic_write(self.folder / f"{number:08d}{self.kind}", "wb" if self.kind == ".parquet" else "w") as file:
-            if self.kind == ".parquet":
-                pyarrow.parquet.write_table(pa.Table.from_pylist(rows, self.schema()), file)
+    def write(self, number: int, rows: list[dict[str, Any]], chunk: list[Row]) -> None:
+        """Write the labelled `rows` of a chunk and its broken ones. The labelled ones come last, because their file
+        tells that the chunk is done."""
+        self.remove_files(f"{number:08d}-*")  # one of the two may have been damaged or removed
+        if broken := [row for row in chunk if row.problem]:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([row.number, row.problem, row.content] for row in broken)
+            self.write_part(number, ".csv", text.getvalue().encode())
+        if self.kind == ".parquet":
+            content = pa.BufferOutputStream()
+            pyarrow.parquet.write_table(self.table(rows, [row for row in chunk if not row.problem]), content)
+            self.write_part(number, self.kind, content.getvalue().to_pybytes())
+        else:
+            lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+            self.write_part(number, self.kind, "".join(lines).encode())
+
+    def write_part(self, number: int, kind: str, content: bytes) -> None:
+        with atomic_write(self.folder / part_name(number, kind, content), "wb") as file:
+            file.write(content)
+
+    def table(self, rows: list[dict[str, Any]], chunk: list[Row]) -> pa.Table:
+        """The rows of a .parquet input as Arrow read them, with the added columns behind theirs."""
+        schema = self.schema()
+        own = pa.schema(list(schema)[:len(schema) - len(self.added)])
+        # Slices copy nothing, and unlike `take` they work with every type. Each is a run of rows without a broken one.
+        runs: list[list[Any]] = []  # [batch, first row, number of rows]
+        for batch, place in (row.source for row in chunk):
+            if runs and runs[-1][0] is batch and sum(runs[-1][1:]) == place:
+                runs[-1][2] += 1
             else:
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+                runs.append([batch, place, 1])
+        table = pa.Table.from_batches([batch.slice(first, count).replace_schema_metadata()
+                                       for batch, first, count in runs], own)
+        for field in list(schema)[len(own):]:
+            table = table.append_column(field, [pa.array([row[field.name] for row in rows], field.type)])
+        return table
 
     def schema(self) -> pa.Schema:
         """The columns of a .parquet input with their own types, and the added ones."""
@@ -83,33 +128,77 @@ class Parts:
             schema = schema.append(pa.field(name, pa.string() if name == "predicted" else pa.float64()))
         return schema
 
-    def join(self) -> None:
-        """Join the files of the chunks in their order, and give the joined files their names."""
-        if broken := sorted(self.folder.glob("[0-9]*.csv")):
-            with atomic_write(self.joined_rejected) as file:
-                csv.writer(file).writerow(["row", "problem", "content"])
-                append(file, broken)
-        self.write_joined(self.finished())
+    # -----------------------------------------------------------------------------------------------------------------
+    # Whether the files of the chunks are as they were written
+
+    def discard_damaged(self) -> None:
+        """Remove the files of chunks whose content does not match their name, so that these chunks are done again."""
+        paths = sorted(self.folder.glob("[0-9]*"))
+        if damaged := [path for path in paths if read_whole(path) is None]:
+            say(f"{damaged[0]} is damaged{f', and {len(damaged) - 1:,} more are' if damaged[1:] else ''}: these rows "
+                "are labelled again")
+        for path in damaged:
+            path.unlink()
+
+    def join(self, chunks: int, rows: int, broken: list[int]) -> None:
+        """Join the files of the chunks in their order, and give the joined files their names.
+
+        chunks, rows: how many there are, broken rows left out; `broken`: the numbers of the chunks with broken rows.
+        Raises UserError if a part is not what was written.
+        """
+        self.joined_rows = 0
+        if broken:
+            files = self.files(".csv")
+            with atomic_write(self.joined_rejected, "wb") as file:
+                file.write(b"row,problem,content\r\n")
+                for number in broken:
+                    file.write(self.read_part(files, number))
+        self.write_joined(chunks)
+        if self.joined_rows != rows:
+            raise RuntimeError(f"{self.folder}: {self.joined_rows:,} labelled rows of {rows:,}")
         if broken:
             publish(self.joined_rejected, self.rejected)
         publish(self.joined, self.output)
         self.remove()
 
-    def write_joined(self, parts: list[Path]) -> None:
+    def read_part(self, files: dict[int, Path], number: int) -> bytes:
+        """Raises UserError if the file of that chunk is missing or is not what was written."""
+        content = read_whole(files[number]) if number in files else None
+        if content is None:
+            raise UserError(f"{files.get(number, self.folder)}: rows of chunk {number} were damaged or removed while "
+                            "this job ran: give the same command again, which labels them again")
+        return content
+
+    def read_parts(self, chunks: int) -> Iterator[bytes]:
+        """The content of the chunks' files, one after the other."""
+        files = self.files(self.kind)
+        return (self.read_part(files, number) for number in range(1, chunks + 1))
+
+    def write_joined(self, chunks: int) -> None:
         if self.kind == ".parquet":
             with atomic_write(self.joined, "wb") as file, pyarrow.parquet.ParquetWriter(file, self.schema()) as writer:
-                for part in parts:
-                    writer.write_table(pyarrow.parquet.read_table(part))
-            return
-        with atomic_write(self.joined) as file:
-            if self.output.suffix == ".jsonl":
-                append(file, parts)
-                return
-            found = itertools.chain.from_iterable(read_parts(parts))  # a row of .jsonl can have columns of its own
-            columns = dict.fromkeys(itertools.chain(columns_of(self.source), found, self.added))
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(map(cells, read_parts(parts)))
+                for content in self.read_parts(chunks):
+                    table = pyarrow.parquet.read_table(pa.BufferReader(content))
+                    writer.write_table(table)
+                    self.joined_rows += table.num_rows
+        elif self.output.suffix == ".jsonl":
+            with atomic_write(self.joined, "wb") as file:
+                for content in self.read_parts(chunks):
+                    file.write(content)
+                    self.joined_rows += content.count(b"\n")
+        else:
+            with atomic_write(self.joined) as file:
+                found = itertools.chain.from_iterable(self.read_rows(chunks))  # a row of .jsonl can have its own
+                columns = dict.fromkeys(itertools.chain(columns_of(self.source), found, self.added))
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                for row in self.read_rows(chunks):
+                    writer.writerow(cells(row))
+                    self.joined_rows += 1
+
+    def read_rows(self, chunks: int) -> Iterator[dict[str, Any]]:
+        for content in self.read_parts(chunks):
+            yield from map(json.loads, io.BytesIO(content))
 
     def remove_files(self, *patterns: str) -> None:
         for path in itertools.chain.from_iterable(map(self.folder.glob, patterns)):
@@ -117,28 +206,32 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the job's files and the folder. The joined output goes last, because it tells that the job is done."""
-        self.remove_files("[0-9]*", "input.txt", "rejected.csv", "job.json", ".*", "output.*")
-        self.folder.rmdir()
+        self.remove_files("[0-9]*", "input.txt", "rejected.csv", "job.json", ".job.lock", ".*.tmp", "output.*")
+        try:
+            self.folder.rmdir()
+        except OSError as error:
+            say(f"{self.folder} stays, because it holds files that no job wrote ({error.strerror})")
+
+
+def part_name(number: int, kind: str, content: bytes) -> str:
+    """The name of a chunk's file. It tells the content, and which chunk and which rows of it these are."""
+    digest = hashlib.sha256(f"{number} {kind} ".encode() + content).hexdigest()
+    return f"{number:08d}-{digest[:16]}{kind}"
+
+
+def read_whole(path: Path) -> bytes | None:
+    """The content of a chunk's file; None if it is missing, or another one than its name tells."""
+    try:
+        content = regular(path).read_bytes()
+    except OSError:
+        return None
+    found = PART_NAMES.fullmatch(path.name)
+    return content if found and path.name == part_name(int(found[1]), path.suffix, content) else None
 
 
 def is_same(path: Path, other: Path) -> bool:
     """Whether the two are one existing file."""
     return path.exists() and other.exists() and path.samefile(other)
-
-
-def append(file: TextIO, parts: list[Path]) -> None:
-    for part in parts:
-        with open(part, encoding="utf-8", newline="") as content:
-            shutil.copyfileobj(content, file)
-
-
-def read_parts(parts: list[Path]) -> Iterator[dict[str, Any]]:
-    for part in parts:
-        try:
-            with open(part, encoding="utf-8") as file:
-                yield from map(json.loads, file)
-        except ValueError:
-            raise UserError(f"{part} is damaged: remove it, and give the same command again") from None
 
 
 def cells(row: dict[str, Any]) -> dict[str, Any]:

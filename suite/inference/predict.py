@@ -14,7 +14,7 @@ from suite.encoders.loading import best_model
 from suite.inference.classifier import Classifier
 from suite.inference.labelling import Job, label, read_chunks
 from suite.inference.parts import cells
-from utils import say
+from utils import printable, say
 
 
 def model_folder(command: Command) -> Path:
@@ -37,10 +37,10 @@ def predict(command: Command, devices: Devices) -> None:
 def show(classifier: Classifier, text: str) -> None:
     """Print the label of a text and the probability of each class."""
     row = classifier.columns(classifier.probabilities([text])[0])
-    width = max(map(len, classifier.label_names))
-    say(row["predicted"])
+    width = max(len(printable(name)) for name in classifier.label_names)
+    say(printable(row["predicted"]))
     for name in classifier.label_names:
-        say(f"  {name:{width}}  {row[f'probability_{name}']:.4f}")
+        say(f"  {printable(name):{width}}  {row[f'probability_{name}']:.4f}")
 
 
 def print_rows(classifier: Classifier, path: str, column: str) -> None:
@@ -52,7 +52,7 @@ def print_rows(classifier: Classifier, path: str, column: str) -> None:
         for chunk in read_chunks(path, column, classifier.added):
             for problem in (row.problem for row in chunk if row.problem):
                 broken += 1
-                print(f"skipped: {problem}", file=sys.stderr)
+                print(f"skipped: {printable(problem)}", file=sys.stderr)
             for values in label(classifier, chunk):
                 if Path(path).suffix == ".jsonl":
                     print(json.dumps(values, ensure_ascii=False))

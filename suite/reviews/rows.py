@@ -34,6 +34,7 @@ class Row:
     problem: str | None = None  # of a broken row: where it is, what is wrong and how to fix it
     content: str = ""  # of a broken row: what the file says there
     text: str = ""  # of a whole row: the review, once its reader has found it among the values
+    source: tuple[pa.RecordBatch, int] | None = None  # of a row of a .parquet file: where Arrow has it, bit for bit
 
 
 def read_rows(path: str, file: BinaryIO | None = None) -> Iterator[Row]:
@@ -198,11 +199,42 @@ def _read_parquet(path: str) -> Iterator[Row]:
         number = 0
         try:
             for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
+                columns = dict(zip(names, map(_python_values, batch.columns), strict=True))
+                for place in range(batch.num_rows):
                     number += 1
-                    yield Row(number, number, values)
+                    values = {name: column[place] for name, column in columns.items()}
+                    yield Row(number, number, values, source=(batch, place))
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise _unreadable(path, error) from None
+
+
+def _python_values(column: pa.Array) -> list[Any]:
+    """A column's values. Python's times of a day have no nanoseconds, so these come as texts; its dates end with the
+    year 9999, so a column with later ones comes as Arrow's own numbers (days or fractions of a second since 1970)."""
+    column = column.cast(_with_leaves(column.type, lambda kind: pa.string() if kind == pa.time64("ns") else kind))
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return column.cast(_with_leaves(column.type, lambda kind: (pa.int32() if kind.bit_width == 32 else pa.int64())
+                                        if pa.types.is_temporal(kind) else kind)).to_pylist()
+
+
+def _with_leaves(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """The type with `leaf(type)` in the place of every type within it that is not nested."""
+    def within(field: pa.Field) -> pa.Field:
+        return field.with_type(_with_leaves(field.type, leaf))
+
+    if pa.types.is_struct(kind):
+        return pa.struct(list(map(within, kind)))
+    if pa.types.is_map(kind):
+        return pa.map_(_with_leaves(kind.key_type, leaf), _with_leaves(kind.item_type, leaf))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(within(kind.value_field), kind.list_size)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(within(kind.value_field))
+    if pa.types.is_dictionary(kind) and (value := _with_leaves(kind.value_type, leaf)) != kind.value_type:
+        return value
+    return leaf(kind)
 
 
 def _opened(path: str) -> BinaryIO:

@@ -160,7 +160,7 @@ def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
 def _files_of_splits(name: str) -> dict[str, list[Path]]:
     """Which files of a dataset folder belong to which split."""
     folder = Path(name).resolve()  # or the library would take a folder called `csv` for its own reader of this name
-    with explained("data_config.dataset", _with_card(name), only_libraries=True):
+    with explained("data_config.dataset", _with_card(name), any_error=True):
         splits = load_dataset_builder(str(folder)).config.data_files
     for file in (file for files in splits.values() for file in files):
         if folder not in Path(os.path.normpath(file)).parents:
@@ -176,7 +176,7 @@ def _with_card(name: str) -> str:
 
 
 def _load_with_library(name: str, cache_name: str, load: Callable[[Path], DatasetDict]) -> list[Part]:
-    with explained("data_config.dataset", _with_card(name), only_libraries=True):
+    with explained("data_config.dataset", _with_card(name), any_error=True):
         splits = cached(cache_name, load)
     return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
             for split, table in splits.items()]

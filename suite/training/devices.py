@@ -161,8 +161,10 @@ def pick_precision(name: str, device: torch.device) -> str:
     """no, bf16 or fp16; `auto` takes bf16 where the hardware supports it."""
     if name == "fp16" and device.type == "cpu":
         raise UserError("train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
-    if name != "auto":
+    if name in ("no", "bf16", "fp16"):
         return name
+    if name != "auto":  # the configuration allows no such value, but a launcher may ask for one
+        raise UserError(f"ACCELERATE_MIXED_PRECISION is {name!r}: choose one of no, bf16, fp16")
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if device.type == "cpu":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from suite.common.hub import is_hub_name
 from suite.common.storage import atomic_write
-from utils import DEMO_WARNING, Config
+from utils import DEMO_WARNING, Config, printable
 
 CARD = Template("""---
 $metadata
@@ -51,13 +52,14 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
     from huggingface_hub import ModelCard
 
     data, train, encoder = config.data_config, config.train_config, config.model_config.model_name
-    dataset = data.dataset if is_hub_name(data.dataset) else Path(data.dataset).name  # no path of this machine
+    # No path of this machine
+    dataset = printable(data.dataset if is_hub_name(data.dataset) else Path(data.dataset).name)
     card = CARD.substitute(
-        metadata=card_metadata(config, dataset, metrics["test"]).to_yaml(), run_name=config.run_name,
+        metadata=card_metadata(config, dataset, metrics["test"]).to_yaml(), run_name=plain(config.run_name),
         warning=f"> **{DEMO_WARNING}**\n\n" if config.is_demo else "",
-        encoder=encoder if is_hub_name(encoder) else Path(encoder).name,
+        encoder=plain(encoder if is_hub_name(encoder) else Path(encoder).name),
         origin="fine-tuned" if config.model_config.pretrained else "trained from scratch",
-        classes=", ".join(label_names), table=metrics_table(metrics["test"]), dataset=dataset,
+        classes=", ".join(map(plain, label_names)), table=metrics_table(metrics["test"]), dataset=plain(dataset),
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),
         split_seed=data.split_seed, max_len=data.max_len, truncation=data.truncation,
         line_breaks=", `<br />` read as a space" if data.line_breaks == "space" else "",
@@ -71,6 +73,11 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         file.write(str(ModelCard(card)))
 
 
+def plain(text: str) -> str:
+    """A text that stays text in Markdown, whatever is in it."""
+    return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", printable(text))
+
+
 def card_metadata(config: Config, dataset: str, test: dict[str, Any]) -> Any:
     """The huggingface_hub.ModelCardData of a run."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -81,7 +88,7 @@ def card_metadata(config: Config, dataset: str, test: dict[str, Any]) -> Any:
         library_name="transformers", pipeline_tag="text-classification",
         tags=["sentiment-analysis"] + ["demo"] * config.is_demo,
         base_model=encoder if is_hub_name(encoder) else None, datasets=[dataset] if on_hub else None,
-        model_name=config.run_name,
+        model_name=printable(config.run_name),
         eval_results=[EvalResult(task_type="text-classification", dataset_type=dataset, dataset_name=dataset,
                                  metric_type=name, metric_value=test[name]) for name in ("accuracy", "f1")])
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from data import PreparedData, get_dataloader, prepare_data
 from model import EncoderForClassification
 from suite.common.checks import position_limit, too_long
+from suite.common.hub import explained, say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import save_config
@@ -22,17 +23,18 @@ from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
 from suite.encoders.placement import Batch, pass_tokens, place_model
+from suite.encoders.refusals import largest_token, refuse_unknown_words
 from suite.training.meter import Meter
 from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
 from suite.training.states import (
     KEPT_STATES,
     Progress,
     claim_run_folder,
+    clear_run,
     find_state,
     load_progress,
     random_state,
     refuse_other_data,
-    remove_run,
     save_state,
     saved_states,
     set_random_state,
@@ -50,16 +52,22 @@ class Run:
 
         Raises UserError, before anything is replaced, if data, encoder and run folder do not go together.
         """
-        claim_run_folder(config.run_folder)
+        if is_there := config.run_folder.exists():
+            claim_run_folder(config.run_folder)
         state = find_state(config)
         set_seed(config.train_config.seed)
         encoder_config = load_encoder_config(config.model_config)  # refuses what is no encoder before reviews are read
         with devices.main_process_first():
             data = prepare_data(config)
-        refuse_misfit(config, encoder_config, data.splits["train"].tokens)
+        refuse_misfit(config, encoder_config, data)
         model = new_model(config.model_config, data.label_names, encoder_config)
+        say_what_was_cached()
         model.config.update({"max_len": config.data_config.max_len, "truncation": config.data_config.truncation,
                              "data_fingerprint": data.fingerprint})
+        if not is_there:  # only now, so that wrong input leaves nothing behind, not even a lock
+            claim_run_folder(config.run_folder)
+            state = find_state(config)  # another process may have begun the run meanwhile
+        devices.barrier()
         run = cls(config, devices, data, model)
         run.ensure_room()
         if state is None:
@@ -107,8 +115,7 @@ class Run:
         """Start from the beginning. An earlier run's files are removed only now, after data and model have loaded."""
         if self.devices.is_main:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                remove_run(self.folder)
+                clear_run(self.folder)
                 save_config(self.config, self.folder / "config.yaml")
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
@@ -291,7 +298,7 @@ class Run:
 
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
-                replace_folder(self.folder / "best", write)
+                replace_folder(self.folder / "best", write, recorded=True)
 
     @contextmanager
     def saved_when_stopped(self):
@@ -316,11 +323,13 @@ def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
     return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
 
 
-def refuse_misfit(config: Config, encoder_config: PreTrainedConfig, tokens: np.ndarray) -> None:
-    """Raises UserError for reviews that the encoder cannot read, before a kernel fails on them."""
-    name = config.model_config.model_name
+def refuse_misfit(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> None:
+    """Raises UserError for reviews that the encoder or its tokenizer cannot read."""
+    name, tokens = config.model_config.model_name, data.splits["train"].tokens  # those of all splits
     if problem := too_long(config.data_config.max_len, name, position_limit(encoder_config.to_dict())):
         raise UserError(problem)
-    if (largest := int(tokens.max())) >= encoder_config.vocab_size:
+    if (largest := largest_token(data.tokenizer, tokens)) >= encoder_config.vocab_size:
         raise UserError(f"model_config.model_name: the tokenizer of {name} gives token {largest}, but its encoder only "
                         f"knows {encoder_config.vocab_size}: they do not belong together")
+    with explained("model_config.model_name", name):
+        refuse_unknown_words(data.tokenizer, tokens)

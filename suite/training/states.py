@@ -3,6 +3,7 @@
     last/0003-step-00000120/    files of the state, and manifest.json with their sizes and SHA-256 sums, written last
     last/0002-step-00000100/    the state before it, which is removed only when a third one is safe
     best/                       the best model, sealed by such a manifest as well
+    best.sha256                 the sum of that manifest, so that the run knows its own best model
 
 A folder is a state if its manifest is there and true. Anything else in `last/` was left by a killed process.
 """
@@ -16,13 +17,27 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 
-from suite.common.run_folder import differences, read_metrics
-from suite.common.storage import OLD, PARTIAL, damage, lock, read_json, restore, seal, sync_folder, write_json
+from suite.common.locks import confirm, lock
+from suite.common.run_folder import differences, read_metrics, refuse_wrong_kinds
+from suite.common.storage import (
+    OLD,
+    PARTIAL,
+    RECORD,
+    damage,
+    read_json,
+    refuse_foreign,
+    remove,
+    restore,
+    seal,
+    sync_folder,
+    write_json,
+    write_text,
+)
 from utils import Config, UserError, process_rank, say
 
 KEPT_STATES = 2
@@ -37,7 +52,7 @@ class Progress:
     epoch: int = 0  # epochs done
     steps_in_epoch: int = 0  # optimizer steps done in the current epoch
     best_epoch: int | None = None
-    best_metrics: dict[str, Any] = field(default_factory=dict)  # its validation metrics
+    best_metrics: dict = field(default_factory=dict)  # its validation metrics
     epochs_without_improvement: int = 0
     micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
     history_lines: int = 0
@@ -45,7 +60,13 @@ class Progress:
 
 
 def claim_run_folder(folder: Path) -> None:
-    """Lock the run folder for this process, and mend what a kill may have left of replacing the best model."""
+    """Lock the run folder for this process, and mend what a kill may have left of replacing the best model.
+
+    Raises UserError if another process uses it, if it cannot be written, or if it holds what no run has written.
+    """
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written: give yourself the right to, or copy it and set output_dir")
+    refuse_wrong_kinds(folder)
     lock(folder)
     if process_rank() == 0:
         restore(folder / "best")
@@ -71,15 +92,23 @@ def finished_metrics(config: Config) -> dict[str, Any] | None:
 def find_state(config: Config) -> Path | None:
     """The saved state to continue from, as train_config.resume says; None to start from the beginning.
 
-    Raises UserError if the folder holds a run with another configuration, or no state although resume=must.
+    Raises UserError if the folder holds a run with another configuration, no state although resume=must, or a run whose
+    states have been removed.
     """
     folder = config.run_folder
     if config.train_config.resume == "never":
         return None
     refuse_differences(config)
-    state = newest_good_state(folder / "last")
+    best, last = folder / "best", folder / "last"
+    if not last.exists() and (best.exists() or (folder / ("best" + RECORD)).exists()):  # a run begins with an empty one
+        raise UserError(f"{last} is missing, and this run is not finished: put it back, or start the run again from "
+                        "the beginning with train_config.resume=never")
+    state = newest_good_state(last)
     if state is None and config.train_config.resume == "must":
         raise UserError(f"{folder}: no saved state to go on from; train_config.resume=auto starts one")
+    if state is None and best.exists():
+        refuse_foreign(best)
+        say(f"{last} holds no saved state: the run starts again from the beginning")
     return state
 
 
@@ -103,12 +132,21 @@ def refuse_other_data(config: Config, then: str, now: str) -> None:
                         "has its split: choose another run_name")
 
 
-def remove_run(folder: Path) -> None:
-    """Remove everything that a run has written. metrics.json goes first, because it says that the run is finished."""
+def clear_run(folder: Path) -> None:
+    """Remove what a run has written, and leave what a new one begins with: an empty `last/`, an empty record.
+
+    metrics.json goes first, because it says that the run is finished. `last/` itself stays, since a run without it is
+    taken for one that has lost its states. The record stays as long as the best model that it belongs to.
+    """
+    confirm(folder)
     for name in ("metrics.json", "test_predictions.csv", "misclassified.csv", "misclassified.html"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("last", "best", "best" + PARTIAL, "best" + OLD, "plots", "onnx"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    last = folder / "last"
+    last.mkdir(parents=True, exist_ok=True)
+    for path in (*last.iterdir(), *(folder / name for name in ("best", "best" + PARTIAL, "best" + OLD, "plots",
+                                                               "onnx"))):
+        remove(path)
+    write_text(folder / ("best" + RECORD), "")
 
 
 def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], barrier: Callable[[], None]) -> None:
@@ -122,8 +160,9 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
     partial = target.with_name(target.name + PARTIAL)
     barrier()  # every process has counted the states
     if process_rank() == 0:
+        confirm(folder)
         for leftover in folder.glob("*" + PARTIAL):
-            shutil.rmtree(leftover)
+            remove(leftover)
         partial.mkdir(parents=True)
     barrier()
     try:
@@ -132,6 +171,7 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
         if process_rank() == 0:
             write_json(partial / "progress.json", asdict(progress))
             seal(partial)
+            confirm(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # on a full disk, it would only fill it
         raise
@@ -172,10 +212,13 @@ def newest_good_state(folder: Path) -> Path | None:
 
 def load_progress(state: Path) -> Progress:
     """Raises UserError if another version of this project has saved the state."""
-    values = read_json(state / "progress.json")
     try:
-        return Progress(**values)
-    except TypeError:
+        values = read_json(state / "progress.json")
+        progress = Progress(**values)
+        if wrong := [name for name, kind in get_type_hints(Progress).items() if not isinstance(values[name], kind)]:
+            raise TypeError(wrong)
+        return progress
+    except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
                         "start it afresh with train_config.resume=never") from None
 

@@ -1,0 +1,264 @@
+"""What test_fuzz.py draws: input that was good until some of its values or bytes were spoiled."""
+
+import csv
+import io
+import json
+
+from hypothesis import strategies as st
+
+from utils import config_fields
+
+LARGEST = 100  # of a size that is drawn for a model's folder. Absurd ones take minutes or all memory to be refused.
+WORKERS = ["-1", "0", "1", "2", "1.5", "null", "word", "[]", "${nope}"]  # not thousands of processes
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def damages(tokens: list[bytes], most: int = 3) -> st.SearchStrategy:
+    """Lists of (what is done, where in thousandths of the file, to how many bytes, with which token)."""
+    kinds = st.sampled_from(["insert", "replace", "remove", "double", "cut"])
+    return st.lists(st.tuples(kinds, st.integers(0, 999), st.integers(1, 60), st.sampled_from(tokens)), max_size=most)
+
+
+def spoiled(content: bytes, damages: list[tuple[str, int, int, bytes]]) -> bytes:
+    for kind, place, length, token in damages:
+        start = len(content) * place // 1000
+        before, there, after = content[:start], content[start:start + length], content[start + length:]
+        content = {"insert": before + token + there + after, "replace": before + token + after,
+                   "remove": before + after, "double": before + there * 2 + after, "cut": before}[kind]
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A configuration: a YAML file and the overrides of a command line. @IN@ and @OUT@ stand for folders of the test.
+
+GOOD_CONFIG = {
+    "run_name": "run", "output_dir": "@OUT@", "model_config.model_name": "@IN@/bert", "model_config.pooling": "mean",
+    "data_config.dataset": "@IN@/reviews.csv", "data_config.text_column": "review",
+    "data_config.label_column": "verdict", "data_config.max_len": "32", "data_config.batch_size": "16",
+    "train_config.max_steps": "1", "train_config.device": "cpu", "train_config.mixed_precision": "no",
+    "log_config.wandb_mode": "disabled"}
+DEEP = ["[" * 60 + "]" * 60, "[" * 1000 + "]" * 1000, "{a: " * 500 + "}" * 500]
+VALUES = [
+    "", "null", "~", "true", "no", "0", "-1", "1", "2", "0.5", "1e-3", "-0.0", "1e400", ".inf", "-.inf", ".nan", "nan",
+    "9" * 400, "-" + "9" * 5000, "1" + "0" * 18, "2147483648", "18446744073709551616", "1e30", "1e308", "5e-324",
+    "0x1F", "0o17", "010", "1:30", "1_000", "٣", "½", "'1'", "'null'", "word", "'a b'", "x" * 300, "[]", "[1, 2]",
+    "[[1]]", "{}", "{a: 1}", "{epochs: 2}", "&a 1", "*a", "!!python/object/apply:os.getcwd []", "!!binary aGk=",
+    "!!str 5", "!!int x", "!!float 1", "!!set {a}", "!!null ''", "!x 1", "2026-01-01", "2026-01-01T00:00:00Z",
+    '"\\0"', '"\\x1b[31m"', '"\\ud800"', '"\\uD83D\\uDE00"', '"a\\nb"', "'\u202e'", "é", "''", "' '", "???", "${nope}",
+    "${run_name}", "${train_config.seed}", "${oc.env:NOPE}", "${oc.env:HOME}", "${oc.decode:'[1'}", "${", "\\${a}",
+    "${train_config}", "${data_config.max_len}", "${now:}", "|\n    x", "@", "`", "%", "#", "? a", "- 1", "a: b", "\t1",
+    "..", "../x", ".", "a/b", ".zz.lock", "CON", "-x", "a\\b", *DEEP]
+SPLITS = ["[0.8, 0.1, 0.1]", "[0.4, 0.3, 0.3]", "[1, 0, 0]", "[0.98, 0.01, 0.01]", "official", "[.inf, 0, 0]",
+          "[0.8, 0.2]", "[true, 0.5, 0.5]", "[1e-9, 0.5, 0.5]", "[0.8, 0.1, null]", "[0.8, [0.1], 0.1]",
+          "[${train_config.seed}, 0.1, 0.1]"]
+UNFIT = ["''", "null", '"a\\0b"', '"\\ud800"', "x" * 300, "[]", "${nope}", "~nosuchuser/x", "@IN@/reviews.csv"]
+ONLY = {  # keys whose other values would reach beyond the test's folders, or take minutes
+    "output_dir": ["@OUT@", "@OUT@/a/b", "@IN@/reviews.csv/x", *UNFIT],
+    "model_config.model_name": ["@IN@/bert", "@IN@", "nobody/nothing", "@IN@/modernbert", "@IN@/none", *UNFIT],
+    "data_config.dataset": ["@IN@/reviews.csv", "nobody/nothing", "/dev/null", "@IN@/bert", "@IN@/none.csv", *UNFIT],
+    "data_config.num_workers": WORKERS,
+    "train_config.compile": ["false", "no", "maybe", "null", "[]"],
+    "train_config.max_steps": ["1", "2", "0", "-1", "null", "1.5", ".nan", "word", "9" * 400, "${train_config.seed}"],
+    "log_config.wandb_mode": ["disabled", "auto", "disable", "null", "[]", "'${nope}'"]}
+STRANGE = ["=", "x", "--nope", "-1", "=1", "a.b.c=1", "train_config=1", "train_config={epochs: 2}", "train_config=null",
+           "train_config.epochs", ".=.", "..=1", "model_config.=1", "train_config.epochs.x=1", "a" * 5000 + "=1",
+           "train_config[epochs]=2", "run_name[0]=a", "\udcff=1", "run_name=\udcff", "${a}=1", "run_name=a=b", "é=1",
+           "data_config={dataset: [}", "trainconfig.epochs=2", "epochs=2", "--config", "--mode=words", "--text=a"]
+YAML_BYTES = [b"\t", b"\0", b"\xff", b"\n---\n", b"[", b"{", b'"', b"'", b"- ", b": ", b"&a ", b"*a", b"\xef\xbb\xbf",
+              b"!!python/name:os.system ", b"<<: ", b"\r", "\x85\u2028".encode(), b"%", b"#", b"[" * 3000,
+              b"\xed\xa0\x80", b"\n? ", b"\n  x: 1\n", b"\x1b"]
+
+
+def values_of(key: str, field) -> st.SearchStrategy:
+    """YAML for a key: its bounds and choices and what lies beside them, or what may suit another key."""
+    if key in ONLY:
+        return st.sampled_from(ONLY[key])
+    bounds = field.metadata
+    near = [str(bounds[name] + step) for name in ("at_least", "at_most", "above", "below") if name in bounds
+            for step in (-1, 0, 1)] + SPLITS * (key == "data_config.split")
+    near += [text for choice in bounds.get("choices", ()) for text in (choice, choice[:-1], choice.upper())]
+    any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).map(json.dumps)
+    numbers = st.one_of(st.integers(-5, 2000).map(str), st.floats().map(repr))
+    return st.one_of(*[st.sampled_from(near)] * bool(near), st.sampled_from(VALUES), numbers, any_text)
+
+
+@st.composite
+def configurations(draw) -> tuple[dict[str, str], list[str], list]:
+    """(the values of the YAML file, the overrides, damages to the file)"""
+    fields = dict(config_fields())
+    keys = st.sampled_from([*fields, "seed", "nope", "train_config", "train_config.epochs.x", "1"])
+    changes = draw(st.lists(keys.flatmap(lambda key: st.tuples(
+        st.just(key), values_of(key, fields.get(key, fields["run_name"])), st.booleans())), min_size=1, max_size=3))
+    file = GOOD_CONFIG | {key: value for key, value, in_file in changes if in_file}
+    overrides = [f"{key}={value}" for key, value, in_file in changes if not in_file]
+    overrides += draw(st.lists(st.sampled_from(STRANGE), max_size=1)) * (draw(st.integers(0, 9)) == 0)
+    damage = draw(damages(YAML_BYTES, 2)) if draw(st.integers(0, 4)) == 0 else []
+    # Whatever is drawn, a run has at most an epoch, and stays in the test's folders.
+    changed = {key for key, *_ in changes}
+    overrides += ["train_config.epochs=1"] if "train_config.max_steps" in changed else ["train_config.max_steps=1"]
+    for key in ("output_dir", "log_config.wandb_mode", "data_config.dataset", "model_config.model_name"):
+        if damage or key not in changed:  # half a path is another folder
+            overrides.append(f"{key}={GOOD_CONFIG[key]}")
+    return file, [item.replace("\0", "") for item in overrides], damage
+
+
+def as_yaml(values: dict[str, str]) -> bytes:
+    sections: dict[str, list[str]] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, []).append(f"{'  ' * bool(section)}{name}: {value}")
+    lines = [line for section, content in sections.items() for line in ([f"{section}:"] * bool(section) + content)]
+    return "\n".join([*lines, ""]).encode(errors="surrogatepass")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reviews: rows of id, review and verdict. The id is a mark by which a row can be found again.
+
+ROWS = 30
+CLASSES = [("bad", "good"), ("0", "1"), ("1", "2"), ("a", "A"), ("\x1b[31m", "x"), ("é", "e\u0301"), ("x" * 300, "y"),
+           ("=1", "@x"), ("../x", "a/b"), ("nan", "inf"), ("true", "false"), ("<b>", "&"), ("a,b", 'c"d'),
+           ("$a$", "{b}"), ("a\nb", "c"), ("\u202e", "\u200b"), ("-1", "1"), ("0.0", "1.0"), ("", "x"),
+           ("label", "predicted")]
+HEADERS = [["id", "review", "verdict"]] * 20 + [
+    ["id", "review", "review"], ["id", "review"], ["review", "verdict"], ["id", "review", "verdict", ""], [],
+    ["id", "review", "verdict", "predicted"], ["id", "review", "verdict", "probability_bad"],
+    ["Id", "Review", "Verdict"], ["id", " review", "verdict "], ["id", "review", "verdict", "n\x1b\u2028"]]
+CELLS = ["", " ", "\u3000", "NA", "nan", "None", "0", "-1", "1.0", "9" * 400, "1e999", "x" * 20_000, "a " * 5_000, "\0",
+         "\ufeff", "\ud800", "a\rb", "a\nb", "\x1a", "\x85", '"', "'", "=cmd()", "<br />", "\U0001f600",
+         "e\u0301" * 500, "[UNK]", "[SEP] [CLS]", "\u202e", "##a", "good", "\\", "{}"]
+JSON_CELLS = [None, True, 0, 1, 2, -1, 1.5, 1e308, float("nan"), float("inf"), 10**400, 2**63, [], {}, ["a"], {"a": 1},
+              [[[]]]]
+CSV_BYTES = [b'"', b'""', b"\0", b"\xff", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b"\n\n", b",", b";", b"\t",
+             b"\xed\xa0\x80", "\u2028".encode(), b"\xc2\x85", b"\x1a", b"\0" * 99, b"y" * 200_000, b"NaN", b"9" * 400,
+             b"1e999", b"'", b"\x1b[2J", b" ", b',"', b'",', b'\n"', b"\xf0\x9f\x98", b"\\"]
+JSON_BYTES = CSV_BYTES + [b"{", b"}", b"[", b"]", b"[" * 200, b"[" * 9000, b"\\ud800", b"\\u0000", b"NaN", b"-Infinity",
+                          b"1e400", b"9" * 5000, b"null", b'"review": null, ', b'"review": "b", ', b"{}\n", b"[]\n",
+                          b'"a"\n', b"\\x", b':', b'"":', b'"predicted": 1, ', b'"1": ' + b"[" * 99 + b"]" * 99 + b", ",
+                          b"//"]
+
+
+def good_rows(*names: str) -> list[dict]:
+    return [{"id": f"mark{row:02d}x", "review": f"a film that is {('dull', 'moving')[row % 2]} number {row}",
+             "verdict": names[row % 2]} for row in range(ROWS)]
+
+
+def file_of(rows: list[dict], kind: str, header: list[str] = HEADERS[0], end: str = "\n", encoding: str = "utf-8",
+            ensure_ascii: bool = True) -> bytes:
+    """The content of a .csv or .jsonl file with these rows."""
+    if kind == ".csv":
+        file = io.StringIO(newline="")
+        csv.writer(file, lineterminator=end).writerows([header, *(row.values() for row in rows)])
+        text = file.getvalue()
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=ensure_ascii) + end for row in rows)
+    return text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
+
+
+@st.composite
+def reviews(draw, kind: str) -> bytes:
+    """The content of a .csv or .jsonl file, spoiled in some of its header, cells and bytes."""
+    rows = good_rows(*draw(st.sampled_from(CLASSES)))
+    cell = st.tuples(st.integers(0, ROWS - 1), st.sampled_from(["review", "verdict"]),
+                     st.sampled_from(CELLS if kind == ".csv" else CELLS + JSON_CELLS))
+    for row, column, value in draw(st.lists(cell, max_size=3)):
+        rows[row][column] = value
+    encodings = ["utf-8"] * 12 + ["utf-8-sig"] * 3 + ["utf-16", "utf-32-le", "latin-1"]
+    content = file_of(rows, kind, draw(st.sampled_from(HEADERS)), draw(st.sampled_from(["\n", "\r\n", "\r"])),
+                      draw(st.sampled_from(encodings)), draw(st.booleans()))
+    return spoiled(content, draw(damages(CSV_BYTES if kind == ".csv" else JSON_BYTES)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model's folder: some values of its .json files are others, or some bytes
+
+WORDS = ["", "word", "auto", "float16", "bfloat16", "float64", "int8", "torch.float32", "gelu", "relu", "sdpa", "eager",
+         "../../x", "\ud800", "\0", "x" * 300, "1", "NaN"]
+JSON_VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 8, 0.5, 2.5, -1.5, 1e-12, 1e308, float("nan"), float("inf"),
+               LARGEST, -LARGEST, [], {}, [1, 2], [None], {"a": 1}, {"0": "x", "1": "y"}, [[[[]]]], *WORDS]
+FOREIGN = {
+    "AutoConfig": "foreign.Config", "AutoModel": "foreign.Model", "AutoTokenizer": ["foreign.Slow", "foreign.Fast"],
+    "AutoModelForSequenceClassification": "foreign.Model"}
+SPECIAL = {
+    "attn_implementation": ["flash_attention_2", "flash_attention_3", "flex_attention", "eager", "paged|sdpa",
+                            "kernels-community/flash-attn", "kernels-community/flash-attn:x", {"": "sdpa"}],
+    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4},
+                            {"quant_method": "fp8"}, {"quant_method": "torchao"}, {"load_in_4bit": True},
+                            {"quant_method": 1}],
+    "dtype": ["float16", "bfloat16", "float64", "int8", "float8_e4m3fn", "bool", "torch.float16"],
+    "auto_map": [FOREIGN, {"AutoModel": "nobody/nothing--foreign.Model"}],
+    "model_type": ["bert", "modernbert", "roberta", "distilbert", "electra", "deberta-v2", "gpt2", "t5", "vit", "clip",
+                   "longformer", "encoder_for_classification", "timm_wrapper", "auto"],
+    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "RobertaTokenizer", "T5Tokenizer",
+                        "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "Foreign",
+                        "LlamaTokenizer"],
+    "problem_type": ["regression", "multi_label_classification", "single_label_classification"],
+    "id2label": [{"0": "a", "1": "a"}, {"0": "a"}, {"1": "a", "2": "b"}, {"0": 1, "1": 2}, {"0": "\x1b[31m", "1": "b"},
+                 {str(row): str(row) for row in range(LARGEST)}, ["a", "b"], {"0": None, "1": []},
+                 {"x": "a", "y": "b"}],
+    "label2id": [{"a": 0}, {"a": "0"}], "pooling": ["cls", "mean", "max"], "truncation": ["head", "tail", "windows"],
+    "max_len": [4, 32, 66, 67], "num_labels": [2, 3], "architectures": [["BertModel"], ["Foreign"], "BertModel"],
+    "hidden_act": ["gelu_new", "silu", "quick_gelu"], "pad_token_id": [2499, 2500],
+    "model_max_length": [4, 10**30, "long"],
+    "added_tokens_decoder": [{"0": {"content": "[PAD]"}}, {"x": {"content": "y"}}, {"9": "a"}],
+    "extra_special_tokens": [["<a>"], {"a": "<a>"}],
+    "model_input_names": [["input_ids"], ["pixel_values"], "input_ids"],
+    "pad_token": ["[PAD]", "[NEW]", {"content": "[PAD]", "__type": "AddedToken"}], "padding_side": ["left", "right"],
+    "chat_template": ["{{ x }}", "{% for %}"], "tokenizer_file": ["/etc/hostname"], "name_or_path": ["nobody/nothing"]}
+NEW_KEYS = [*SPECIAL, "torch_dtype", "_attn_implementation", "is_decoder", "add_cross_attention", "tie_word_embeddings",
+            "use_cache", "output_attentions", "output_hidden_states", "return_dict", "pruned_heads", "use_kernels",
+            "chunk_size_feed_forward", "use_bfloat16", "base_model_tp_plan", "is_encoder_decoder",
+            "transformers_version", "custom_generate", "gguf_file", "subfolder", "revision", "trust_remote_code",
+            "_commit_hash", "encoder", "vocab_file", "unk_token", "do_lower_case", "truncation_side", "from_slow",
+            "add_prefix_space", "_name_or_path", "0"]
+MODEL_BYTES = [b"\0", b"\xff", b"\xef\xbb\xbf", b",", b"{", b"}", b"[" * 9000, b'"', b"NaN", b"9" * 5000, b"\\ud800",
+               b"//", b"null"]
+WHOLE = [b"", b"{}", b"[]", b"null", b"1", b'"a"', b"[" * 9000, b"\xff", b"{" * 99, b"NaN", b'{"a": 1}\n{"a": 1}']
+REMOVED = "(removed)"
+
+
+def places(tree, depth: int = 3) -> list[tuple]:
+    """Paths of keys into a .json file, some of each container: a vocabulary has thousands."""
+    if depth == 0 or not isinstance(tree, dict | list):
+        return []
+    keys = list(tree)[:60] if isinstance(tree, dict) else list(range(min(3, len(tree))))
+    return [(key, *rest) for key in keys for rest in [(), *places(tree[key], depth - 1)[:6 if depth < 3 else None]]]
+
+
+def values_at(key) -> st.SearchStrategy:
+    special = SPECIAL.get({"torch_dtype": "dtype", "_attn_implementation": "attn_implementation"}.get(key, key), [])
+    return st.one_of(st.sampled_from([*special, REMOVED]), st.sampled_from(JSON_VALUES))
+
+
+@st.composite
+def models(draw, folders: dict[str, dict[str, dict]]) -> tuple[str, str, list, list]:
+    """(model, file, the values at some places of that file, damages), of {model: {name of a .json file: its content}}.
+
+    The damages are the file's whole content, as bytes, once in a while.
+    """
+    model = draw(st.sampled_from(sorted(folders)))
+    file = draw(st.sampled_from(["config.json", *sorted(folders[model])]))
+    known = st.sampled_from(places(folders[model][file]) or [("a",)])
+    place = st.one_of(known, known, st.sampled_from([(key,) for key in NEW_KEYS]))
+    changes = draw(st.lists(place.flatmap(lambda place: st.tuples(st.just(place), values_at(place[-1]))),
+                            min_size=1, max_size=3))
+    rare = draw(st.integers(0, 19))
+    damage = draw(st.sampled_from(WHOLE)) if rare == 0 else draw(damages(MODEL_BYTES, 2)) if rare == 1 else []
+    return model, file, changes, damage
+
+
+def changed(tree: dict, changes: list[tuple[tuple, object]]) -> dict:
+    tree = json.loads(json.dumps(tree))
+    for (*parents, key), value in changes:
+        there = tree
+        try:
+            for parent in parents:
+                there = there[parent]
+            if value == REMOVED:
+                del there[key]
+            else:
+                there[key] = value
+        except (KeyError, IndexError, TypeError):  # an earlier change has removed it
+            continue
+    return tree

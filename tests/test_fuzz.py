@@ -1,0 +1,297 @@
+"""Fuzzing: whatever is in a configuration, in reviews or in a model's folder, a command ends well or refuses it.
+
+Hypothesis draws input that was good until some of its values or bytes were spoiled (fuzz_input.py), and the real
+command runs on it in this process. It must succeed, or end with exit code 2 and one line. Nothing outside the output
+folder may change, no row may be lost, and nothing may hang. A failure is shrunk and printed with all that repeats it.
+
+    python -m pytest tests/test_fuzz.py -n 0 -s                                   some 20 s
+    FUZZ_SECONDS=900 FUZZ_SEED=7 python -m pytest tests/test_fuzz.py -n 0 -s      the long version: an hour
+
+FUZZ_SECONDS is the time of each of the four tests. The same FUZZ_SEED draws the same examples in the same order.
+"""
+
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import fuzz_input
+import hypothesis
+import pytest
+from conftest import ENCODERS, PROJECT, write_reviews
+from hypothesis import HealthCheck, Phase, configuration
+from hypothesis import strategies as st
+from transformers import BertForSequenceClassification
+
+import main
+from suite.common import cli, locks, storage
+from suite.common.stopping import SIGNALS
+from suite.inference import labelling
+from suite.reviews.rows import columns_of
+
+SECONDS, SEED = float(os.environ.get("FUZZ_SECONDS", "4")), int(os.environ.get("FUZZ_SEED", "12"))
+BATCH = 25  # examples that one seed draws. Hypothesis itself has no limit of time.
+LONGEST = 10  # seconds of an example; more is a hang
+PRECIOUS = ["out/precious/model.safetensors", "out/run/notes.txt"]  # files of somebody else in the output folder
+PREDICTION = ["data_config.text_column=review", "data_config.max_len=32", "train_config.device=cpu",
+              "train_config.mixed_precision=no"]
+FOREIGN_CODE = 'import os\nopen(os.path.expanduser("~/foreign code ran"), "w")\n'
+configuration.set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis_"))
+
+
+def fuzz(name: str, strategy: st.SearchStrategy, attempt: Callable[..., str]) -> None:
+    """Call `attempt` with examples of the strategy for SECONDS, and print how often it had which outcome."""
+    outcomes, end, failed, number = Counter(), time.monotonic() + SECONDS, False, 0
+
+    @hypothesis.settings(max_examples=BATCH, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+                         suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
+    @hypothesis.given(strategy)
+    def try_one(example):
+        nonlocal failed
+        if time.monotonic() > end and number > 0 and not failed:  # a failure is still shrunk
+            return
+        try:
+            outcomes[attempt(example)] += 1
+        except BaseException:
+            failed = True
+            raise
+
+    while number == 0 or time.monotonic() < end:
+        hypothesis.seed(SEED * 1_000_000 + number)(try_one)()
+        number += 1
+    counts = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.most_common())
+    print(f"\nfuzzing {name}: {sum(outcomes.values()):,} examples in {SECONDS:g} s with FUZZ_SEED={SEED}: {counts}")
+    assert set(outcomes) >= {"done", "refused"}, "a fuzzing that reaches only one outcome proves little"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One command, and what holds for every one
+
+
+class Bench:
+    """Runs one example after the other, each in a folder of its own.
+
+    `in` holds its input and `out` its output; `here` is the current folder, `home` and `temporary` the user's. `shared`
+    has encoders, trained classifiers and reviews for all examples.
+    """
+
+    def __init__(self, base: Path, encoder_folder: Callable[[str], str]):
+        self.base, self.shared, self.count, self.lasting = base, base / "shared", 0, {}
+        for name in ENCODERS:
+            shutil.copytree(encoder_folder(name), self.shared / name)
+        write_reviews(self.shared / "reviews.csv", rows=30)
+        folder = self.new_folder()
+        assert self.train(folder, fuzz_input.GOOD_CONFIG) == "done"
+        shutil.move(folder / "out/run/best", self.shared / "ours")
+        (self.shared / "ours" / storage.MANIFEST).unlink()  # it would refuse every spoiled file
+        shutil.copytree(self.shared / "bert", self.shared / "foreign")
+        BertForSequenceClassification(ENCODERS["bert"]).save_pretrained(self.shared / "foreign")
+        for model in ("bert", "ours", "foreign"):
+            for name in ("model.py", "foreign.py"):
+                (self.shared / model / name).write_text(FOREIGN_CODE)
+        self.lasting = lasting_files(self.shared)
+
+    def new_folder(self) -> Path:
+        self.count += 1
+        folder = self.base / f"example-{self.count}"
+        for name in ("in", "here", "home", "temporary", "out/run", "out/precious"):
+            (folder / name).mkdir(parents=True)
+        for name in PRECIOUS:
+            (folder / name).write_bytes(b"precious")
+        return folder
+
+    def run(self, folder: Path, *arguments: str, here: str = "here") -> str:
+        """The outcome of `python main.py ARGUMENTS`: done, refused, or diverged, where a learning rate is absurd."""
+        before, code = content_below(folder), 0
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, at_most(LONGEST):
+            patch.chdir(folder / here)
+            patch.setenv("HOME", str(folder / "home"))
+            patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+            patch.setattr(sys, "argv", ["main.py", *arguments])
+            patch.setattr(SIGNALS, "install", lambda: None)
+            patch.setattr(labelling, "CHUNK_ROWS", 8)
+            if SECONDS < 60:
+                patch.setattr(main, "try_plots", lambda *arguments: [])  # they take most of a tiny run's time
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    cli.run(lambda: main.main(cli.read_command("", accumulates=False)))
+                except SystemExit as left:
+                    code = left.code
+        while locks._held:  # this process goes on, but the command has ended
+            locks._held.popitem()[1].file.close()
+        self.printed, self.errors = out.getvalue(), err.getvalue()
+        errors = self.errors
+        report = f"exit code {code}, standard error {errors!r}"
+        diverged = code == 1 and "not finite" in errors
+        assert code in (0, 2) or diverged, report
+        if code:
+            assert errors.startswith("error: "), report
+            assert len(errors.splitlines()) == 1, report
+        after = content_below(folder)
+        for name in before.keys() | after.keys():
+            if before.get(name) != after.get(name):
+                assert name.startswith("out/"), f"{name} has changed; {report}"
+                assert name not in PRECIOUS, f"{name} has changed; {report}"
+                # Locks stay, because another process may wait for them.
+                assert code != 2 or Path(name).name.startswith("."), f"{name} was written; {report}"
+        assert not self.lasting or lasting_files(self.shared) == self.lasting, f"a shared file has changed; {report}"
+        return {0: "done", 1: "diverged", 2: "refused"}[code]
+
+    def json_files(self) -> dict[str, dict[str, dict]]:
+        """{model: {name of a .json file in its folder: the content}}"""
+        return {model: {path.name: json.loads(path.read_bytes()) for path in (self.shared / model).glob("*.json")}
+                for model in (*ENCODERS, "ours", "foreign")}
+
+    @contextlib.contextmanager
+    def example(self):
+        folder = self.new_folder()
+        yield folder
+        shutil.rmtree(folder)  # after a failure, it stays to be looked at
+
+    def try_configuration(self, example: tuple[dict[str, str], list[str], list]) -> str:
+        with self.example() as folder:
+            return self.train(folder, *example)
+
+    def train(self, folder: Path, values: dict[str, str], overrides: list[str] = (), damages: list = ()) -> str:
+        """The outcome of --mode train with a YAML file of these values, so damaged, and the overrides."""
+        def placed(text: str) -> str:
+            return text.replace("@IN@", str(self.shared)).replace("@OUT@", str(folder / "out"))
+
+        content = fuzz_input.spoiled(fuzz_input.as_yaml({key: placed(value) for key, value in values.items()}), damages)
+        (folder / "in/config.yaml").write_bytes(content)
+        # A relative output_dir may be drawn, and is as good as any: the current folder is the output folder.
+        outcome = self.run(folder, "--config", str(folder / "in/config.yaml"), *map(placed, overrides), here="out")
+        assert outcome != "done" or list((folder / "out").rglob("metrics.json"))
+        return outcome
+
+    def label(self, folder: Path, source: Path, model: Path, output: str = ".csv") -> tuple[str, list[dict], list]:
+        """(outcome, the rows that were written, the rows that were rejected) of --mode predict."""
+        target = folder / f"out/labels{output}"
+        outcome = self.run(folder, "--mode", "predict", "--config", str(PROJECT / "config.yaml"), "--model", str(model),
+                           "--input", str(source), "--output", str(target), *PREDICTION)
+        if outcome != "done":
+            return outcome, [], []
+        with target.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file)) if output == ".csv" else [json.loads(line) for line in file]
+        rejected, broken = Path(f"{target}.rejected.csv"), []
+        if rejected.exists():
+            with rejected.open(encoding="utf-8", newline="") as file:
+                broken = list(csv.reader(file))[1:]
+        for row in rows:
+            shares = [float(value) for name, value in row.items() if str(name).startswith("probability_")]
+            assert all(map(math.isfinite, shares)), row
+            assert abs(sum(shares) - 1) < 1e-3, row
+        return outcome, rows, broken
+
+    def try_reviews(self, example: tuple[bytes, str, str], kind: str) -> str:
+        content, mode, output = example
+        with self.example() as folder:
+            source = folder / f"in/reviews{kind}"
+            source.write_bytes(content)
+            if mode == "train":
+                return self.train(folder, fuzz_input.GOOD_CONFIG | {"data_config.dataset": str(source)})
+            outcome, rows, broken = self.label(folder, source, self.shared / "ours", output)
+            if outcome == "done":
+                self.refuse_lost_rows(source, rows, broken)
+            return outcome
+
+    def refuse_lost_rows(self, source: Path, rows: list[dict], broken: list) -> None:
+        content = source.read_bytes()
+        if source.suffix == ".jsonl":
+            lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig", "surrogateescape"))
+            assert len(rows) + len(broken) == sum(bool(line.strip()) for line in lines)
+        assert f" {len(rows)} rows," in self.printed, self.printed
+        found = str([rows, broken, columns_of(str(source))])  # an open quote can put rows into the name of a column
+        marks = [set(re.findall("mark[0-9]{2}x", text)) for text in (content.decode(errors="replace"), found)]
+        assert marks[0] <= marks[1], f"neither written nor rejected: {sorted(marks[0] - marks[1])}"
+
+    def try_model(self, example: tuple[str, str, list, list | bytes]) -> str:
+        model, file, changes, damage = example
+        with self.example() as folder:
+            target = folder / "in" / model
+            shutil.copytree(self.shared / model, target, copy_function=os.link)
+            path = target / file
+            content = json.dumps(fuzz_input.changed(json.loads(path.read_bytes()), changes)).encode()
+            path.unlink()  # it is a link to the shared one
+            path.write_bytes(damage if isinstance(damage, bytes) else fuzz_input.spoiled(content, damage))
+            if model not in ("ours", "foreign"):
+                return self.train(folder, fuzz_input.GOOD_CONFIG | {"model_config.model_name": str(target)})
+            outcome, rows, _ = self.label(folder, self.shared / "reviews.csv", target)
+            assert len(rows) == (30 if outcome == "done" else 0)
+            return outcome
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Ends what takes longer. What is raised is no Exception, so no code takes it for an error of its input."""
+    def hang(*_):
+        pytest.fail(f"it hangs: still busy after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def content_below(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def lasting_files(shared: Path) -> dict[Path, tuple[int, int] | None]:
+    """The files that all examples share, with sizes and times, and the names of the project's own."""
+    of_project = itertools.chain(PROJECT.glob("*"), *(PROJECT.glob(f"{name}/**/*") for name in (
+        "suite", "demo", "docs", "experiments")))
+    files = {path: None for path in of_project if "__pycache__" not in path.parts}  # somebody may edit them meanwhile
+    for path in shared.rglob("*"):
+        files[path] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, encoder_folder) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"), encoder_folder)
+
+
+def test_what_is_not_spoiled_works(bench):
+    assert bench.try_configuration((fuzz_input.GOOD_CONFIG, [], [])) == "done"
+    for kind, mode in itertools.product([".csv", ".jsonl"], ["train", "predict"]):
+        content = fuzz_input.file_of(fuzz_input.good_rows("bad", "good"), kind)
+        assert bench.try_reviews((content, mode, ".csv"), kind) == "done"
+    for model in bench.json_files():
+        assert bench.try_model((model, "config.json", [], [])) == "done"
+
+
+def test_configurations(bench):
+    fuzz("configurations", fuzz_input.configurations(), bench.try_configuration)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
+def test_reviews(bench, kind):
+    modes = st.sampled_from(["train", "predict", "predict"])
+    fuzz(f"{kind} files", st.tuples(fuzz_input.reviews(kind), modes, st.sampled_from([".csv", ".jsonl"])),
+         lambda example: bench.try_reviews(example, kind))
+
+
+def test_model_folders(bench):
+    fuzz("model folders", fuzz_input.models(bench.json_files()), bench.try_model)
