@@ -114,8 +114,7 @@ def explained(key: str, name: str, any_error: bool = False):
     """Surrounds code that loads `name`, the value of `key`: turns its errors into one UserError that says what to do.
 
     Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback. With
-    `any_error` there are none: where libraries alone read what is loaded, they fail on bad values in
-    any way.
+    `any_error` there are none: the libraries fail on bad values of a model's or a dataset's files in any way.
     """
     try:
         with room_for(_model_cache(), needed=0, fix=ANOTHER_DISK):
