@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -50,6 +51,7 @@ PRECIOUS = ["out/precious/model.safetensors", "out/run/notes.txt"]  # files of s
 PREDICTION = ["data_config.text_column=review", "data_config.max_len=32", "train_config.device=cpu",
               "train_config.mixed_precision=no"]
 FOREIGN_CODE = 'import os\nopen(os.path.expanduser("~/foreign code ran"), "w")\n'
+os.environ.setdefault("MPLCONFIGDIR", tempfile.mkdtemp(prefix="matplotlib_"))  # its cache is nobody's output
 configuration.set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis_"))
 
 
@@ -134,6 +136,12 @@ class Bench:
                     cli.run(lambda: main.main(cli.read_command("", accumulates=False)))
                 except SystemExit as left:
                     code = left.code
+                except (KeyboardInterrupt, pytest.fail.Exception):
+                    raise
+                except BaseException as error:  # a tokenizer's panic is no Exception
+                    # As text: Hypothesis compares the causes of errors, and some go thousands deep.
+                    code = "".join(traceback.format_exception(error, limit=-8, chain=False))[-3000:].encode(
+                        errors="backslashreplace").decode()
         while locks._held:  # this process goes on, but the command has ended
             locks._held.popitem()[1].file.close()
         self.printed, self.errors = out.getvalue(), err.getvalue()
@@ -162,8 +170,10 @@ class Bench:
     @contextlib.contextmanager
     def example(self):
         folder = self.new_folder()
-        yield folder
-        shutil.rmtree(folder)  # after a failure, it stays to be looked at
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
     def try_configuration(self, example: tuple[dict[str, str], list[str], list]) -> str:
         with self.example() as folder:
@@ -278,8 +288,10 @@ def lasting_files(shared: Path) -> dict[Path, tuple[int, int] | None]:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, encoder_folder) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"), encoder_folder)
+def bench(encoder_folder):
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a busy disk takes most of an example's time
+    with tempfile.TemporaryDirectory(prefix="fuzz_", dir=memory) as folder:
+        yield Bench(Path(folder), encoder_folder)
 
 
 def test_what_is_not_spoiled_works(bench):
