@@ -107,6 +107,7 @@ TOKENIZERS = [
     ("other words in Unigram", part("tokenizer.json", model=UNIGRAM), "its tokenizer does not know"),
     ("words deleted", part("tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": ".*"}, "content": ""}),
      "its tokenizer finds no word"),
+    ("a special token that is none", part("tokenizer.json:post_processor", special_tokens={}), "fails on a text"),
     ("half a character in a template", part("tokenizer_config.json", chat_template="\ud800"), "surrogates not"),
     ("a key of transformers' own", part("tokenizer_config.json", _tokenizer={"a": 1}), "cannot be loaded"),
     ("no unknown token", part("tokenizer.json:model", unk_token="[NOPE]"), "[UNK] token"),
