@@ -26,7 +26,10 @@ from suite.common.checks import INPUTS, impossible_values, shown
 PROJECT = Path(__file__).resolve().parent
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) != "\t"}
+# Control characters, those that turn the direction of writing, the ends of lines and halves of characters, as escapes
+CONTROLS = {code: chr(code).encode("unicode_escape").decode() for codes in (
+    range(9), range(10, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000))
+    for code in codes}
 
 
 class UserError(Exception):

@@ -182,15 +182,15 @@ def refuse_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
     if (largest := max(vocabulary.values())) > MOST_TOKENS:  # what tokenizers does with it takes as long
         raise ValueError(f"its tokenizer gives token {largest}")
     unknown_tokens(tokenizer)
+    length = tokenizer.model_max_length
+    if not isinstance(length, int | float) or isinstance(length, bool):
+        raise ValueError(f"model_max_length in its tokenizer_config.json is {str(length)[:40]!r}, not a number")
     try:
         tokenizer("a")
     except BaseException as error:  # a panic of its Rust code is no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"its tokenizer fails on a text: {brief(error)}") from None
         raise
-    length = tokenizer.model_max_length
-    if not isinstance(length, int | float) or isinstance(length, bool):
-        raise ValueError(f"model_max_length in its tokenizer_config.json is {str(length)[:40]!r}, not a number")
 
 
 def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
