@@ -235,7 +235,8 @@ def test_a_typing_mistake_destroys_no_finished_run(undisturbed):
     arguments = ["run_name=run", "train_config.resume=never", "train_config.overwrite=true"]
     train_here(*overrides, *arguments, "data_config.dataset=typo.csv", code=2)
     assert bits_of(folder) == before
-    assert "for one process" in train(*overrides, "run_name=run", environment={"WORLD_SIZE": "2"}, code=2).stderr
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    assert "for one process" in train(*overrides, "run_name=run", environment=launched, code=2).stderr
 
 
 def test_early_stopping_and_max_steps(undisturbed):
