@@ -33,6 +33,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from main import main
+from suite.common.stopping import SIGNALS
 from suite.training.devices import FiniteGuard, SingleDevice, pick_device, pick_precision
 from utils import Config, UserError, brief, num_processes
 
@@ -49,8 +50,9 @@ class AcceleratedDevices(SingleDevice):
         # Accelerate's own gradient_accumulation_steps stays 1: its `backward` would divide by it, and train_step has
         # already divided by the reviews of the effective batch.
         try:
-            self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
-        except (ValueError, ImportError) as error:
+            with SIGNALS.at_once():  # it waits for the other processes, for half an hour if they do not come
+                self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
+        except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"Accelerate cannot work as its environment variables say ({brief(error)}): correct them, "
                             "or start with accelerate launch") from error
         self.device, self.scaler = self.accelerator.device, self.accelerator.scaler

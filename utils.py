@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from suite.common.checks import INPUTS, impossible_values, shown
 
 PROJECT = Path(__file__).resolve().parent
+DEEPEST = 50  # brackets in a configuration
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
 # Control characters, those that turn the direction of writing, the ends of lines and halves of characters, as escapes
@@ -249,15 +250,13 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
     """The mapping in a YAML file. Raises UserError; `fix` says what to do if there is no such file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        refuse_odd_numbers(text, str(path))
+        refuse_odd_yaml(text, str(path))
         tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {fix}") from None
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read: its brackets are nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {brief(error)}") from None
     if not isinstance(tree, dict):
@@ -265,9 +264,15 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
     return tree
 
 
-def refuse_odd_numbers(text: str, place: str) -> None:
-    """Raises UserError for a number that YAML 1.1 reads as another one than most people: 1:30 as 90, 010 as 8."""
+def refuse_odd_yaml(text: str, place: str) -> None:
+    """Raises UserError for a number that YAML 1.1 reads as another one than most people, 1:30 as 90 or 010 as 8, and
+    for brackets so deep that the parser would crash."""
+    depth = 0
     for token in yaml.scan(text):
+        kind = type(token).__name__
+        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+        if depth > DEEPEST:
+            raise UserError(f"{place}: more than {DEEPEST} brackets are nested: no configuration needs that")
         if isinstance(token, yaml.ScalarToken) and token.plain and re.fullmatch(
                 r"[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-7_]+)", token.value):
             raise UserError(f"{place}: YAML reads {token.value} as {yaml.safe_load(token.value)}: write the number "
@@ -301,9 +306,9 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
                             "for example train_config.epochs=3")
         try:
             text = item[len(key) + 1:]
-            refuse_odd_numbers(text, f"command line: {key}")
+            refuse_odd_yaml(text, f"command line: {shown(key)}")
             value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text]))["value"]
-        except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):  # ValueError: 5000 digits
+        except (ValueError, yaml.YAMLError, OmegaConfBaseException):  # ValueError: 5000 digits
             raise UserError(f"command line: the value of {shown(item)} is not valid YAML; quote it") from None
         if isinstance(value, dict):
             items += [("command line", *leaf) for leaf in leaves(value, key + ".")]

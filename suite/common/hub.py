@@ -61,6 +61,9 @@ def usable_cache() -> None:
 
     Models are still read from the existing cache. Call it before the Hugging Face libraries are imported.
     """
+    for name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_ENDPOINT"):
+        if os.environ.get(name) == "":
+            del os.environ[name]  # the libraries would take the current folder, or no address
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
     try:
@@ -99,7 +102,7 @@ def answers(url: str) -> bool:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # a refusal is an answer, too
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no address at all
             return
         answered.set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular
-from utils import Config, UserError, brief, config_fields, leaves
+from utils import Config, UserError, brief, config_fields, leaves, refuse_odd_yaml
 
 FILES = ("config.yaml", "metrics.json", "history.jsonl", "test_predictions.csv", "misclassified.csv",
          "misclassified.html", "best" + RECORD)
@@ -100,11 +101,13 @@ def shaping_values(config: Config) -> dict[str, Any]:
 def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
-        saved = OmegaConf.load(regular(path))
+        text = regular(path).read_text(encoding="utf-8")
+        refuse_odd_yaml(text, str(path))
+        saved = OmegaConf.load(io.StringIO(text))
         if missing := Config.__dataclass_fields__.keys() - dict(saved).keys():
             raise ValueError(f"{min(missing)} is missing")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: damaged, or of another version: {brief(error)}") from None
 
 

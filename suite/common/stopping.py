@@ -38,6 +38,17 @@ class StopSignals:
             raise SystemExit(EXIT_CODES[name])
 
     @contextmanager
+    def at_once(self):
+        """Around code that waits outside Python, where no handler is called: a signal ends the process as usual."""
+        numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
     def deferred(self):
         self._deferring = True
         try:

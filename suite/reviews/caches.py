@@ -13,18 +13,19 @@ import datasets
 from huggingface_hub.utils import WeakFileLock
 
 from suite.common.hub import ANOTHER_DISK
-from suite.common.storage import read_json, room_for, write_json
+from suite.common.storage import read_json, regular, room_for, write_json
 from utils import say
 
 SUMS = "sums.json"  # beside the files of a table: {file name: SHA-256 sum}
 Tables = TypeVar("Tables", datasets.Dataset, datasets.DatasetDict)
 
 
-def cached(name: str, build: Callable[[Path], Tables]) -> Tables:
+def cached(name: str, build: Callable[[Path], Tables], shared: bool = False) -> Tables:
     """The tables of `build(folder)`, which takes them from `folder`, the part `name` of the cache, or puts them there.
 
-    Files that have changed since they were written are removed first, so that `build` makes them again. A table without
-    sums is trusted and gets some: it is new, or another program wrote it.
+    Files that have changed since they were written are removed first, so that `build` makes them again. So are files
+    without sums, which a killed process has left, unless the folder is `shared` with other programs: then a table
+    without sums is trusted and gets some.
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     folder = cache / name
@@ -35,6 +36,8 @@ def cached(name: str, build: Callable[[Path], Tables]) -> Tables:
                 if damaged := _damaged_file(place):
                     say(f"{damaged}: this file of the cache is damaged: its table is built again")
                     shutil.rmtree(place)
+            if not shared and folder.exists() and not any(folder.rglob(SUMS)):
+                shutil.rmtree(folder)
             tables = build(folder)
             for table in tables.values() if isinstance(tables, dict) else [tables]:
                 for place in {Path(file["filename"]).parent for file in table.cache_files}:
@@ -51,7 +54,7 @@ def digest_of(paths: Iterable[Path]) -> str:
 
 
 def _sum(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -60,7 +63,7 @@ def _damaged_file(place: Path) -> Path | None:
     try:
         sums = dict(read_json(place / SUMS))
         return next((place / file for file, digest in sums.items() if _sum(place / file) != digest), None)
-    except FileNotFoundError as error:
+    except OSError as error:  # missing, or a pipe in its place
         return Path(error.filename)
     except (ValueError, TypeError):
         return place / SUMS

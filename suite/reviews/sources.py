@@ -124,7 +124,8 @@ def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
     if not is_hub_name(name) or name in READERS:
         raise UserError(f"data_config.dataset: no such file or folder: {name}")
     *owner, last = name.split("/")
-    return _load_with_library(name, "___".join([*owner, camelcase_to_snakecase(last)]), lambda _: load_dataset(name))
+    cache_name = "___".join([*owner, camelcase_to_snakecase(last)])  # the library's own, where people download ahead
+    return _load_with_library(name, cache_name, lambda _: load_dataset(name), shared=True)
 
 
 def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
@@ -175,9 +176,10 @@ def _with_card(name: str) -> str:
     return f"{name} with its {' and '.join(declaring)}" if declaring else name
 
 
-def _load_with_library(name: str, cache_name: str, load: Callable[[Path], DatasetDict]) -> list[Part]:
+def _load_with_library(name: str, cache_name: str, load: Callable[[Path], DatasetDict], shared: bool = False
+                       ) -> list[Part]:
     with explained("data_config.dataset", _with_card(name), any_error=True):
-        splits = cached(cache_name, load)
+        splits = cached(cache_name, load, shared)
     return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
             for split, table in splits.items()]
 

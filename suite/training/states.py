@@ -179,7 +179,7 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
         os.replace(partial, target)
         sync_folder(folder)
         for old in saved_states(folder)[KEPT_STATES:]:
-            shutil.rmtree(old)
+            remove(old)
     barrier()
 
 
