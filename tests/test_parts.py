@@ -87,11 +87,24 @@ def swap(first, second):
     second.write_bytes(content)
 
 
+def of_another(folder, job: str = "", rows: str = ""):
+    """Make the file of chunk 2 that of another job, or of other rows of the input."""
+    path, description = part(folder, 2), json.dumps(json.loads((folder / "job.json").read_text()))
+    place = f"{2:08d}-{rows or path.name.split('-')[1]}"
+    content = path.read_bytes().replace(b'"predicted": "', b'"predicted": "un')
+    maker = parts.Parts("in.csv", folder.with_suffix(""), [])
+    maker.job = job or description
+    path.unlink()
+    (folder / maker.part_name(place, ".jsonl", content)).write_bytes(content)
+
+
 DAMAGE = {  # name: (what is done to the folder of parts, whether a line says so)
     "a line lost": (lambda folder: cut_line(part(folder, 2)), True),
     "a line more": (lambda folder: part(folder, 2).open("a").write('{"review": "mine", "n": 1}\n'), True),
     "another label": (lambda folder: part(folder, 2).write_text(part(folder, 2).read_text().replace(
         '"predicted": "', '"predicted": "un')), True),
+    "of another job": (lambda folder: of_another(folder, job="another"), True),
+    "of other rows": (lambda folder: of_another(folder, rows="0123abcd"), False),
     "empty": (lambda folder: part(folder, 2).write_bytes(b""), True),
     "deleted": (lambda folder: part(folder, 2).unlink(), False),
     "renamed": (lambda folder: part(folder, 1).rename(folder / part(folder, 1).name.replace("1-", "9-", 1)), True),
@@ -156,14 +169,15 @@ def replaced_by_link(path):
     (lambda folder: (folder / "job.json").write_text('"text"'), "job.json is damaged"),
     (lambda folder: (folder / "job.json").write_text('{"model": [1], "chunk_rows": "16"}'), "with another"),
     (lambda folder: (folder / "job.json").write_bytes(b"\xff"), "job.json is damaged"),
-    (lambda folder: (folder / "job.json").unlink(), "with another"),
+    (lambda folder: (folder / "job.json").unlink(), "has no job.json"),
     (lambda folder: replaced_by_folder(folder / "job.json"), "files that no job wrote (job.json)"),
     (lambda folder: replaced_by_folder(folder / "input.txt"), "files that no job wrote (input.txt)"),
     (lambda folder: replaced_by_folder(part(folder, 1)), "files that no job wrote"),
     (lambda folder: replaced_by_fifo(part(folder, 1)), "files that no job wrote"),
     (lambda folder: replaced_by_fifo(folder / "job.json"), "files that no job wrote"),
     (lambda folder: replaced_by_link(part(folder, 1)), "files that no job wrote"),
-    (lambda folder: (folder / "thesis.txt").write_text("mine"), "files that no job wrote (thesis.txt)")])
+    (lambda folder: (folder / "thesis.txt").write_text("mine"), "files that no job wrote (thesis.txt)"),
+    (lambda folder: (folder / "2024-sales.csv").write_text("mine"), "files that no job wrote (2024-sales.csv)")])
 def test_what_is_no_job_s_is_refused_and_stays(predict, stopped, damage, words):
     source, folder, _ = stopped
     damage(folder)

@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 
 from model import ClassifierConfig, EncoderForClassification
 from suite.common.hub import explained, is_hub_name
-from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, refuse_foreign, write_json
+from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, refuse_foreign, room_for, write_json
 from suite.encoders.refusals import (
     WEIGHTS,
     build_on_meta,
@@ -139,8 +139,10 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     with explained(key, name, any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_vocabulary(tokenizer)
-        with tempfile.TemporaryDirectory() as folder:  # what cannot be written would end the training at its first save
-            tokenizer.save_pretrained(folder)
+        if key == "model_config.model_name":  # what cannot be written would end the training at its first save
+            with (room_for(Path(tempfile.gettempdir()), needed=0, fix="set TMPDIR to another disk"),
+                  tempfile.TemporaryDirectory() as folder):
+                tokenizer.save_pretrained(folder)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
                         "tokenizer_config.json")

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,14 @@ class Job:
 
     def run(self) -> None:
         parts, output, is_main = self.parts, self.parts.output, self.devices.is_main
-        if self.devices.any(is_main and is_same(parts.joined, output)):
+        if self.devices.any(is_main and is_same(parts.joined, output) and self.is_that_of(parts.read_job())):
             if is_main:  # the job was stopped when only its folder was left to remove
                 parts.remove()
             say(f"{output} is done")
             return
         with room_for(output.parent, fix="make room or choose another --output"):
             self.open()
-            done, with_broken = parts.files(parts.kind).keys(), parts.files(".csv").keys()
+            done, with_broken = parts.files(parts.kind), parts.files(".csv")
             self.devices.barrier()  # every process has to see what was done before any of them does more
             if done:
                 say(f"going on: {len(done):,} chunks of {CHUNK_ROWS:,} rows are labelled already")
@@ -121,15 +121,21 @@ class Job:
                 before = self.parts.read_job()
                 if self.from_stdin:
                     self.copy_standard_input(before)
-                self.parts.discard_damaged()
                 self.description = self.describe()
                 if self.parts.files(self.parts.kind) and before != self.description:
                     self.parts.refuse([key for key, value in self.description.items() if before.get(key) != value])
                 write_json(self.parts.folder / "job.json", self.description)
+                self.parts.job = json.dumps(self.description)
+                self.parts.discard_damaged()
             except Exception as error:  # raised below, when the other processes know
                 problem = error
         if self.devices.any(problem is not None):
             raise problem or SystemExit(2)
+        self.parts.job = json.dumps(self.describe())
+
+    def is_that_of(self, before: dict[str, Any]) -> bool:
+        """Whether an earlier command was this one. Of standard input, nobody can tell."""
+        return not self.from_stdin and before == self.describe()
 
     def copy_standard_input(self, before: dict[str, Any]) -> None:
         """Nobody can give standard input twice, so an interrupted job starts again, on a copy of the new input."""
@@ -152,7 +158,7 @@ class Job:
                 "max_len": data.max_len, "truncation": data.truncation, "eval_batch_size": data.eval_batch_size,
                 "precision": self.devices.precision, "chunk_rows": CHUNK_ROWS}
 
-    def label_chunks(self, done: Set[int], with_broken: Set[int]) -> tuple[Counter, list[int]]:
+    def label_chunks(self, done: dict[int, Path], with_broken: dict[int, Path]) -> tuple[Counter, list[int]]:
         """Label the chunks whose rows are not `done`, or whose broken ones are not; the processes take turns.
 
         Returns the numbers of chunks, of rows, of broken ones, and of those that all processes together have labelled
@@ -169,7 +175,7 @@ class Job:
                 say(f"skipped: {row.problem}")
             counts.update(chunks=1, rows=len(chunk), broken=len(broken))
             numbers += [number] * bool(broken)
-            if number not in done or (number in with_broken) != bool(broken):
+            if not self.parts.is_of(chunk, done.get(number)) or (number in with_broken) != bool(broken):
                 if next(turns) == process_rank():
                     self.parts.write(number, label(self.classifier, chunk), chunk)
                 counts.update(labelled=len(chunk))

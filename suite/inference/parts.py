@@ -2,12 +2,13 @@
 
     labelled.csv.parts/job.json               which input is labelled by which model; any other job is refused
     labelled.csv.parts/input.txt              a copy of standard input, if that is the input
-    labelled.csv.parts/00000003-<sum>.jsonl   the labelled rows of chunk 3 (.parquet if the output is a .parquet file)
-    labelled.csv.parts/00000003-<sum>.csv     its broken rows, if it has any
+    labelled.csv.parts/00000003-<sums>.jsonl  the labelled rows of chunk 3 (.parquet if the output is a .parquet file)
+    labelled.csv.parts/00000003-<sums>.csv    its broken rows, if it has any
     labelled.csv.parts/rejected.csv           all broken rows; it becomes labelled.csv.rejected.csv
     labelled.csv.parts/output.csv             all labelled rows; it becomes labelled.csv, and then the folder is removed
 
-<sum>: 16 digits of the SHA-256 sum of chunk and content. A file that does not match its name is never joined.
+<sums>: 8 digits of the SHA-256 sum of the input's rows, and 16 of that of job, chunk and content. A file that does not
+match its name is never joined, and one that was made from other rows is made again.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from suite.common.storage import atomic_write, read_json, refuse_existing, regul
 from suite.reviews.rows import Row, columns_of
 from utils import UserError, say
 
-OWN_NAMES = re.compile(r"\..*|job\.json|input\.txt|rejected\.csv|output\.\w+|[0-9].*\.(jsonl|parquet|csv)")
-PART_NAMES = re.compile(r"([0-9]{8,})-[0-9a-f]{16}\.\w+")
+PART_NAMES = re.compile(r"([0-9]{8,}-([0-9a-f]{8}))-[0-9a-f]{16}\.(jsonl|parquet|csv)")
+OWN_NAMES = re.compile(r"job\.json|\.job\.lock|\.[0-9a-f]{16}\.tmp|input\.txt|rejected\.csv"
+                       r"|output\.(csv|jsonl|parquet)|[0-9]{8,}.*\.(jsonl|parquet|csv)")
 
 
 class Parts:
@@ -44,12 +46,18 @@ class Parts:
         self.source = str(self.folder / "input.txt") if path == "-" else path
         self.joined, self.joined_rejected = self.folder / f"output{output.suffix}", self.folder / "rejected.csv"
         self.kind = ".parquet" if output.suffix == ".parquet" else ".jsonl"  # of the files of the chunks
+        self.job = ""  # what the labels depend on; part of every file's sum
 
     def files(self, kind: str) -> dict[int, Path]:
         """{number of a chunk: its file of labelled rows or, with kind=".csv", of broken ones}. What the files hold is
         not verified here."""
-        return {int(found[1]): path for path in self.folder.glob(f"[0-9]*{kind}")
+        return {int(found[1].partition("-")[0]): path for path in self.folder.glob(f"[0-9]*{kind}")
                 if (found := PART_NAMES.fullmatch(path.name))}
+
+    @staticmethod
+    def is_of(chunk: list[Row], file: Path | None) -> bool:
+        """Whether the file of a chunk was made from these rows."""
+        return file is not None and PART_NAMES.fullmatch(file.name)[2] == sum_of(chunk)
 
     def claim(self) -> None:
         """Take the folder for this process.
@@ -60,11 +68,16 @@ class Parts:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --output") from None
-        foreign = [path for path in self.folder.iterdir() if not OWN_NAMES.fullmatch(path.name)
+        found = list(self.folder.iterdir())
+        foreign = [path for path in found if not OWN_NAMES.fullmatch(path.name)
                    or path.is_symlink() or not path.is_file()]
         if self.folder.is_symlink() or foreign:
             raise UserError(f"{self.folder} holds files that no job wrote ({min(foreign, default=self.folder).name}): "
                             "move them or choose another --output")
+        labelled = [path for path in found if path.suffix in (".csv", ".jsonl", ".parquet")]
+        if labelled and not (self.folder / "job.json").exists():
+            raise UserError(f"{self.folder} has no job.json, so nobody knows whose rows {min(labelled).name} holds: "
+                            "move this folder elsewhere or choose another --output")
         lock(self.folder, "choose another --output", inside=".job.lock")
         self.remove_files(".*.tmp")  # of a job that was killed while it wrote
         if is_same(self.joined_rejected, self.rejected):  # this job was stopped between its two outputs
@@ -88,21 +101,36 @@ class Parts:
         """Write the labelled `rows` of a chunk and its broken ones. The labelled ones come last, because their file
         tells that the chunk is done."""
         self.remove_files(f"{number:08d}-*")  # one of the two may have been damaged or removed
+        place = f"{number:08d}-{sum_of(chunk)}"
         if broken := [row for row in chunk if row.problem]:
             text = io.StringIO(newline="")
             csv.writer(text).writerows([row.number, row.problem, row.content] for row in broken)
-            self.write_part(number, ".csv", text.getvalue().encode())
+            self.write_part(place, ".csv", text.getvalue().encode())
         if self.kind == ".parquet":
             content = pa.BufferOutputStream()
             pyarrow.parquet.write_table(self.table(rows, [row for row in chunk if not row.problem]), content)
-            self.write_part(number, self.kind, content.getvalue().to_pybytes())
+            self.write_part(place, self.kind, content.getvalue().to_pybytes())
         else:
             lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            self.write_part(number, self.kind, "".join(lines).encode())
+            self.write_part(place, self.kind, "".join(lines).encode())
 
-    def write_part(self, number: int, kind: str, content: bytes) -> None:
-        with atomic_write(self.folder / part_name(number, kind, content), "wb") as file:
+    def write_part(self, place: str, kind: str, content: bytes) -> None:
+        with atomic_write(self.folder / self.part_name(place, kind, content), "wb") as file:
             file.write(content)
+
+    def part_name(self, place: str, kind: str, content: bytes) -> str:
+        """The name of a chunk's file; `place`: the chunk's number and the sum of its rows."""
+        digest = hashlib.sha256(f"{self.job} {place} {kind} ".encode() + content).hexdigest()
+        return f"{place}-{digest[:16]}{kind}"
+
+    def read_whole(self, path: Path) -> bytes | None:
+        """The content of a chunk's file; None if it is missing, or another one than its name tells."""
+        try:
+            content = regular(path).read_bytes()
+        except OSError:
+            return None
+        found = PART_NAMES.fullmatch(path.name)
+        return content if found and path.name == self.part_name(found[1], path.suffix, content) else None
 
     def table(self, rows: list[dict[str, Any]], chunk: list[Row]) -> pa.Table:
         """The rows of a .parquet input as Arrow read them, with the added columns behind theirs."""
@@ -134,7 +162,7 @@ class Parts:
     def discard_damaged(self) -> None:
         """Remove the files of chunks whose content does not match their name, so that these chunks are done again."""
         paths = sorted(self.folder.glob("[0-9]*"))
-        if damaged := [path for path in paths if read_whole(path) is None]:
+        if damaged := [path for path in paths if self.read_whole(path) is None]:
             say(f"{damaged[0]} is damaged{f', and {len(damaged) - 1:,} more are' if damaged[1:] else ''}: these rows "
                 "are labelled again")
         for path in damaged:
@@ -163,7 +191,7 @@ class Parts:
 
     def read_part(self, files: dict[int, Path], number: int) -> bytes:
         """Raises UserError if the file of that chunk is missing or is not what was written."""
-        content = read_whole(files[number]) if number in files else None
+        content = self.read_whole(files[number]) if number in files else None
         if content is None:
             raise UserError(f"{files.get(number, self.folder)}: rows of chunk {number} were damaged or removed while "
                             "this job ran: give the same command again, which labels them again")
@@ -205,28 +233,18 @@ class Parts:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the job's files and the folder. The joined output goes last, because it tells that the job is done."""
-        self.remove_files("[0-9]*", "input.txt", "rejected.csv", "job.json", ".job.lock", ".*.tmp", "output.*")
+        """Remove the job's files and the folder. Which job it was goes last."""
+        self.remove_files("[0-9]*", "input.txt", "rejected.csv", ".job.lock", ".*.tmp", "output.*", "job.json")
         try:
             self.folder.rmdir()
         except OSError as error:
             say(f"{self.folder} stays, because it holds files that no job wrote ({error.strerror})")
 
 
-def part_name(number: int, kind: str, content: bytes) -> str:
-    """The name of a chunk's file. It tells the content, and which chunk and which rows of it these are."""
-    digest = hashlib.sha256(f"{number} {kind} ".encode() + content).hexdigest()
-    return f"{number:08d}-{digest[:16]}{kind}"
-
-
-def read_whole(path: Path) -> bytes | None:
-    """The content of a chunk's file; None if it is missing, or another one than its name tells."""
-    try:
-        content = regular(path).read_bytes()
-    except OSError:
-        return None
-    found = PART_NAMES.fullmatch(path.name)
-    return content if found and path.name == part_name(int(found[1]), path.suffix, content) else None
+def sum_of(chunk: list[Row]) -> str:
+    """8 digits of the SHA-256 sum of rows of the input."""
+    rows = [[row.number, row.problem, row.content, row.values] for row in chunk]
+    return hashlib.sha256(json.dumps(rows, default=str).encode()).hexdigest()[:8]
 
 
 def is_same(path: Path, other: Path) -> bool:
