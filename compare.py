@@ -25,7 +25,7 @@ def read_command() -> argparse.Namespace:
     command = parser.parse_args()
     command.runs = list(dict.fromkeys(map(Path, command.runs)))
     if len(command.runs) < 2:
-        cli.leave(UserError("command line: name at least two run folders, such as checkpoints/NAME; see --help"))
+        cli.leave(UserError("command line: name two or more different folders, as in checkpoints/NAME; see --help"))
     command.output = Path(command.output or command.runs[0].parent / "comparison-report")
     return command
 

@@ -38,7 +38,7 @@ from model import EncoderForClassification
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
-from suite.common.run_folder import read_history, read_metrics
+from suite.common.run_folder import identity, read_history, read_metrics
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import room_for, write_json
 from suite.encoders.loading import best_model, load_model
@@ -159,7 +159,8 @@ def test(config: Config, devices: Devices, model: EncoderForClassification, data
     if not devices.is_main:
         return
     folder, names = config.run_folder, list(model.config.id2label.values())
-    metrics = figures | {"test": compute_metrics(predictions), "environment": environment(devices)}
+    metrics = figures | {"test": compute_metrics(predictions),
+                         "environment": environment(devices) | {"run": identity(folder)}}
     rows = mistakes(predictions, data.splits["test"].text, names)
     write_predictions(folder / "test_predictions.csv", predictions, names)
     write_mistakes(folder / "misclassified.csv", rows)

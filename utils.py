@@ -257,6 +257,8 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot be read: it is not UTF-8: save it as UTF-8") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {brief(error)}") from None
     if not isinstance(tree, dict):

@@ -160,7 +160,7 @@ def test_what_is_no_finished_run_is_refused(four_runs, tmp_path, capsys):
 def test_the_command_line():
     result = run_script("compare.py", "checkpoints/one")
     assert result.returncode == 2
-    assert result.stderr == ("error: command line: name at least two run folders, such as checkpoints/NAME; "
+    assert result.stderr == ("error: command line: name two or more different folders, as in checkpoints/NAME; "
                              "see --help\n")
     result = run_script("-X", "importtime", "compare.py", "--help")
     assert "checkpoints/comparison-report" in result.stdout

@@ -169,6 +169,7 @@ def test_a_signal_among_the_imports_leaves_without_a_word(undisturbed, sent):
     arguments, _ = undisturbed("main.py")
     for seconds in (0.1, 0.3, 0.6, 1, 1.5):
         process = start("-c", [f"import sys; sys.argv = ['main.py', *{arguments}]; "
+                               "from suite.common.start import start; start('main.py'); "
                                "from suite.common import cli; cli.read_command('', False); "
                                "print('reading', flush=True); import main"])
         assert process.stdout.readline() == "reading\n"

@@ -158,7 +158,7 @@ def test_progress_that_no_run_writes(unfinished, content):
     seal(state)
     assert f"{state} was saved by another version" in refusal(overrides, folder)
     with pytest.raises(UserError):
-        load_progress(state)
+        load_progress(state, progress["run"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from suite.common.checks import INPUTS
 from suite.common.hub import usable_cache
 from suite.common.run_folder import read_saved_config
 from suite.common.start import CLOSED, LAST_NET, Console
@@ -63,7 +64,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     parser.error = lambda message: leave(UserError(f"command line: {message}; see --help"))
     try:
         refuse_other_encodings(sys.argv[1:])
-        refuse_launch()
+        refuse_environment()
     except UserError as error:
         leave(error)
     return parser
@@ -77,8 +78,9 @@ def refuse_other_encodings(arguments: Sequence[str]) -> None:
                             "the terminal to UTF-8, or rename the file")
 
 
-def refuse_launch() -> None:
-    """Raises UserError if the environment variables by which a launcher tells processes apart cannot be right."""
+def refuse_environment() -> None:
+    """Raises UserError for environment variables that cannot be right: those by which a launcher tells processes apart,
+    and the address of the Hub."""
     numbers = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
     fix = "start the processes with accelerate launch, or unset it"
     for name in numbers:
@@ -93,6 +95,9 @@ def refuse_launch() -> None:
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if world_size > 1 and not os.environ.get(name):
             raise UserError(f"the environment variable WORLD_SIZE is {world_size}, but {name} is not set: {fix}")
+    if not re.fullmatch(r"https?://[\w.:-]+(/.*)?", address := os.environ.get("HF_ENDPOINT") or "https://hf.co"):
+        raise UserError(f"the environment variable HF_ENDPOINT is {address!r}, not an address such as "
+                        "https://huggingface.co: correct it, or unset it")
     if not re.fullmatch("[0-9]{1,5}", os.environ.get("MASTER_PORT") or "0"):
         raise UserError(f"the environment variable MASTER_PORT is {os.environ['MASTER_PORT']!r}, not a port: {fix}")
 
@@ -126,14 +131,19 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
     saved = config.run_folder / "config.yaml"
     if mode != "test" or not saved.exists():
         return config
-    effective_batch_size = read_saved_config(saved).train_config.effective_batch_size
+    # A relative path may have been found from another folder. Then what the given configuration says is looked at.
+    there = dict(zip(INPUTS, (config.model_config.model_name, config.data_config.dataset), strict=True))
+    kept = read_saved_config(saved)
+    gone = {key: there[key] for key, path in zip(INPUTS, (kept.model_config.model_name, kept.data_config.dataset),
+                                                 strict=True)
+            if not os.path.exists(path) and not os.path.isabs(path) and there[key].endswith(path)}
     # The run's batch may not fit the number of processes that test it. They take no optimizer step, so its check is
     # passed by; the model card names the batch that the run was trained with.
-    config = load_config(saved, overrides, {str(path): {
+    config = load_config(saved, overrides, {str(path): gone | {
         "output_dir": config.output_dir, "run_name": config.run_name, "train_config.auto_micro_batch": False,
         "train_config.effective_batch_size": None, "train_config.gradient_accumulation_steps": 1}})
     if not any(item.startswith("train_config.effective_batch_size=") for item in overrides):
-        config.train_config.effective_batch_size = effective_batch_size
+        config.train_config.effective_batch_size = kept.train_config.effective_batch_size
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from suite.common.checks import INPUTS
 from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular
 from utils import Config, UserError, brief, config_fields, leaves, refuse_odd_yaml
 
@@ -28,7 +30,8 @@ def refuse_wrong_kinds(folder: Path) -> None:
     """Raises UserError if a file of a run is a folder, a pipe or a link to nowhere, or a folder of it is no folder."""
     for name in ("", *FILES, *FOLDERS):
         path = folder / name
-        if os.path.lexists(path) and not (path.is_file() if name in FILES else path.is_dir()):
+        is_link = path.is_symlink() and name not in ("", "last", *FILES)  # what it leads to is somebody else's
+        if is_link or os.path.lexists(path) and not (path.is_file() if name in FILES else path.is_dir()):
             raise UserError(f"{path} is no {'file' if name in FILES else 'folder'}, so this run has not written it: "
                             "move it elsewhere, or choose another run_name")
 
@@ -98,6 +101,12 @@ def shaping_values(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values if key in shaping}
 
 
+def identity(run_folder: Path) -> str:
+    """What tells a run's files from those of other runs: the SHA-256 sum of all that shapes its result."""
+    values = shaping_values(read_saved_config(run_folder / "config.yaml"))
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
 def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
@@ -118,7 +127,15 @@ def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> li
     """
     saved, current = shaping_values(read_saved_config(path)), shaping_values(config)
     return [f"{key}: {saved[key]} -> {current[key]}" for key in current
-            if not key.startswith(ignored) and saved[key] != current[key]]
+            if not key.startswith(ignored) and saved[key] != current[key]
+            and not (key in INPUTS and _is_same_place(saved[key], current[key]))]
+
+
+def _is_same_place(path: str, other: str) -> bool:
+    """Whether two paths lead to the same file or folder, from here or, for a relative one, from where it was given."""
+    if os.path.exists(path) and os.path.exists(other):
+        return os.path.samefile(path, other)
+    return not os.path.isabs(path) and os.path.exists(other) and Path(other).as_posix().endswith(f"/{path}")
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -27,8 +27,9 @@ def start(doing: str) -> None:
 
 
 class Console:
-    """Standard output or error. When it cannot be written any more, as on a full disk, the rest of it is dropped, and
-    the work goes on: a log must not end a training run. If it is the command's `result`, OSError is raised."""
+    """Standard output or error. When it cannot be written any more, because a disk is full or a reader such as `head`
+    is gone, the rest of it is dropped and the work goes on: a log must not end a training run. If what is printed is
+    the command's result, OSError is raised."""
 
     def __init__(self, stream, name: str):
         self.stream, self.name, self.is_result = stream, name, False
@@ -45,12 +46,10 @@ class Console:
     def _attempt(self, call, *arguments):
         try:
             return call(*arguments)
-        except BrokenPipeError:
-            raise
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # so that it fails no more, even at exit
             if self.is_result:
-                raise OSError(error.errno, error.strerror, self.name) from None
+                raise OSError(error.errno, error.strerror, self.name) from None  # a BrokenPipeError stays one
             print(f"{self.name}: {error.strerror}: the rest of it is dropped", file=sys.stderr)
             return None
 

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGUSR1 do: the run finishes its optimizer step, saves its state and leaves.
+"""What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do: the run finishes its optimizer step, saves its state and leaves.
 
 The same command resumes it later. A second SIGINT leaves at once.
 """
@@ -7,7 +7,8 @@ import os
 import signal
 from contextlib import contextmanager
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}  # schedulers such as SLURM announce the end by SIGUSR1
+# Schedulers such as SLURM announce the end by SIGUSR1; a terminal that is closed, as by a broken connection, by SIGHUP.
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129}
 
 
 class StopRequested(Exception):
@@ -24,7 +25,8 @@ class StopSignals:
 
     def install(self) -> None:
         for name in EXIT_CODES:
-            if hasattr(signal, name):  # Windows has no SIGUSR1
+            is_wanted = name != "SIGHUP" or hasattr(signal, name) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+            if hasattr(signal, name) and is_wanted:  # Windows has not all of them, and nohup wants SIGHUP to be ignored
                 signal.signal(getattr(signal, name), self._handle)
 
     def _handle(self, number, frame) -> None:

@@ -96,7 +96,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None], recorded: bool =
     confirm(folder)
     for leftover in (partial, old):
         remove(leftover)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         write(partial)
         seal(partial)
@@ -238,8 +238,10 @@ def atomic_write(path: str | Path, mode: str = "w"):
         confirm(path)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that its reader knows
         raise
 
 

@@ -83,31 +83,35 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
     log = experiment.report_folder / LOGS / f"{cell.config.run_name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, str(PROJECT / experiment.script), *cell.arguments, f"run_name={cell.config.run_name}"]
-    # The script gets a process group of its own. Otherwise the terminal would send it Ctrl-C, we would pass on a second
-    # one, and at the second one the script leaves without saving.
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                               start_new_session=True, preexec_fn=_end_with_parent if LIBC else None)
     last = ""
+    with open(log, "a", encoding="utf-8") as file:
+        # The script gets a process group of its own. Otherwise the terminal would send it Ctrl-C, we would pass on a
+        # second one, and at the second one the script leaves without saving.
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   errors="replace", start_new_session=True,
+                                   preexec_fn=_end_with_parent if LIBC else None)
 
-    def show_output() -> None:
-        nonlocal last
-        with open(log, "a", encoding="utf-8") as file:
+        def show_output() -> None:
+            nonlocal last
             for line in process.stdout:
-                file.write(line)
-                file.flush()
+                try:
+                    file.write(line)
+                    file.flush()
+                except (OSError, ValueError) as error:  # a full disk, or closed: what is said is read all the same
+                    last = last or f"{log}: {error}"
                 say("    " + line.rstrip())
                 if line.strip() and not last.startswith("error:"):
                     last = line.strip()
 
-    reader = threading.Thread(target=show_output, daemon=True)
-    reader.start()
-    is_told = False
-    while process.poll() is None:
-        if SIGNALS.received and not is_told:
-            process.send_signal(getattr(signal, SIGNALS.received))
-            is_told = True
-        time.sleep(POLL_SECONDS)
-    reader.join(timeout=5)  # not forever: a process that the script started may outlive it and keep the output open
+        reader = threading.Thread(target=show_output, daemon=True)
+        reader.start()
+        is_told = False
+        while process.poll() is None:
+            if SIGNALS.received and not is_told:
+                process.send_signal(getattr(signal, SIGNALS.received))
+                is_told = True
+            time.sleep(POLL_SECONDS)
+        reader.join(timeout=5)  # not forever: a process that the script started may outlive it and keep its output open
     if process.returncode < 0:
         return f"ended by {signal.Signals(-process.returncode).name} (the system kills what needs too much memory)"
     if process.returncode in EXIT_CODES.values():

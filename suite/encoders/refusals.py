@@ -203,8 +203,8 @@ def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def largest_token(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> int:
-    """The largest id among `tokens` and the one that pads them."""
-    return max(int(tokens.max(initial=0)), tokenizer.pad_token_id)
+    """The largest id that the tokenizer can give; `tokens`: ids that it gave, which need not be in its vocabulary."""
+    return max(int(tokens.max(initial=0)), tokenizer.pad_token_id, *tokenizer.get_vocab().values())
 
 
 def refuse_unknown_words(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> None:

@@ -13,7 +13,6 @@ from torch import nn
 
 from data import Encode, IMDBDataset, eval_batch_size
 from suite.common.checks import position_limit, too_long
-from suite.common.hub import explained
 from suite.common.protocols import Devices
 from suite.encoders.loading import load_model, load_tokenizer
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
@@ -34,8 +33,8 @@ class Classifier:
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
         self.encode = Encode(self.tokenizer, max_len, getattr(own, "truncation", config.data_config.truncation))
-        ids = [*self.tokenizer.get_vocab().values(), *self.encode.prefix, *self.encode.suffix]
-        if (largest := largest_token(self.tokenizer, np.array(ids))) >= encoder.vocab_size:
+        around = np.array([*self.encode.prefix, *self.encode.suffix], np.int64)
+        if (largest := largest_token(self.tokenizer, around)) >= encoder.vocab_size:
             raise UserError(f"{folder}: its tokenizer gives token {largest}, its encoder knows only "
                             f"{encoder.vocab_size}: they do not belong together")
         self.knows_words = False  # until the first reviews have shown it
@@ -54,8 +53,11 @@ class Classifier:
 
     def refuse_unknown_words(self, tokens: np.ndarray) -> None:
         """Raises UserError if these tokens, of several reviews, show that the tokenizer does not know their words."""
-        with explained("--model", str(self.folder)):
+        try:
             refuse_unknown_words(self.tokenizer, tokens)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error}: give reviews in the language of this model, or name another one "
+                            "with --model") from None
         self.knows_words = True
 
     @property

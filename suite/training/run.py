@@ -18,7 +18,7 @@ from suite.common.checks import position_limit, too_long
 from suite.common.hub import explained, say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
-from suite.common.run_folder import save_config
+from suite.common.run_folder import identity
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
@@ -29,10 +29,11 @@ from suite.training.optimization import build_optimizer, build_scheduler, weigh_
 from suite.training.states import (
     KEPT_STATES,
     Progress,
+    begin_run,
     claim_run_folder,
-    clear_run,
     find_state,
     load_progress,
+    lock_inside,
     random_state,
     refuse_other_data,
     save_state,
@@ -115,15 +116,16 @@ class Run:
         """Start from the beginning. An earlier run's files are removed only now, after data and model have loaded."""
         if self.devices.is_main:
             try:
-                clear_run(self.folder)
-                save_config(self.config, self.folder / "config.yaml")
+                begin_run(self.config)
+                lock_inside(self.folder)
+                self.progress.run = identity(self.folder)
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
         self._open_records()
 
     def resume(self, state: Path) -> None:
         """Continue from a saved state."""
-        self.progress = load_progress(state)
+        self.progress = load_progress(state, identity(self.folder))
         refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
         if self.progress.best_epoch:
             best_model(self.folder)  # raises UserError if it is lost or damaged
@@ -141,7 +143,8 @@ class Run:
 
     def _open_records(self) -> None:
         if self.devices.is_main:
-            self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
+            self.history = History(self.folder / "history.jsonl", self.progress.history_lines,
+                                   self.progress.history_sum)
         self.wandb = Wandb(self.config, self.progress.wandb_id)
         self.progress.wandb_id = self.wandb.run_id
         self.start_step = self.progress.step
@@ -233,7 +236,7 @@ class Run:
             record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
             self.history.log(record)
             self.wandb.log(record | (speed or {}))
-            self.progress.history_lines = self.history.lines
+            self.progress.history_lines, self.progress.history_sum = self.history.lines, self.history.sum
 
     def wait_and_check(self) -> None:
         """Wait for the device and stop the clock.

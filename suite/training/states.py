@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from suite.common.locks import confirm, lock
-from suite.common.run_folder import differences, read_metrics, refuse_wrong_kinds
+from suite.common.run_folder import differences, identity, read_metrics, refuse_wrong_kinds, save_config
 from suite.common.storage import (
     OLD,
     PARTIAL,
@@ -56,6 +56,8 @@ class Progress:
     epochs_without_improvement: int = 0
     micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
     history_lines: int = 0
+    history_sum: str = ""  # of these lines
+    run: str = ""  # see `identity`
     wandb_id: str | None = None
 
 
@@ -68,8 +70,15 @@ def claim_run_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: give yourself the right to, or copy it and set output_dir")
     refuse_wrong_kinds(folder)
     lock(folder)
+    lock_inside(folder)
     if process_rank() == 0:
         restore(folder / "best")
+
+
+def lock_inside(folder: Path) -> None:
+    """A second lock, in the folder: through a bind mount, such as a container's, the one beside it is not visible."""
+    if folder.is_dir():
+        lock(folder, inside=".lock")
 
 
 def finished_metrics(config: Config) -> dict[str, Any] | None:
@@ -86,6 +95,9 @@ def finished_metrics(config: Config) -> dict[str, Any] | None:
         raise UserError(f"{config.run_folder} holds a finished run: choose another run_name, or replace it with "
                         "train_config.overwrite=true")
     refuse_differences(config)
+    if metrics.get("environment", {}).get("run", mine := identity(config.run_folder)) != mine:
+        raise UserError(f"{config.run_folder / 'metrics.json'} is that of another run: put back this run's own, or "
+                        "write it again with --mode test")
     return metrics
 
 
@@ -132,21 +144,25 @@ def refuse_other_data(config: Config, then: str, now: str) -> None:
                         "has its split: choose another run_name")
 
 
-def clear_run(folder: Path) -> None:
-    """Remove what a run has written, and leave what a new one begins with: an empty `last/`, an empty record.
+def begin_run(config: Config) -> None:
+    """Remove what an earlier run has written into the run folder, and write what a run begins with.
 
-    metrics.json goes first, because it says that the run is finished. `last/` itself stays, since a run without it is
-    taken for one that has lost its states. The record stays as long as the best model that it belongs to.
+    metrics.json goes first, because it says that the run is finished. config.yaml comes before `last/` and the record
+    of the best model, because a folder with these and without it is refused: nobody would know what run it holds.
     """
+    folder = config.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
     confirm(folder)
     for name in ("metrics.json", "test_predictions.csv", "misclassified.csv", "misclassified.html"):
         (folder / name).unlink(missing_ok=True)
-    last = folder / "last"
-    last.mkdir(parents=True, exist_ok=True)
-    for path in (*last.iterdir(), *(folder / name for name in ("best", "best" + PARTIAL, "best" + OLD, "plots",
-                                                               "onnx"))):
+    last, record = folder / "last", folder / ("best" + RECORD)
+    replaced = [folder / name for name in ("best", "best" + PARTIAL, "best" + OLD, "plots", "onnx")]
+    for path in (*saved_states(last), *last.glob("*" + PARTIAL), *replaced):  # what else is in `last/` is not a run's
         remove(path)
-    write_text(folder / ("best" + RECORD), "")
+    record.unlink(missing_ok=True)
+    save_config(config, folder / "config.yaml")
+    last.mkdir(exist_ok=True)
+    write_text(record, "")
 
 
 def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], barrier: Callable[[], None]) -> None:
@@ -163,7 +179,7 @@ def save_state(folder: Path, progress: Progress, write: Callable[[Path], None], 
         confirm(folder)
         for leftover in folder.glob("*" + PARTIAL):
             remove(leftover)
-        partial.mkdir(parents=True)
+        partial.mkdir()  # if somebody has moved or removed the run folder, the run must not go on in a new one
     barrier()
     try:
         write(partial)
@@ -210,17 +226,20 @@ def newest_good_state(folder: Path) -> Path | None:
     return None
 
 
-def load_progress(state: Path) -> Progress:
-    """Raises UserError if another version of this project has saved the state."""
+def load_progress(state: Path, run: str) -> Progress:
+    """Raises UserError if another run than `run`, or another version of this project, has saved the state."""
     try:
         values = read_json(state / "progress.json")
         progress = Progress(**values)
         if wrong := [name for name, kind in get_type_hints(Progress).items() if not isinstance(values[name], kind)]:
             raise TypeError(wrong)
-        return progress
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
                         "start it afresh with train_config.resume=never") from None
+    if progress.run != run:
+        raise UserError(f"{state} was saved by another run: put back this run's own last/, or start it afresh with "
+                        "train_config.resume=never")
+    return progress
 
 
 def random_state() -> dict[str, Any]:

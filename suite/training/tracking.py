@@ -6,6 +6,7 @@ files of the run folder are complete all the same.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -29,8 +30,9 @@ TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv h
 class History:
     """history.jsonl: one JSON object a line, with step, epoch and the values logged."""
 
-    def __init__(self, path: Path, keep_lines: int = 0):
-        """Keep the first `keep_lines` lines. What an interrupted run wrote after its last saved state is removed."""
+    def __init__(self, path: Path, keep_lines: int = 0, expected_sum: str = ""):
+        """Keep the first `keep_lines` lines, which have this sum. What an interrupted run wrote after its last saved
+        state is removed."""
         self.path = path
         read_history(path, keep_lines)  # damage is found now, not when training is over
         written = path.read_text(encoding="utf-8") if keep_lines and path.exists() else ""
@@ -38,15 +40,26 @@ class History:
         if len(kept) < keep_lines or any(not line.endswith("\n") for line in kept):
             raise UserError(f"{path} has lost lines that the saved state counts on: start the run afresh with "
                             "train_config.resume=never")
+        self._digest = hashlib.sha256("".join(kept).encode())
+        if keep_lines and self.sum != expected_sum:
+            raise UserError(f"{path} has changed since the state was saved: put back a copy of it, or start the run "
+                            "afresh with train_config.resume=never")
         with atomic_write(path) as file:
             file.writelines(kept)
         self.lines = keep_lines
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        self.file.write(line)
         self.file.flush()
         self.lines += 1
+        self._digest.update(line.encode())
+
+    @property
+    def sum(self) -> str:
+        """The SHA-256 sum of the lines."""
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
