@@ -51,7 +51,7 @@ from suite.training.efficiency import environment
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from suite.training.model_card import write_model_card
 from suite.training.run import Run
-from suite.training.states import claim_run_folder, finished_metrics, refuse_differences, refuse_other_data
+from suite.training.states import claim_run_folder, finished_metrics, lock_within, refuse_differences, refuse_other_data
 from suite.training.tracking import Wandb, try_plots
 from utils import Config, UserError, say
 
@@ -190,6 +190,7 @@ def test_again(config: Config, devices: Devices) -> None:
     if data.label_names != list(model.config.id2label.values()):
         raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {folder / 'best'} was "
                         f"trained on {list(model.config.id2label.values())}: test it on the data of its training")
+    lock_within(folder)
     test(config, devices, model, data, read_metrics(folder), Wandb(config, job_type="test"))
 
 

@@ -193,6 +193,47 @@ def test_a_model_that_is_exchanged_during_training_is_not_tested(unfinished, mon
     assert not (folder / "metrics.json").exists()
 
 
+def of_another_run(folder: Path) -> None:
+    """What a state of a run with another learning rate says."""
+    [state] = saved_states(folder / "last")
+    progress = json.loads((state / "progress.json").read_text())
+    (state / "progress.json").write_text(json.dumps(progress | {"run": "0" * 64}))
+    seal(state)
+
+
+def with_other_history(folder: Path) -> None:
+    path = folder / "history.jsonl"
+    path.write_text(path.read_text().replace('"train/loss": ', '"train/loss": 1', 1))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (of_another_run, "was saved by another run"), (with_other_history, "has changed since the state was saved")])
+def test_a_state_of_another_run_is_refused(unfinished, change, words):
+    change(unfinished[1])
+    assert words in refusal(*unfinished)
+
+
+def test_another_run_s_metrics_are_not_this_run_s(run):
+    metrics = read_metrics(run[1])
+    metrics["environment"]["run"] = "0" * 64
+    (run[1] / "metrics.json").write_text(json.dumps(metrics))
+    assert "is that of another run" in refusal(*run)
+
+
+def test_a_run_folder_that_is_moved_while_it_trains_is_not_made_again(unfinished, tmp_path, monkeypatch):
+    import main
+
+    overrides, folder = unfinished
+    step, moved = main.train_step, tmp_path / "moved"
+    monkeypatch.setattr(main, "train_step", lambda *rest: (
+        folder.rename(moved) if folder.exists() else None, step(*rest))[1])
+    assert "No such file or directory" in expect(2, run_here(*overrides)).stderr
+    monkeypatch.undo()
+    assert not folder.exists()
+    moved.rename(folder)
+    expect(0, run_here(*overrides))
+
+
 @pytest.mark.parametrize("call", range(6))
 def test_killed_at_any_point_of_replacing_the_best_model(tmp_path, monkeypatch, call):
     folder, calls = tmp_path / "best", []

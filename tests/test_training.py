@@ -140,7 +140,8 @@ def test_replacing_a_run_leaves_nothing_of_it(undisturbed):
     arguments = [*overrides, "run_name=replaced", "train_config.resume=never", "train_config.overwrite=true"]
     config = load_config(PROJECT / "config.yaml", arguments)
     Run.open(config, SingleDevice(config))
-    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last", "best.sha256"}
+    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last", "best.sha256",
+                                                           ".lock"}
     assert list((replaced / "last").iterdir()) == []
     assert (replaced / "best.sha256").read_text() == ""
     assert not (replaced / "history.jsonl").read_text()
@@ -269,7 +270,7 @@ def test_training_happens_with_wandb_off_offline_or_broken(undisturbed, tmp_path
 
 
 @pytest.mark.parametrize(("script", "sent", "code"), [
-    ("main.py", signal.SIGTERM, 143), ("main.py", signal.SIGINT, 130),  # SIGKILL: test_kills.py
+    ("main.py", signal.SIGHUP, 129), ("main.py", signal.SIGINT, 130),  # SIGTERM, SIGKILL: test_kills.py
     ("main_accumulation.py", signal.SIGUSR1, 143), ("main_accumulation.py", signal.SIGKILL, -9)])
 def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, script, sent, code):
     overrides, folder = undisturbed

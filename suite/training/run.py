@@ -33,7 +33,7 @@ from suite.training.states import (
     claim_run_folder,
     find_state,
     load_progress,
-    lock_inside,
+    lock_within,
     random_state,
     refuse_other_data,
     save_state,
@@ -117,7 +117,6 @@ class Run:
         if self.devices.is_main:
             try:
                 begin_run(self.config)
-                lock_inside(self.folder)
                 self.progress.run = identity(self.folder)
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
@@ -138,6 +137,7 @@ class Run:
         self.meter.load_state_dict(loop["meter"])
         set_random_state(loop["random"])
         self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
+        lock_within(self.folder)
         say(f"continuing from {state}: epoch {self.progress.epoch + 1}, optimizer step {self.progress.step}")
         self._open_records()
 

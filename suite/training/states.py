@@ -70,15 +70,13 @@ def claim_run_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: give yourself the right to, or copy it and set output_dir")
     refuse_wrong_kinds(folder)
     lock(folder)
-    lock_inside(folder)
     if process_rank() == 0:
         restore(folder / "best")
 
 
-def lock_inside(folder: Path) -> None:
+def lock_within(folder: Path) -> None:
     """A second lock, in the folder: through a bind mount, such as a container's, the one beside it is not visible."""
-    if folder.is_dir():
-        lock(folder, inside=".lock")
+    lock(folder, inside=".lock")
 
 
 def finished_metrics(config: Config) -> dict[str, Any] | None:
@@ -152,6 +150,7 @@ def begin_run(config: Config) -> None:
     """
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
+    lock_within(folder)
     confirm(folder)
     for name in ("metrics.json", "test_predictions.csv", "misclassified.csv", "misclassified.html"):
         (folder / name).unlink(missing_ok=True)
