@@ -90,6 +90,8 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
     ("bad UTF-8", raw(HEADED.encode() + b"fine,good\nbl\xffeak,bad\n", CSV), CSV, "{}: line 3 is not UTF-8"),
     ("a comma too many", lines("fine,good\nso, so,bad\n"), CSV, "{}: row 2 (line 3) has 3 fields"),
     ("an open quote", lines('fine,good\n"so so,bad\n'), CSV, "{}: line"),
+    ("two rows in one object", raw(b'{"review": "a", "verdict": 1, "review": "b", "verdict": 0}\n', JSONL), JSONL,
+     "{}: line 1 is not JSON: the key 'review' comes twice"),
     ("bad JSON", raw(b'{"review": "a", "verdict": 1}\n{"review": \n', JSONL), JSONL, "{}: line 2 is not JSON"),
     ("text that is not UTF-8 in parquet", lambda folder: pyarrow.parquet.write_table(pa.table({
         "review": pa.array([b"\xff", b"b"]).view(pa.string()), "verdict": [0, 1]}), folder / PARQUET), PARQUET, "{}"),

@@ -123,6 +123,7 @@ TOKENIZERS = [
     ("words as added tokens", file("added_tokens.json", '{"a": "b"}'), "cannot be loaded"),
 ]
 UNSAVED = [  # of tokenizers that can be read and not written
+    ("no place for the text", part("tokenizer.json:post_processor", single=[]), "does not keep the words"),
     ("half a character in a template", part("tokenizer_config.json", chat_template="\ud800"), "surrogates not"),
     ("a key of transformers' own", part("tokenizer_config.json", _tokenizer={"a": 1}), "cannot be loaded"),
 ]

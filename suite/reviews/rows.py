@@ -164,7 +164,7 @@ def _read_lines(file: BinaryIO, parse: Callable[[str], tuple[dict[str, Any], str
 
 def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_without_twins)
         if "\\ud" in line.lower():  # JSON can name half of a character, which no file can hold
             json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -176,6 +176,15 @@ def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
     if _is_deep(values, line):
         return {}, f"nests more than {DEEPEST} brackets: flatten it"
     return values, None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One key twice is what two rows look like when the end of the first is lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice: keep one of the two")
+    return values
 
 
 def _is_deep(values: dict[str, Any], line: str) -> bool:
