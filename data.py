@@ -27,7 +27,7 @@ from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
 from suite.reviews.sources import load_reviews
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
-from utils import Config, DataConfig, UserError, num_processes, process_rank
+from utils import Config, DataConfig, num_processes, process_rank
 
 CPU_BATCH = 64
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
@@ -108,10 +108,7 @@ class Encode:
         # What the tokenizer puts around a text, [CLS] and [SEP] for BERT, found by encoding one known text.
         content = self._tokens(["a"])[0]
         whole = tokenizer("a")["input_ids"]
-        start = next((i for i in range(len(whole)) if content and whole[i:i + len(content)] == content), None)
-        if start is None:
-            raise UserError(f"{tokenizer.name_or_path}: its tokenizer does not keep the words of a text: repair its "
-                            "tokenizer.json or take another model")
+        start = next(i for i in range(len(whole)) if whole[i:i + len(content)] == content)
         self.prefix, self.suffix = whole[:start], whole[start + len(content):]
         self.room = max_len - len(self.prefix) - len(self.suffix)
 

@@ -106,7 +106,7 @@ TOKENIZERS = [
     ("other words", renamed_words, "its tokenizer does not know"),
     ("other words in Unigram", part("tokenizer.json", model=UNIGRAM), "its tokenizer does not know"),
     ("words deleted", part("tokenizer.json", normalizer={"type": "Replace", "pattern": {"Regex": ".*"}, "content": ""}),
-     "its tokenizer finds no word"),
+     "does not keep the words"),
     ("a special token that is none", part("tokenizer.json:post_processor", special_tokens={}), "fails on a text"),
     ("no unknown token", part("tokenizer.json:model", unk_token="[NOPE]"), "[UNK] token"),
     ("a huge token", part("tokenizer.json:model", vocab={"film": 2**31, "[UNK]": 1}), "gives token 2147483648"),

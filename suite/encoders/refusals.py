@@ -186,11 +186,13 @@ def refuse_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(length, int | float) or isinstance(length, bool):
         raise ValueError(f"model_max_length in its tokenizer_config.json is {str(length)[:40]!r}, not a number")
     try:
-        tokenizer("a")
+        whole, word = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     except BaseException as error:  # a panic of its Rust code is no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"its tokenizer fails on a text: {brief(error)}") from None
         raise
+    if not word or word not in [whole[start:start + len(word)] for start in range(len(whole))]:
+        raise ValueError("its tokenizer does not keep the words of a text")
 
 
 def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -183,7 +183,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice: keep one of the two")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice: keep one of them")
     return values
 
 
