@@ -137,7 +137,7 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
     ("a device", lambda folder: None, "/dev/zero", "/dev/zero is neither a file nor a folder"),
     ("a name too long", lambda folder: None, "a" * 300 + ".csv", "no such file or folder: {}"),
     ("a name that is not UTF-8", lambda folder: (tree()(folder), renamed(f"{MANY}/\udcff.parquet")(folder)), MANY,
-     "{}/\udcff.parquet: not a readable parquet file"),
+     "{}/\\udcff.parquet: not a readable parquet file"),
     ("a parquet called .csv", renamed(CSV), CSV, "is not UTF-8"),
     ("UTF-16", raw((HEADED + GOOD).encode("utf-16"), CSV), CSV, "{}: line 1 is not UTF-8"),
     ("zeros", raw(bytes(5000), CSV), CSV, "{}: holds no labelled rows"),
