@@ -102,9 +102,8 @@ def shaping_values(config: Config) -> dict[str, Any]:
 
 
 def identity(run_folder: Path) -> str:
-    """What tells a run's files from those of other runs: the SHA-256 sum of all that shapes its result."""
-    values = shaping_values(read_saved_config(run_folder / "config.yaml"))
-    return hashlib.sha256(repr(values).encode()).hexdigest()
+    """What tells a run's files from those of other runs: the SHA-256 sum of its config.yaml, which is written once."""
+    return hashlib.sha256(regular(run_folder / "config.yaml").read_bytes()).hexdigest()
 
 
 def read_saved_config(path: Path) -> Config:
