@@ -225,7 +225,8 @@ class Bench:
     def refuse_lost_rows(self, source: Path, rows: list[dict], broken: list) -> None:
         content = source.read_bytes()
         if source.suffix == ".jsonl":
-            lines = re.split("\r\n|\r|\n", content.decode("utf-8-sig", "surrogateescape"))
+            text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "surrogateescape", newline="").read()
+            lines = re.split("\r\n|\r|\n", text)
             assert len(rows) + len(broken) == sum(bool(line.strip()) for line in lines)
         assert f" {len(rows)} rows," in self.printed, self.printed
         found = str([rows, broken, columns_of(str(source))])  # an open quote can put rows into the name of a column

@@ -12,6 +12,7 @@ from scipy.special import softmax
 from torch import nn
 
 from data import Encode, IMDBDataset, eval_batch_size
+from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
 from suite.common.protocols import Devices
 from suite.encoders.loading import load_model, load_tokenizer
@@ -28,11 +29,12 @@ class Classifier:
         self.folder, self.devices = folder, devices
         self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder), "--model")
         own = self.model.config  # a model of this suite says how reviews are cut; for others the configuration does
-        max_len = getattr(own, "max_len", None) or config.data_config.max_len
+        cut_by = own if isinstance(own, ClassifierConfig) else config.data_config
+        max_len = cut_by.max_len or config.data_config.max_len
         encoder = getattr(own, "encoder", own)
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
-        self.encode = Encode(self.tokenizer, max_len, getattr(own, "truncation", config.data_config.truncation))
+        self.encode = Encode(self.tokenizer, max_len, cut_by.truncation)
         around = np.array([*self.encode.prefix, *self.encode.suffix], np.int64)
         if (largest := largest_token(self.tokenizer, around)) >= encoder.vocab_size:
             raise UserError(f"{folder}: its tokenizer gives token {largest}, its encoder knows only "
