@@ -188,6 +188,7 @@ WHOLE = [
     ("two shards", weights(one(0.1), shards=True)),
     ("eager attention", values(attn_implementation="eager")),
     ("other odd values", values(torch_dtype="float16", x=[[[[1]]]], pad_token_id=None)),
+    ("keys of the suite's own models", values(truncation=None, max_len=[3], pooling=7)),
     ("odd lengths", part("tokenizer_config.json", model_max_length=10**400)),
     ("no length", part("tokenizer_config.json", model_max_length=None)),
 ]
