@@ -40,10 +40,11 @@ def rounds(usual: int) -> int:
 
 
 def tensors_of(state: Path) -> list:
-    """Everything that is saved in a state but the time that it took."""
+    """Everything that is saved in a state but the time that it took, and the run's name within `run`."""
     weights, loop = (torch.load(state / name, weights_only=True) for name in ("state.pt", "process_0.pt"))
-    del loop["meter"]["seconds"]
-    return [json.loads((state / "progress.json").read_text()), weights, loop]
+    progress = json.loads((state / "progress.json").read_text())
+    del loop["meter"]["seconds"], progress["run"]
+    return [progress, weights, loop]
 
 
 def is_equal(first, second) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from suite.common.storage import chain, room_for
 from utils import Config, UserError, brief, say
 
-PROBE_SECONDS = 8  # the libraries themselves would retry for minutes before they give up
+PROBE_SECONDS = 6  # the libraries themselves would retry for minutes before they give up
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
            "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
 ANOTHER_DISK = "set HF_HOME to another disk"  # where a cache has no room
