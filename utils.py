@@ -21,10 +21,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import INPUTS, impossible_values, shown
+from suite.common.checks import INPUTS, impossible_values, odd_yaml, shown
 
 PROJECT = Path(__file__).resolve().parent
-DEEPEST = 50  # brackets in a configuration
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
 # Control characters, those that turn the direction of writing, the ends of lines and halves of characters, as escapes
@@ -250,7 +249,8 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
     """The mapping in a YAML file. Raises UserError; `fix` says what to do if there is no such file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        refuse_odd_yaml(text, str(path))
+        if problem := odd_yaml(text):
+            raise UserError(f"{path}: {problem}")
         tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {fix}") from None
@@ -264,21 +264,6 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
     return tree
-
-
-def refuse_odd_yaml(text: str, place: str) -> None:
-    """Raises UserError for a number that YAML 1.1 reads as another one than most people, 1:30 as 90 or 010 as 8, and
-    for brackets so deep that the parser would crash."""
-    depth = 0
-    for token in yaml.scan(text):
-        kind = type(token).__name__
-        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
-        if depth > DEEPEST:
-            raise UserError(f"{place}: more than {DEEPEST} brackets are nested: no configuration needs that")
-        if isinstance(token, yaml.ScalarToken) and token.plain and re.fullmatch(
-                r"[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-7_]+)", token.value):
-            raise UserError(f"{place}: YAML reads {token.value} as {yaml.safe_load(token.value)}: write the number "
-                            f"that you mean, or '{token.value}' in quotes")
 
 
 def _beside(path: str | Path, value: Any) -> Any:
@@ -308,7 +293,8 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
                             "for example train_config.epochs=3")
         try:
             text = item[len(key) + 1:]
-            refuse_odd_yaml(text, f"command line: {shown(key)}")
+            if problem := odd_yaml(text):
+                raise UserError(f"command line: {shown(key)}: {problem}")
             value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text]))["value"]
         except (ValueError, yaml.YAMLError, OmegaConfBaseException):  # ValueError: 5000 digits
             raise UserError(f"command line: the value of {shown(item)} is not valid YAML; quote it") from None

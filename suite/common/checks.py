@@ -13,7 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 INPUTS = ("model_config.model_name", "data_config.dataset")  # keys whose values may be paths of what is read
+DEEPEST = 50  # brackets in a configuration
 LARGEST = 2**53  # integers up to here are exact wherever they are computed with
 LONGEST_RUN_NAME = 200  # bytes; a file's name has at most 255, and some are made of it
 
@@ -99,6 +102,22 @@ def shown(value: Any) -> str:
     """A value as a message shows it."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def odd_yaml(text: str) -> str | None:
+    """What is wrong with YAML that a parser takes: a number that YAML 1.1 reads as another one than most people, as in
+    1:30 as 90 or 010 as 8, or brackets so deep that the parser would crash."""
+    depth = 0
+    for token in yaml.scan(text):
+        kind = type(token).__name__
+        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+        if depth > DEEPEST:
+            return f"more than {DEEPEST} brackets are nested: no configuration needs that"
+        if isinstance(token, yaml.ScalarToken) and token.plain and re.fullmatch(
+                r"[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-7_]+)", token.value):
+            return (f"YAML reads {token.value} as {yaml.safe_load(token.value)}: write the number that you mean, or "
+                    f"'{token.value}' in quotes")
+    return None
 
 
 def _split_problem(split: Any) -> str | None:

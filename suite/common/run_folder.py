@@ -15,9 +15,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import INPUTS
+from suite.common.checks import INPUTS, odd_yaml
 from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular
-from utils import Config, UserError, brief, config_fields, leaves, refuse_odd_yaml
+from utils import Config, UserError, brief, config_fields, leaves
 
 FILES = ("config.yaml", "metrics.json", "history.jsonl", "test_predictions.csv", "misclassified.csv",
          "misclassified.html", "best" + RECORD)
@@ -110,7 +110,8 @@ def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
         text = regular(path).read_text(encoding="utf-8")
-        refuse_odd_yaml(text, str(path))
+        if problem := odd_yaml(text):
+            raise ValueError(problem)
         saved = OmegaConf.load(io.StringIO(text))
         if missing := Config.__dataclass_fields__.keys() - dict(saved).keys():
             raise ValueError(f"{min(missing)} is missing")
