@@ -74,7 +74,7 @@ def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:
     if "choices" in bounds and value not in bounds["choices"]:
         near = difflib.get_close_matches(str(value), bounds["choices"], n=1)
         return f"choose one of {', '.join(bounds['choices'])}" + (f"; did you mean {near[0]}?" if near else "")
-    if isinstance(value, str) and ("\0" in value or not _encodes(value, "utf-8")):
+    if isinstance(value, str) and ("\0" in value or not encodes(value, "utf-8")):
         return "it holds a character that no text has"
     if isinstance(value, float) and not math.isfinite(value):
         return "it must be a finite number"
@@ -88,12 +88,13 @@ def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:
     return None
 
 
-def _encodes(text: str, encoding: str) -> bool:
+def encodes(text: str, encoding: str) -> bool:
+    """Whether the encoding has every character of the text: UTF-8 lacks halves of characters."""
     return text == text.encode(encoding, errors="replace").decode(encoding)
 
 
 def _path_problem(path: str) -> str | None:
-    if not _encodes(path, encoding := sys.getfilesystemencoding()):
+    if not encodes(path, encoding := sys.getfilesystemencoding()):
         return f"the file system's encoding here, {encoding}, lacks a character of it: set LC_ALL=C.UTF-8"
     return "there is no such user" if path.startswith("~") else None
 

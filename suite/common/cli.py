@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from suite.common.checks import INPUTS
+from suite.common.checks import INPUTS, encodes
 from suite.common.hub import usable_cache
-from suite.common.run_folder import read_saved_config
+from suite.common.run_folder import is_same_place, read_saved_config, shaping_values
 from suite.common.start import CLOSED, LAST_NET, Console
 from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
@@ -73,9 +73,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 def refuse_other_encodings(arguments: Sequence[str]) -> None:
     """Raises UserError for an argument that is not UTF-8, which neither libraries nor JSON files could hold."""
     for argument in arguments:
-        if argument != argument.encode(errors="replace").decode():
-            raise UserError(f"command line: {argument.encode(errors='backslashreplace').decode()} is not UTF-8: set "
-                            "the terminal to UTF-8, or rename the file")
+        if not encodes(argument, "utf-8"):
+            raise UserError(f"command line: {argument} is not UTF-8: set the terminal to UTF-8, or rename the file")
 
 
 def refuse_environment() -> None:
@@ -132,11 +131,10 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
     if mode != "test" or not saved.exists():
         return config
     # A relative path may have been found from another folder. Then what the given configuration says is looked at.
-    there = dict(zip(INPUTS, (config.model_config.model_name, config.data_config.dataset), strict=True))
     kept = read_saved_config(saved)
-    gone = {key: there[key] for key, path in zip(INPUTS, (kept.model_config.model_name, kept.data_config.dataset),
-                                                 strict=True)
-            if not os.path.exists(path) and not os.path.isabs(path) and there[key].endswith(path)}
+    before, there = shaping_values(kept), shaping_values(config)
+    gone = {key: there[key] for key in INPUTS
+            if not os.path.exists(before[key]) and is_same_place(before[key], there[key])}
     # The run's batch may not fit the number of processes that test it. They take no optimizer step, so its check is
     # passed by; the model card names the batch that the run was trained with.
     config = load_config(saved, overrides, {str(path): gone | {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from suite.common.checks import INPUTS, odd_yaml
-from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular
+from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular, sha256_of
 from utils import Config, UserError, brief, config_fields, leaves
 
 FILES = ("config.yaml", "metrics.json", "history.jsonl", "test_predictions.csv", "misclassified.csv",
@@ -103,7 +102,7 @@ def shaping_values(config: Config) -> dict[str, Any]:
 
 def identity(run_folder: Path) -> str:
     """What tells a run's files from those of other runs: the SHA-256 sum of its config.yaml, which is written once."""
-    return hashlib.sha256(regular(run_folder / "config.yaml").read_bytes()).hexdigest()
+    return sha256_of(run_folder / "config.yaml")
 
 
 def read_saved_config(path: Path) -> Config:
@@ -128,10 +127,10 @@ def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> li
     saved, current = shaping_values(read_saved_config(path)), shaping_values(config)
     return [f"{key}: {saved[key]} -> {current[key]}" for key in current
             if not key.startswith(ignored) and saved[key] != current[key]
-            and not (key in INPUTS and _is_same_place(saved[key], current[key]))]
+            and not (key in INPUTS and is_same_place(saved[key], current[key]))]
 
 
-def _is_same_place(path: str, other: str) -> bool:
+def is_same_place(path: str, other: str) -> bool:
     """Whether two paths lead to the same file or folder, from here or, for a relative one, from where it was given."""
     if os.path.exists(path) and os.path.exists(other):
         return os.path.samefile(path, other)

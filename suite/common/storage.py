@@ -78,11 +78,15 @@ def refuse_damage(folder: Path) -> None:
 
 
 def _sum(path: Path, sync: bool = False) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path, sync)}
+
+
+def sha256_of(path: Path, sync: bool = False) -> str:
+    """The sum of a file's content, in hex. Raises OSError for what is no regular file."""
+    with open(regular(path), "rb") as file:
         if sync:
             os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None], recorded: bool = False) -> None:
@@ -120,7 +124,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None], recorded: bool =
 def _record_line(folder: Path, name: str) -> str:
     """A line that `sha256sum -c` understands; an empty text if there is no such folder yet."""
     manifest = folder / MANIFEST
-    return f"{_sum(manifest)['sha256']}  {name}/{MANIFEST}\n" if manifest.is_file() else ""
+    return f"{sha256_of(manifest)}  {name}/{MANIFEST}\n" if manifest.is_file() else ""
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -131,7 +135,7 @@ def refuse_foreign(folder: Path) -> None:
     record, manifest = folder.with_name(folder.name + RECORD), folder / MANIFEST
     if not os.path.lexists(record) or not os.path.lexists(folder):
         return
-    if not manifest.is_file() or _sum(manifest)["sha256"].encode() not in regular(record).read_bytes().split():
+    if not manifest.is_file() or sha256_of(manifest).encode() not in regular(record).read_bytes().split():
         raise UserError(f"{folder} is not the model that this run has saved ({record.name} has another sum): put back "
                         "this run's own, or train the run afresh with train_config.resume=never (and "
                         "train_config.overwrite=true if it is finished); if this model is meant, name it with --model "

@@ -131,7 +131,7 @@ class Job:
                 problem = error
         if self.devices.any(problem is not None):
             raise problem or SystemExit(2)
-        self.parts.job = json.dumps(self.describe())
+        self.parts.job = self.parts.job or json.dumps(self.parts.read_job())  # what the main process has written
 
     def is_that_of(self, before: dict[str, Any]) -> bool:
         """Whether an earlier command was this one. Of standard input, nobody can tell."""

@@ -13,7 +13,7 @@ import datasets
 from huggingface_hub.utils import WeakFileLock
 
 from suite.common.hub import ANOTHER_DISK
-from suite.common.storage import read_json, regular, room_for, write_json
+from suite.common.storage import read_json, room_for, sha256_of, write_json
 from utils import say
 
 SUMS = "sums.json"  # beside the files of a table: {file name: SHA-256 sum}
@@ -49,20 +49,15 @@ def digest_of(paths: Iterable[Path]) -> str:
     """A name for the content of files: the key under which what was made of them is cached."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(_sum(path).encode())
+        digest.update(sha256_of(path).encode())
     return digest.hexdigest()
-
-
-def _sum(path: Path) -> str:
-    with open(regular(path), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged_file(place: Path) -> Path | None:
     """A file in `place` that has changed since its sum was taken."""
     try:
         sums = dict(read_json(place / SUMS))
-        return next((place / file for file, digest in sums.items() if _sum(place / file) != digest), None)
+        return next((place / file for file, digest in sums.items() if sha256_of(place / file) != digest), None)
     except OSError as error:  # missing, or a pipe in its place
         return Path(error.filename)
     except (ValueError, TypeError):
@@ -76,4 +71,4 @@ def _keep_sums(place: Path) -> None:
     files = [file for file in (*place.glob("*.arrow"), *place.glob("dataset_info.json"))
              if not file.name.startswith("cache-")]
     with suppress(PermissionError):  # somebody else's cache: its tables can be read, but no file be put beside them
-        write_json(place / SUMS, {file.name: _sum(file) for file in sorted(files)})
+        write_json(place / SUMS, {file.name: sha256_of(file) for file in sorted(files)})

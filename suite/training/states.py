@@ -23,9 +23,8 @@ import numpy as np
 import torch
 
 from suite.common.locks import confirm, lock
-from suite.common.run_folder import differences, identity, read_metrics, refuse_wrong_kinds, save_config
+from suite.common.run_folder import FOLDERS, differences, identity, read_metrics, refuse_wrong_kinds, save_config
 from suite.common.storage import (
-    OLD,
     PARTIAL,
     RECORD,
     damage,
@@ -155,7 +154,7 @@ def begin_run(config: Config) -> None:
     for name in ("metrics.json", "test_predictions.csv", "misclassified.csv", "misclassified.html"):
         (folder / name).unlink(missing_ok=True)
     last, record = folder / "last", folder / ("best" + RECORD)
-    replaced = [folder / name for name in ("best", "best" + PARTIAL, "best" + OLD, "plots", "onnx")]
+    replaced = [folder / name for name in FOLDERS if name != "last"]
     for path in (*saved_states(last), *last.glob("*" + PARTIAL), *replaced):  # what else is in `last/` is not a run's
         remove(path)
     record.unlink(missing_ok=True)
