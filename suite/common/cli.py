@@ -245,7 +245,6 @@ def run(work: Callable[[], None]) -> None:
         code = 2
         leave(error)
     except BrokenPipeError:  # the reader of the output has closed it: leave as SIGPIPE would
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
         raise SystemExit(code) from None
     except OSError as error:

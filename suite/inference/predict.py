@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def print_rows(classifier: Classifier, path: str, column: str) -> None:
                     writer.writeheader()
                 writer.writerow(cells(values))
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: nothing is written to it any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: it has what it wanted
+        pass
     if broken:
         print(f"broken rows that were skipped: {broken:,}", file=sys.stderr)
