@@ -11,6 +11,7 @@ from torch import nn
 from model import EncoderForClassification
 from suite.common.protocols import Devices
 from suite.encoders.cpu_kernels import use_cpu_kernels
+from suite.encoders.masked_lm import MaskedLanguageModel
 
 Batch = dict[str, torch.Tensor]  # `id` and `labels` (batch,), the other tensors are the model's inputs (batch, tokens)
 
@@ -22,7 +23,7 @@ PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 def place_model(model: nn.Module, device: torch.device, compiled: bool = False) -> None:
     """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled."""
     model.to(device)
-    if device.type == "cpu" and isinstance(model, EncoderForClassification) and not compiled:
+    if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
         use_cpu_kernels(model)
 
 
