@@ -26,9 +26,9 @@ from suite.common.stopping import EXIT_CODES
 from suite.encoders.loading import load_tokenizer
 from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
-from suite.reviews.sources import load_reviews
+from suite.reviews.sources import Reviews, load_reviews
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
-from utils import Config, DataConfig, num_processes, process_rank
+from utils import Config, DataConfig, num_processes, process_rank, say
 
 CPU_BATCH = 64
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
@@ -50,6 +50,8 @@ class IMDBDataset(torch.utils.data.Dataset):
     places of the reviews in `offsets` (None: each review is one window), and `texts`, the pooled data. A split has
     `rows` (n,), its places in `first_windows`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
     """
+
+    step_sampler = StepSampler
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, ids: np.ndarray,
                  pad_token_id: int, has_token_types: bool = False, texts: Dataset | None = None,
@@ -188,6 +190,19 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     label_names: list[str]
     fingerprint: str  # of the reviews, their labels and the split
+    held_out: np.ndarray  # (valid and test reviews,) the digests of their texts
+
+
+def read_splits(config: Config) -> tuple[Reviews, np.ndarray, dict[str, np.ndarray]]:
+    """(the labelled reviews, the digests of their texts (rows,), the rows of each split)."""
+    reviews = load_reviews(config.data_config, config.model_config.num_labels)
+    digests = text_digests(reviews.table)
+    refuse_contradictions(digests, reviews)
+    return reviews, digests, split_reviews(digests, reviews.labels, reviews.split_names, config.data_config)
+
+
+def fingerprint(*parts: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
 
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
@@ -196,10 +211,9 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     `trained_model`: the folder whose tokenizer is used; None means the encoder of the configuration.
     """
     data_config = config.data_config
-    reviews = load_reviews(data_config, config.model_config.num_labels)
-    digests = text_digests(reviews.table)
-    refuse_contradictions(digests, reviews)
-    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
+    reviews, digests, ids_of = read_splits(config)
+    for part in reviews.unlabelled:
+        say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     if trained_model is None:
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks)
     else:
@@ -211,9 +225,9 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
               for name, ids in ids_of.items()}
-    parts = (digests, reviews.labels, *ids_of.values())
-    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
-    return PreparedData(splits, tokenizer, reviews.label_names, fingerprint)
+    return PreparedData(splits, tokenizer, reviews.label_names,
+                        fingerprint(digests, reviews.labels, *ids_of.values()),
+                        held_out=digests[np.concatenate([ids_of["valid"], ids_of["test"]])])
 
 
 def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf
@@ -226,8 +240,9 @@ def get_dataloader(data: PreparedData, split: str, config: Config, device: torch
     dataset, rank, processes = data.splits[split], process_rank(), num_processes()
     if split == "train":
         train_config = config.train_config
-        sampler = StepSampler(dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size,
-                              train_config.seed, rank, processes, pass_tokens, dataset.windows)
+        sampler = dataset.step_sampler(
+            dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size, train_config.seed, rank,
+            processes, pass_tokens, dataset.windows)
     else:
         sampler = LengthSampler(dataset.lengths, eval_batch_size(config.data_config, device), rank, processes,
                                 pass_tokens, dataset.windows)

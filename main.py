@@ -4,6 +4,8 @@
     python main.py --config config.yaml --mode train                    BERT on IMDB: train, validate, test
     python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
     python main.py train_config.epochs=3 data_config.max_len=256        any key of config.yaml, see docs/settings.md
+    python main.py --mode pretrain                                      masked words first, without labels; then:
+    python main.py model_config.model_name=checkpoints/pretrain-bert-base-uncased-len128-bs64-seed42/best
     python main.py --mode test                                          evaluate the best model of that run again
     python main.py --mode predict --text "A wonderful film."            label a review with that model
     python main.py --mode predict --input FILE --output FILE            or all rows of a file
@@ -29,6 +31,7 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -46,6 +49,7 @@ from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_m
 from suite.inference.explain import explain
 from suite.inference.export import export
 from suite.inference.predict import predict
+from suite.pretraining.run import PretrainingRun, masked_sums
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.efficiency import environment
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
@@ -55,6 +59,7 @@ from suite.training.states import claim_run_folder, finished_metrics, lock_withi
 from suite.training.tracking import Wandb, try_plots
 from utils import Config, UserError, say
 
+FROM_DATA = ("train", "pretrain", "test")  # the modes that read data_config.dataset
 MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "train_config.compile", "log_config",
                         "train_config.gradient_accumulation_steps", "data_config.batch_size")
 
@@ -77,8 +82,9 @@ def train(run: Run) -> None:
                     stop_if_asked(devices)
                     if run.save_due():
                         run.save()
-            metrics = compute_metrics(evaluate(run.model, run.valid_loader, devices, "validation"))
-            run.end_epoch(metrics)  # records them, keeps the model if it is the best so far, saves the state
+            validate = evaluate_masked if run.config.pretrains else evaluate
+            predictions = validate(run.model, run.valid_loader, devices, "validation")
+            run.end_epoch(predictions)  # records their metrics, keeps the model if it is the best so far, saves the state
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], total_weight: float,
@@ -116,38 +122,53 @@ def stop_if_asked(devices: Devices) -> None:
 
 def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> Predictions:
     """The model's logits on every review of a split, each exactly once. Raises StopRequested between batches."""
-
-    def batches() -> Iterator[Batch]:
-        bar = ProgressBar(name, len(loader), unit="batch")
-        for batch in loader:
-            stop_if_asked(devices)
-            yield batch
-            bar.update()
-        bar.close()
-
     model.eval()
-    ids, labels, logits = compute_logits(model, batches(), sum(map(len, loader.sampler)), devices)
+    batches = watched(loader, devices, name)
+    ids, labels, logits = compute_logits(model, batches, sum(map(len, loader.sampler)), devices)
     model.train()
     counted = ids >= 0  # -1: a review that is there only to keep the processes in step
     return Predictions(*devices.gather(ids[counted], labels[counted], logits[counted]))
 
 
+def evaluate_masked(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> np.ndarray:
+    """The same for a pretraining run: [summed loss, hits, number] of the masked words."""
+    model.eval()
+    sums = masked_sums(model, watched(loader, devices, name), devices)
+    model.train()
+    return sums
+
+
+def watched(loader: DataLoader, devices: Devices, name: str) -> Iterator[Batch]:
+    """The batches, with a progress bar. Raises StopRequested between two of them."""
+    bar = ProgressBar(name, len(loader), unit="batch")
+    for batch in loader:
+        stop_if_asked(devices)
+        yield batch
+        bar.update()
+    bar.close()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The modes train and test
+# The modes train, pretrain and test
 
 
 def train_and_test(config: Config, devices: Devices) -> None:
-    """--mode train: a new run, or the rest of one that was interrupted."""
+    """--mode train, and --mode pretrain, which tests nothing: a new run, or the rest of one that was interrupted."""
     if metrics := finished_metrics(config):
         say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "
             "to replace it, train_config.resume=never train_config.overwrite=true")
         print_results(config, metrics)
         return
-    run = Run.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
-    say(f"{config.run_name}: {len(run.data.splits['train']):,} reviews to train on, "
+    # Data, model, optimizer and schedule; as they were saved, if a state is there
+    run = (PretrainingRun if config.pretrains else Run).open(config, devices)
+    say(f"{config.run_name}: {len(run.data.splits['train']):,} {run.unit} to train on, "
         f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
-        f"{run.sampler.effective_batch} reviews on {devices}")
+        f"{run.sampler.effective_batch} {run.unit} on {devices}")
     train(run)
+    if config.pretrains:
+        if devices.is_main:
+            print_results(config, run.finish())
+        return
     test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
 
 
@@ -196,13 +217,20 @@ def test_again(config: Config, devices: Devices) -> None:
 
 
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
-    demo, test = config.demo_mark, metrics["test"]
-    low, high = test["accuracy_ci95"]
-    say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {test['loss']:.4f}, "
-        f"F1 {test['f1']:.4f}, {test['n']:,} reviews")
+    demo = config.demo_mark
+    if config.pretrains:
+        valid = metrics["valid"]
+        say(f"{demo}masked words of the validation texts: loss {valid['loss']:.4f}, perplexity "
+            f"{valid['perplexity']:.2f}, accuracy {valid['accuracy']:.4f}, {valid['n']:,} words; fine-tune from there "
+            f"with model_config.model_name={config.run_folder / 'best'}")
+    else:
+        test = metrics["test"]
+        low, high = test["accuracy_ci95"]
+        say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
+            f"{test['loss']:.4f}, F1 {test['f1']:.4f}, {test['n']:,} reviews")
     if train := metrics.get("train"):
         say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
-            f"{train['samples_per_second']:.1f} reviews a second")
+            f"{train['samples_per_second']:.1f} {'windows' if config.pretrains else 'reviews'} a second")
     say(f"{demo}everything about this run: {config.run_folder}")
 
 
@@ -211,14 +239,14 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
 
 def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
     config = command.config
-    if command.mode in ("train", "test"):  # the others need no more than a model's folder
+    if command.mode in FROM_DATA:  # the others need no more than a model's folder
         check_hub(config)
     quiet_libraries()
     make_deterministic()
     devices = devices_class(config)
-    if command.mode in ("train", "test"):
+    if command.mode in FROM_DATA:
         with room_for(config.run_folder):
-            (train_and_test if command.mode == "train" else test_again)(config, devices)
+            (test_again if command.mode == "test" else train_and_test)(config, devices)
     else:
         {"predict": predict, "export": export, "explain": explain}[command.mode](command, devices)
     devices.close()

@@ -100,6 +100,8 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     seed: int = option(42, "seed of the head's weights, dropout and review order", at_least=0, at_most=2**32 - 1)
+    objective: str = option("classification", "what is learned: the classes, or masked words; `--mode pretrain` sets it",
+                            choices=("classification", "masked_lm"))
     epochs: int = option(5, "passes over the training reviews", at_least=1)
     max_steps: int | None = option(None, "end after this many optimizer steps, if not before", at_least=1)
     optimizer: str = option("adam", "adam adds weight decay to the gradient (L2), adamw decouples it from the gradient",
@@ -143,7 +145,7 @@ class LogConfig:
 @dataclass
 class Config:
     run_name: str | None = option(None, "name of the run folder; null: `<model>-len<max_len>-bs<effective batch>-"
-                                  "seed<seed>`", shapes_result=False)
+                                  "seed<seed>`, after `pretrain-` for a pretraining run", shapes_result=False)
     output_dir: str = option("checkpoints", "folder that holds the run folders", shapes_result=False)
     model_config: ModelConfig = field(default_factory=ModelConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
@@ -153,6 +155,10 @@ class Config:
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir) / self.run_name
+
+    @property
+    def pretrains(self) -> bool:
+        return self.train_config.objective == "masked_lm"
 
     @property
     def is_demo(self) -> bool:
@@ -330,11 +336,17 @@ def _type_name(entry: Any) -> str:
 
 
 def _default_run_name(config: Config) -> str:
-    model = re.sub(r"[^\w.-]+", "-", Path(config.model_config.model_name).name) or "encoder"
+    model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
     model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
-    demo = "DEMO-" if config.is_demo else ""
-    return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
+    kind = ("DEMO-" if config.is_demo else "") + ("pretrain-" if config.pretrains else "")
+    return (f"{kind}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
             f"-seed{config.train_config.seed}")
+
+
+def short_name(path: str) -> str:
+    """The last part of a model's or dataset's name; of a run's `best` folder, the name of the run."""
+    path = Path(path)
+    return path.absolute().parent.name if path.name == "best" else path.name
 
 
 def set_seed(seed: int) -> None:

@@ -17,7 +17,7 @@ from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
 from utils import Config, UserError, load_config, num_processes, printable
 
-MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
+MODES = {"train": (), "pretrain": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
          "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
 ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
@@ -49,7 +49,7 @@ def read_command(description: str, accumulates: bool) -> Command:
     except OSError as error:  # such as a file name that is too long
         leave(UserError(f"command line: {error.filename}: {error.strerror}"))
     LAST_NET.doing = f"--mode {given.mode}"
-    if given.mode in ("train", "test"):
+    if given.mode in ("train", "pretrain", "test"):
         LAST_NET.doing, LAST_NET.folder = f"--mode {given.mode} of {config.run_folder}", config.run_folder
         usable_cache()
     return Command(given.mode, config, given.model, given.text, given.input,
@@ -126,7 +126,12 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
     `--mode test` takes the one that the run has saved, so nobody has to repeat what the run was trained with. Overrides
     still apply; the test itself refuses those that contradict the run.
     """
+    if mode == "pretrain":
+        return load_config(path, [*overrides, "train_config.objective=masked_lm"],
+                           {"--mode pretrain": {"train_config.best_metric": "loss"}})
     config = load_config(path, overrides)
+    if mode == "train" and config.pretrains:
+        raise UserError("train_config.objective is 'masked_lm': leave it out and give --mode pretrain, which sets it")
     saved = config.run_folder / "config.yaml"
     if mode != "test" or not saved.exists():
         return config
@@ -151,7 +156,7 @@ def refuse_accumulation(mode: str, config: Config) -> None:
     if num_processes() > 1:
         raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py with "
                         "the same arguments, or unset WORLD_SIZE")
-    if mode == "train" and steps > 1:
+    if mode in ("train", "pretrain") and steps > 1:
         raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): main.py "
                         "trains on one micro-batch a step; run main_accumulation.py with the same arguments")
 

@@ -21,7 +21,7 @@ from suite.common.run_folder import (
 )
 from suite.common.storage import read_json, regular
 from suite.training.evaluation import Predictions
-from utils import Config, UserError, brief
+from utils import Config, UserError, brief, short_name
 
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
@@ -86,6 +86,8 @@ def read_result(folder: Path) -> Result:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
     metrics = read_metrics(folder)
+    if (saved := folder / "config.yaml").exists() and read_saved_config(saved).pretrains:
+        raise UserError(f"{folder} holds a pretraining run, which tests nothing: compare the runs that start from it")
     if not {"train", "test"} <= metrics.keys():
         raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
                         "run's command again to finish it, or leave the run out")
@@ -186,7 +188,7 @@ def _label(values: dict[str, Any], keys: list[str]) -> str:
     parts = []
     for key in keys:
         if key in ("model_config.model_name", "data_config.dataset"):
-            parts.append(Path(values[key]).name)  # the rest of a path means nothing on another machine
+            parts.append(short_name(values[key]))  # the rest of a path means nothing on another machine
         else:
             parts.append(f"{SHORT_NAMES.get(key, key.rpartition('.')[2])} {values[key]}")
     return ", ".join(parts)

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from tokenizers import Regex, normalizers
@@ -41,6 +42,7 @@ from suite.encoders.refusals import (
 )
 from utils import PROJECT, TRUNCATIONS, ModelConfig, UserError, brief
 
+PRETRAINED_TEXTS = "pretraining_texts.npy"  # beside the weights that a pretraining run has saved
 LINE_BREAKS = r"(?i)(\s*<br\s*/?>\s*)+"
 
 AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig)  # here, transformers needs no code from the folder
@@ -100,6 +102,14 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
     return model, lacking
 
 
+def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
+    """The digests (texts,) of 16 bytes of what a pretraining run of this suite has read, if the encoder is from one."""
+    path = Path(model_config.model_name) / PRETRAINED_TEXTS
+    if not (model_config.pretrained and path.is_file()):
+        return np.empty(0, "V16")
+    return np.load(path)
+
+
 def model_folder(name: str) -> Path:
     """The folder of a model, which is in the Hub's cache if `name` is one on the Hub."""
     return Path(cached_file(name, "config.json")).parent
@@ -115,6 +125,8 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
         raise UserError(f"model_config.model_name: no such folder: {name}")
     with explained("model_config.model_name", name, any_error=True):
         folder = model_folder(name)
+        if (folder / MANIFEST).exists():
+            refuse_damage(folder)
         read_config(folder / "config.json")
         files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
         encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -209,6 +221,9 @@ def load_model(folder: str | Path) -> nn.Module:
         refuse_damage(folder)
     try:
         values = read_config(folder / "config.json")
+        if str(values.get("architectures")).endswith("ForMaskedLM']"):
+            raise ValueError("it names masked words and knows no classes; fine-tune from it with "
+                             f"model_config.model_name={folder}")
         is_ours = values.pop("model_type") == ClassifierConfig.model_type
         config = ClassifierConfig(**values) if is_ours else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         refuse_senseless(config)

@@ -30,7 +30,7 @@ def place_model(model: nn.Module, device: torch.device, compiled: bool = False) 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The encoder's layers that multiply every token by a matrix, with their names."""
-    encoder = getattr(model, "encoder", model.base_model)
+    encoder = getattr(model, "encoder", None) or model.base_model
     return [(name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from suite.common.hub import is_hub_name
 from suite.common.storage import atomic_write
-from utils import DEMO_WARNING, Config, DataConfig, printable
+from utils import DEMO_WARNING, Config, DataConfig, printable, short_name
 
 CARD = Template("""---
 $metadata
@@ -53,11 +53,11 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
 
     data, train, encoder = config.data_config, config.train_config, config.model_config.model_name
     # No path of this machine
-    dataset = printable(data.dataset if is_hub_name(data.dataset) else Path(data.dataset).name)
+    dataset = printable(data.dataset if is_hub_name(data.dataset) else short_name(data.dataset))
     card = CARD.substitute(
         metadata=card_metadata(config, dataset, metrics["test"]).to_yaml(), run_name=plain(config.run_name),
         warning=f"> **{DEMO_WARNING}**\n\n" if config.is_demo else "",
-        encoder=plain(encoder if is_hub_name(encoder) else Path(encoder).name),
+        encoder=plain(encoder if is_hub_name(encoder) else short_name(encoder)),
         origin="fine-tuned" if config.model_config.pretrained else "trained from scratch",
         classes=", ".join(map(plain, label_names)), table=metrics_table(metrics["test"]), dataset=plain(dataset),
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),
