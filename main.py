@@ -84,7 +84,7 @@ def train(run: Run) -> None:
                         run.save()
             validate = evaluate_masked if run.config.pretrains else evaluate
             predictions = validate(run.model, run.valid_loader, devices, "validation")
-            run.end_epoch(predictions)  # records their metrics, keeps the model if it is the best so far, saves the state
+            run.end_epoch(predictions)  # records their metrics, keeps the model if it is the best yet, saves the state
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], total_weight: float,

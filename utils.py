@@ -100,7 +100,7 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     seed: int = option(42, "seed of the head's weights, dropout and review order", at_least=0, at_most=2**32 - 1)
-    objective: str = option("classification", "what is learned: the classes, or masked words; `--mode pretrain` sets it",
+    objective: str = option("classification", "what is learned, classes or masked words; `--mode pretrain` sets it",
                             choices=("classification", "masked_lm"))
     epochs: int = option(5, "passes over the training reviews", at_least=1)
     max_steps: int | None = option(None, "end after this many optimizer steps, if not before", at_least=1)
@@ -339,8 +339,8 @@ def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
     model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
     kind = ("DEMO-" if config.is_demo else "") + ("pretrain-" if config.pretrains else "")
-    return (f"{kind}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
-            f"-seed{config.train_config.seed}")
+    return (f"{kind}{model.removeprefix(kind)}-len{config.data_config.max_len}"
+            f"-bs{config.train_config.effective_batch_size}-seed{config.train_config.seed}")
 
 
 def short_name(path: str) -> str:

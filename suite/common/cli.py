@@ -17,8 +17,8 @@ from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
 from utils import Config, UserError, load_config, num_processes, printable
 
-MODES = {"train": (), "pretrain": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
-         "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
+MODES = {"train": (), "pretrain": (), "test": (), "predict": ("model", "text", "input", "output"),
+         "export": ("model", "output"), "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
 ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 

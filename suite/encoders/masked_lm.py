@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from model import attention_masks, is_known
 from suite.common.hub import explained
 from suite.encoders.loading import load_weights
+from suite.encoders.refusals import WEIGHTS
 from utils import ModelConfig, UserError, say
 
 
@@ -67,6 +69,7 @@ class MaskedLanguageModel(nn.Module):
         tokenizer.save_pretrained(folder)
         self.model.save_pretrained(folder, state_dict={name.removeprefix("model."): tensor.cpu()
                                                        for name, tensor in weights.items()})
+        shutil.copymode(folder / "config.json", folder / WEIGHTS)  # safetensors makes it readable to its owner alone
 
 
 def new_masked_lm(model_config: ModelConfig, config: PreTrainedConfig) -> MaskedLanguageModel:
@@ -77,8 +80,8 @@ def new_masked_lm(model_config: ModelConfig, config: PreTrainedConfig) -> Masked
     """
     name = model_config.model_name
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        raise UserError(f"model_config.model_name: {name} is a {config.model_type} model, for which transformers has no "
-                        "head for masked words: take one such as bert-base-uncased or answerdotai/ModernBERT-base")
+        raise UserError(f"model_config.model_name: transformers has no head for masked words for {name}, which is a "
+                        f"{config.model_type} model: take one such as bert-base-uncased or answerdotai/ModernBERT-base")
     with explained("model_config.model_name", name, any_error=True):
         if model_config.pretrained:
             model, missing = load_weights(AutoModelForMaskedLM, name, config)

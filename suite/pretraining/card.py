@@ -17,8 +17,8 @@ $metadata
 
 # $run_name
 
-$warning$encoder, pretrained further by masked language modelling: 15 % of the words are masked, and the model says which
-words they were. It is the start of a fine-tuning, not a classifier.
+$warning$encoder, pretrained further by masked language modelling: 15 % of the words are masked, and the model says
+which words they were. It is where a fine-tuning starts, not a classifier.
 
 | masked words of texts that it was not trained on | value |
 | --- | --- |
@@ -26,8 +26,8 @@ words they were. It is the start of a fine-tuning, not a classifier.
 | perplexity | $perplexity |
 | accuracy | $accuracy ($n words) |
 
-Data: $dataset, training reviews and unlabelled ones, in windows of at most $max_len tokens. `pretraining_texts.npy` holds
-the digests of all texts, so that no fine-tuning validates or tests on one of them.
+Data: $dataset, training reviews and unlabelled ones, in windows of at most $max_len tokens. By the digests of these
+texts in `pretraining_texts.npy`, a fine-tuning that would validate or test on one of them is refused.
 Training: $optimizer, learning rate $learning_rate, $scheduler schedule, effective batch $effective_batch, seed $seed,
 $steps optimizer steps.
 
@@ -40,8 +40,8 @@ python main.py model_config.model_name=FOLDER     # the folder of this file
 def write_card(folder: Path, config: Config, metrics: dict[str, Any]) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
-    data, train, encoder, valid = config.data_config, config.train_config, config.model_config.model_name, metrics[
-        "valid"]
+    data, train, encoder = config.data_config, config.train_config, config.model_config.model_name
+    valid = metrics["valid"]
     dataset, on_hub = printable(short_name(data.dataset)), is_hub_name(data.dataset)
     metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask",
                              base_model=encoder if is_hub_name(encoder) else None,

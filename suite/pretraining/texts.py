@@ -46,6 +46,9 @@ def prepare_texts(config: Config) -> PretrainingData:
     for split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
         windows = np.flatnonzero(np.isin(text_of, ids))
         splits[split] = MaskedWindows(tokens, offsets, windows, text_of[windows], tokenizer, seed)
+    if not len(splits["valid"][np.arange(len(splits["valid"]))]["labels"]):
+        raise UserError(f"{data_config.dataset}: {len(valid)} texts to validate on are too few, none of their words is "
+                        "masked: raise data_config.limit or add texts")
     return PretrainingData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), held_out,
                            np.union1d(digests[used], pretrained_texts(config.model_config)))
 
@@ -60,12 +63,10 @@ def choose(labelled: np.ndarray, unlabelled: np.ndarray, digests: np.ndarray, he
     rows = np.concatenate([labelled, unlabelled])
     rows = rows[~np.isin(digests[rows], held_out)]
     rows = rows[np.unique(digests[rows], return_index=True)[1]]  # the first of each text
-    generator = np.random.default_rng(data_config.split_seed)
-    rows = generator.permutation(np.sort(rows))
+    rows = np.random.default_rng(data_config.split_seed).permutation(np.sort(rows))
     is_labelled = np.isin(rows, labelled)
-    rows = np.concatenate([rows[is_labelled], rows[~is_labelled][:data_config.limit]])
-    say(f"{data_config.dataset}: {is_labelled.sum():,} training reviews and {len(rows) - is_labelled.sum():,} unlabelled "
-        "ones to pretrain on")
-    rows = generator.permutation(rows)
+    rows = rows[is_labelled | (np.cumsum(~is_labelled) <= (data_config.limit or len(rows)))]
+    say(f"{data_config.dataset}: {is_labelled.sum():,} training reviews and {len(rows) - is_labelled.sum():,} "
+        "unlabelled ones to pretrain on")
     valid = max(1, min(round(VALID_SHARE * len(rows)), MOST_VALID))
     return np.sort(rows[valid:]), np.sort(rows[:valid])

@@ -288,7 +288,7 @@ class Run:
             f"at these reviews (last saved state: {kept})")
 
     def end_epoch(self, predictions: Any) -> None:
-        """Record the metrics of the predictions on validation, keep the model if it is the best so far, save the state."""
+        """Record the metrics on validation, keep the model if it is the best so far, save the state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
         metrics = self.metrics_of(predictions)
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})

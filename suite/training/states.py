@@ -240,8 +240,8 @@ def load_progress(state: Path, run: str) -> Progress:
 
 
 def other_version(state: Path) -> UserError:
-    return UserError(f"{state} was saved by another version of this project: finish the run with that version, or start "
-                     "it afresh with train_config.resume=never")
+    return UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
+                     "start it afresh with train_config.resume=never")
 
 
 def random_state() -> dict[str, Any]:
