@@ -1,7 +1,9 @@
 """Windows: a long review is read whole, and the review, never the window, is the sample."""
 
 import itertools
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from accumulation_worker import explicit_data
 from conftest import PROJECT, run_here, write_reviews
 from scipy.special import softmax
+from tokenizers import Tokenizer
 
 import main
 from data import Encode, get_dataloader, prepare_data, truncate
@@ -203,17 +206,18 @@ def test_a_folder_with_senseless_windows_is_refused(run, tmp_path):
             load_model(tmp_path)
 
 
-def test_an_exported_model_s_windows_are_averaged_outside(run, tmp_path):
+def test_an_exported_model_s_windows_are_averaged_as_the_documentation_says(run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     config = load_config(PROJECT / "config.yaml", [*run[0], "train_config.mixed_precision=no"])
     devices = SingleDevice(config)
     main.main(main.cli.Command("export", config, str(run[1] / "best"), output=str(tmp_path / "onnx")))
-    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
-    classifier = Classifier(run[1] / "best", config, devices)
+    documented = {"numpy": np, "session": onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx"),
+                  "config": json.loads((tmp_path / "onnx" / "config.json").read_text()),
+                  "tokenizer": Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))}
+    documentation = (PROJECT / "docs" / "inference.md").read_text(encoding="utf-8")
+    exec(re.search(r"^def logits_of.*?(?=^```)", documentation, re.MULTILINE | re.DOTALL)[0], documented)
     texts = ["dull " * 60, "a gripping film", "moving and delightful with some people " * 3]
-    for text, expected in zip(texts, classifier.probabilities(texts), strict=True):
-        windows = [np.array([window]) for window in classifier.encode.windows([text])[0]]
-        logits = [session.run(["logits"], {"input_ids": window, "attention_mask": np.ones_like(window)})[0]
-                  for window in windows]
-        np.testing.assert_allclose(softmax(np.mean(logits, axis=0)[0]), expected, atol=1e-5)
+    expected = Classifier(run[1] / "best", config, devices).probabilities(texts)
+    found = np.concatenate([documented["logits_of"](text) for text in texts])
+    np.testing.assert_allclose(softmax(found, axis=1), expected, atol=1e-5)
