@@ -17,8 +17,9 @@ from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
 from utils import Config, UserError, load_config, num_processes, printable
 
-MODES = {"train": (), "pretrain": (), "test": (), "predict": ("model", "text", "input", "output"),
-         "export": ("model", "output"), "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
+MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
+         "explain": ("model", "text", "output"),  # and the options that each one takes besides the configuration
+         "pretrain": ()}
 ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 
