@@ -185,24 +185,52 @@ def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.nd
 
 
 @dataclass
-class PreparedData:
-    splits: dict[str, IMDBDataset]
-    tokenizer: PreTrainedTokenizerBase
-    label_names: list[str]
+class Split:
+    reviews: Reviews
+    digests: np.ndarray  # (rows,) of 16 bytes, see `text_digests`
+    ids_of: dict[str, np.ndarray]  # {"train", "valid", "test": rows of `reviews`, ascending}
     fingerprint: str  # of the reviews, their labels and the split
-    held_out: np.ndarray  # (valid and test reviews,) the digests of their texts
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """(valid and test reviews,) the digests of their texts."""
+        return self.digests[np.concatenate([self.ids_of["valid"], self.ids_of["test"]])]
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.reviews.label_names
+
+    def text(self, review_id: int) -> str:
+        """The review whose `id` this is."""
+        return self.reviews.table[int(review_id)]["text"]
+
+    def texts_and_labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The reviews of one of the three splits, in the order of their ids."""
+        ids = self.ids_of[name]
+        return list(self.reviews.table.select(ids)["text"]), self.reviews.labels[ids]
 
 
-def read_splits(config: Config) -> tuple[Reviews, np.ndarray, dict[str, np.ndarray]]:
-    """(the labelled reviews, the digests of their texts (rows,), the rows of each split)."""
-    reviews = load_reviews(config.data_config, config.model_config.num_labels)
+def load_split(config: Config) -> Split:
+    """Load, clean and split the reviews. No tokenizer is needed."""
+    data_config = config.data_config
+    reviews = load_reviews(data_config, config.model_config.num_labels)
     digests = text_digests(reviews.table)
     refuse_contradictions(digests, reviews)
-    return reviews, digests, split_reviews(digests, reviews.labels, reviews.split_names, config.data_config)
+    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
+    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()))
 
 
 def fingerprint(*parts: np.ndarray) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+
+
+@dataclass
+class PreparedData:
+    splits: dict[str, IMDBDataset]
+    tokenizer: PreTrainedTokenizerBase
+    label_names: list[str]
+    fingerprint: str  # that of the Split
+    held_out: np.ndarray  # that of the Split
 
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
@@ -210,8 +238,8 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
 
     `trained_model`: the folder whose tokenizer is used; None means the encoder of the configuration.
     """
-    data_config = config.data_config
-    reviews, digests, ids_of = read_splits(config)
+    data_config, split = config.data_config, load_split(config)
+    reviews, digests, ids_of = split.reviews, split.digests, split.ids_of
     for part in reviews.unlabelled:
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     if trained_model is None:
@@ -225,9 +253,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
               for name, ids in ids_of.items()}
-    return PreparedData(splits, tokenizer, reviews.label_names,
-                        fingerprint(digests, reviews.labels, *ids_of.values()),
-                        held_out=digests[np.concatenate([ids_of["valid"], ids_of["test"]])])
+    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out)
 
 
 def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf

@@ -36,30 +36,31 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import PreparedData, get_dataloader, prepare_data
+from data import PreparedData, get_dataloader, load_split, prepare_data
 from model import EncoderForClassification
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
-from suite.common.run_folder import identity, read_history, read_metrics
+from suite.common.run_folder import is_encoder, read_metrics
 from suite.common.stopping import SIGNALS, StopRequested
-from suite.common.storage import room_for, write_json
+from suite.common.storage import room_for
+from suite.comparison.beside import show_baseline
 from suite.encoders.loading import best_model, load_model
 from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_model, to_device
 from suite.inference.explain import explain
 from suite.inference.export import export
+from suite.inference.opening import open_classifier
 from suite.inference.predict import predict
 from suite.pretraining.run import PretrainingRun, masked_sums
+from suite.training.baseline import baseline
 from suite.training.devices import SingleDevice, make_deterministic
-from suite.training.efficiency import environment
-from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
-from suite.training.model_card import write_model_card
+from suite.training.evaluation import Predictions
+from suite.training.outcome import show_finished, write_results
 from suite.training.run import Run
-from suite.training.states import claim_run_folder, finished_metrics, lock_within, refuse_differences, refuse_other_data
-from suite.training.tracking import Wandb, try_plots
+from suite.training.states import claim_run_folder, lock_within, refuse_differences, refuse_other_data
+from suite.training.tracking import Wandb
 from utils import Config, UserError, say
 
-FROM_DATA = ("train", "pretrain", "test")  # the modes that read data_config.dataset
 MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "train_config.compile", "log_config",
                         "train_config.gradient_accumulation_steps", "data_config.batch_size")
 
@@ -153,23 +154,24 @@ def watched(loader: DataLoader, devices: Devices, name: str) -> Iterator[Batch]:
 
 
 def train_and_test(config: Config, devices: Devices) -> None:
-    """--mode train, and --mode pretrain, which tests nothing: a new run, or the rest of one that was interrupted."""
-    if metrics := finished_metrics(config):
-        say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "
-            "to replace it, train_config.resume=never train_config.overwrite=true")
-        print_results(config, metrics)
+    """--mode train: a new run, or the rest of one that was interrupted."""
+    if show_finished(config):
+        show_baseline(config)
         return
-    # Data, model, optimizer and schedule; as they were saved, if a state is there
-    run = (PretrainingRun if config.pretrains else Run).open(config, devices)
-    say(f"{config.run_name}: {len(run.data.splits['train']):,} {run.unit} to train on, "
-        f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
-        f"{run.sampler.effective_batch} {run.unit} on {devices}")
+    run = Run.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
+    say(run.plan)
     train(run)
-    if config.pretrains:
-        if devices.is_main:
-            print_results(config, run.finish())
-        return
     test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
+    show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
+
+
+def pretrain(config: Config, devices: Devices) -> None:
+    """--mode pretrain: the same for masked words, of which nothing is tested."""
+    if not show_finished(config):
+        run = PretrainingRun.open(config, devices)
+        say(run.plan)
+        train(run)
+        run.finish()
 
 
 def test(config: Config, devices: Devices, model: EncoderForClassification, data: PreparedData, figures: dict[str, Any],
@@ -178,22 +180,9 @@ def test(config: Config, devices: Devices, model: EncoderForClassification, data
     place_model(model, devices.device, compiled=config.train_config.compile)
     loader = get_dataloader(data, "test", config, devices.device, pass_tokens(model, devices.device))
     predictions = evaluate(model, loader, devices, "test")
-    if not devices.is_main:
-        return
-    folder, names = config.run_folder, list(model.config.id2label.values())
-    metrics = figures | {"test": compute_metrics(predictions),
-                         "environment": environment(devices) | {"run": identity(folder)}}
-    rows = mistakes(predictions, data.splits["test"].text, names)
-    write_predictions(folder / "test_predictions.csv", predictions, names)
-    write_mistakes(folder / "misclassified.csv", rows)
-    history = read_history(folder / "history.jsonl")
-    plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, names)
-    write_model_card(folder / "best", config, metrics, names)
-    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
-    wandb.report({f"{split}/{name}": value for split in ("valid", "test")
-                  for name, value in metrics.get(split, {}).items()}, rows, predictions, names, plots)
-    print_results(config, metrics)
-    wandb.finish()
+    if devices.is_main:
+        write_results(config, devices, predictions, list(model.config.id2label.values()), data.splits["test"].text,
+                      figures, wandb)
 
 
 def test_again(config: Config, devices: Devices) -> None:
@@ -202,36 +191,30 @@ def test_again(config: Config, devices: Devices) -> None:
     if folder.is_dir():  # else there is nothing to claim, and `best_model` says so
         claim_run_folder(folder)
     devices.barrier()
-    model = load_model(best_model(folder))
+    best = best_model(folder)
+    if is_encoder(config):
+        model = load_model(best)
+        fingerprint, names = model.config.data_fingerprint, list(model.config.id2label.values())
+    else:
+        model = open_classifier(best, config, devices)
+        fingerprint, names = model.data_fingerprint, model.label_names
     # With another split, the model would be tested on reviews that it was trained on.
     refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
     with devices.main_process_first():
-        data = prepare_data(config, trained_model=str(folder / "best"))
+        data = prepare_data(config, trained_model=str(best)) if is_encoder(config) else load_split(config)
     say_what_was_cached()
-    refuse_other_data(config, model.config.data_fingerprint, data.fingerprint)
-    if data.label_names != list(model.config.id2label.values()):
-        raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {folder / 'best'} was "
-                        f"trained on {list(model.config.id2label.values())}: test it on the data of its training")
+    refuse_other_data(config, fingerprint, data.fingerprint)
+    if data.label_names != names:
+        raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {best} was trained on "
+                        f"{names}: test it on the data of its training")
     lock_within(folder)
-    test(config, devices, model, data, read_metrics(folder), Wandb(config, job_type="test"))
-
-
-def print_results(config: Config, metrics: dict[str, Any]) -> None:
-    demo = config.demo_mark
-    if config.pretrains:
-        valid = metrics["valid"]
-        say(f"{demo}masked words of the validation texts: loss {valid['loss']:.4f}, perplexity "
-            f"{valid['perplexity']:.2f}, accuracy {valid['accuracy']:.4f}, {valid['n']:,} words; fine-tune from there "
-            f"with model_config.model_name={config.run_folder / 'best'}")
-    else:
-        test = metrics["test"]
-        low, high = test["accuracy_ci95"]
-        say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
-            f"{test['loss']:.4f}, F1 {test['f1']:.4f}, {test['n']:,} reviews")
-    if train := metrics.get("train"):
-        say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
-            f"{train['samples_per_second']:.1f} {'windows' if config.pretrains else 'reviews'} a second")
-    say(f"{demo}everything about this run: {config.run_folder}")
+    figures, wandb = read_metrics(folder), Wandb(config, job_type="test")
+    if is_encoder(config):
+        test(config, devices, model, data, figures, wandb)
+    elif devices.is_main:
+        texts, labels = data.texts_and_labels("test")
+        predictions = Predictions(data.ids_of["test"], labels, model.logits(texts))
+        write_results(config, devices, predictions, names, data.text, figures, wandb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,14 +222,15 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
 
 def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
     config = command.config
-    if command.mode in FROM_DATA:  # the others need no more than a model's folder
+    if command.mode in cli.RUN_MODES:
         check_hub(config)
     quiet_libraries()
     make_deterministic()
     devices = devices_class(config)
-    if command.mode in FROM_DATA:
+    if command.mode in cli.RUN_MODES:
         with room_for(config.run_folder):
-            (test_again if command.mode == "test" else train_and_test)(config, devices)
+            {"train": train_and_test, "test": test_again, "baseline": baseline, "pretrain": pretrain}[command.mode](
+                config, devices)
     else:
         {"predict": predict, "export": export, "explain": explain}[command.mode](command, devices)
     devices.close()

@@ -25,6 +25,7 @@ from suite.common.checks import INPUTS, impossible_values, odd_yaml, shown
 
 PROJECT = Path(__file__).resolve().parent
 TRUNCATIONS = ("head", "tail", "head_tail", "windows")
+BAG_OF_WORDS = "bag-of-words"  # the model_name of a run of --mode baseline
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
 # Control characters, those that turn the direction of writing, the ends of lines and halves of characters, as escapes
@@ -339,6 +340,8 @@ def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
     model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
     kind = ("DEMO-" if config.is_demo else "") + ("pretrain-" if config.pretrains else "")
+    if config.model_config.model_name == BAG_OF_WORDS:
+        return kind + BAG_OF_WORDS
     return (f"{kind}{model.removeprefix(kind)}-len{config.data_config.max_len}"
             f"-bs{config.train_config.effective_batch_size}-seed{config.train_config.seed}")
 

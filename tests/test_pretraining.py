@@ -1,4 +1,4 @@
-"""--mode pretrain: which texts it reads, how words are masked, that steps are exact, and that fine-tuning starts there."""
+"""--mode pretrain: what it reads, what it masks, exact steps, resuming, and that fine-tuning starts with its weights."""
 
 import json
 import random

@@ -21,6 +21,7 @@ from suite.encoders.placement import Batch, to_device
 from suite.pretraining.card import write_card
 from suite.pretraining.texts import PretrainingData, prepare_texts
 from suite.training.efficiency import environment
+from suite.training.outcome import print_results
 from suite.training.run import Run
 from utils import Config
 
@@ -38,6 +39,9 @@ class PretrainingRun(Run):
         self.devices.unwrap(self.model).save(folder, weights, self.data.tokenizer)
         np.save(folder / PRETRAINED_TEXTS, self.data.digests)
 
+    def write_predictions(self, predictions: np.ndarray) -> None:
+        pass  # there is no review to predict
+
     def metrics_of(self, predictions: np.ndarray) -> dict[str, Any]:
         """`predictions`: what `masked_sums` returns."""
         loss, hits, count = predictions
@@ -54,13 +58,14 @@ class PretrainingRun(Run):
         for rows, (self.masked_tokens, micro_batches) in super().steps():
             yield rows, micro_batches
 
-    def finish(self) -> dict[str, Any]:
-        """Write the model card and metrics.json, which says that the run is finished; returns the metrics."""
-        metrics = self.figures() | {"environment": environment(self.devices) | {"run": identity(self.folder)}}
-        write_card(self.folder / "best", self.config, metrics)
-        write_json(self.folder / "metrics.json", metrics)
-        self.wandb.finish()
-        return metrics
+    def finish(self) -> None:
+        """Write the model card and metrics.json, which says that the run is finished, in process 0."""
+        if self.devices.is_main:
+            metrics = self.figures() | {"environment": environment(self.devices) | {"run": identity(self.folder)}}
+            write_card(self.folder / "best", self.config, metrics)
+            write_json(self.folder / "metrics.json", metrics)
+            print_results(self.config, metrics)
+            self.wandb.finish()
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import concatenate_datasets
 
-from data import Encode, PreparedData, fingerprint, read_splits, tokenize
+from data import Encode, PreparedData, fingerprint, load_split, tokenize
 from suite.encoders.loading import load_tokenizer, pretrained_texts
 from suite.pretraining.masking import MaskedWindows
 from suite.reviews.sources import refuse_no_texts
@@ -28,12 +28,13 @@ class PretrainingData(PreparedData):
 def prepare_texts(config: Config) -> PretrainingData:
     """Load the reviews, labelled or not, leave out those that validate or test, and cut the others into windows."""
     data_config, name = config.data_config, config.model_config.model_name
-    reviews, labelled, ids_of = read_splits(config)
+    split = load_split(config)
+    reviews, labelled = split.reviews, split.digests
     refuse_no_texts(reviews.unlabelled, data_config.text_column)
     table = concatenate_datasets([part.table.select_columns("text") for part in (*reviews.parts, *reviews.unlabelled)])
     digests = np.concatenate([labelled, *(text_digests(part.table) for part in reviews.unlabelled)])
-    held_out = labelled[np.concatenate([ids_of["valid"], ids_of["test"]])]
-    train, valid = choose(ids_of["train"], np.arange(len(labelled), len(table)), digests, held_out, data_config)
+    train, valid = choose(split.ids_of["train"], np.arange(len(labelled), len(table)), digests, split.held_out,
+                          data_config)
     tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks)
     if tokenizer.mask_token is None:
         raise UserError(f"model_config.model_name: the tokenizer of {name} has no mask token: take a model that was "
@@ -43,13 +44,13 @@ def prepare_texts(config: Config) -> PretrainingData:
         table.select(used), Encode(tokenizer, data_config.max_len, "windows", max_windows=sys.maxsize), digests[used])
     text_of = np.repeat(used, np.diff(first_windows))  # (windows,)
     splits = {}
-    for split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
+    for name_of_split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
         windows = np.flatnonzero(np.isin(text_of, ids))
-        splits[split] = MaskedWindows(tokens, offsets, windows, text_of[windows], tokenizer, seed)
+        splits[name_of_split] = MaskedWindows(tokens, offsets, windows, text_of[windows], tokenizer, seed)
     if not len(splits["valid"][np.arange(len(splits["valid"]))]["labels"]):
         raise UserError(f"{data_config.dataset}: {len(valid)} texts to validate on are too few, none of their words is "
                         "masked: raise data_config.limit or add texts")
-    return PretrainingData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), held_out,
+    return PretrainingData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,
                            np.union1d(digests[used], pretrained_texts(config.model_config)))
 
 

@@ -24,7 +24,7 @@ from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import best_model, load_encoder_config, new_model, pretrained_texts, save_model
 from suite.encoders.placement import Batch, pass_tokens, place_model
 from suite.encoders.refusals import largest_token, refuse_unknown_words
-from suite.training.evaluation import compute_metrics
+from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
 from suite.training.meter import Meter
 from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
 from suite.training.states import (
@@ -64,7 +64,10 @@ class Run:
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         save_model(folder, self.model_config, weights, self.data.tokenizer)
 
-    def metrics_of(self, predictions: Any) -> dict[str, Any]:
+    def write_predictions(self, predictions: Predictions) -> None:
+        write_predictions(self.folder / VALID_PREDICTIONS, predictions, self.data.label_names)
+
+    def metrics_of(self, predictions: Predictions) -> dict[str, Any]:
         return compute_metrics(predictions)
 
     def total_weight(self, rows: np.ndarray) -> float:
@@ -125,6 +128,13 @@ class Run:
         self.progress = Progress(data_fingerprint=data.fingerprint)
         self.start_step = 0  # where this process began
         self._out_of_memory = False
+
+    @property
+    def plan(self) -> str:
+        """What the run will do, in one line."""
+        train, valid = (len(self.data.splits[split]) for split in ("train", "valid"))
+        return (f"{self.config.run_name}: {train:,} {self.unit} to train on, {valid:,} to validate; "
+                f"{self.total_steps:,} optimizer steps of {self.sampler.effective_batch} {self.unit} on {self.devices}")
 
     @property
     def state_bytes(self) -> int:
@@ -288,7 +298,8 @@ class Run:
             f"at these reviews (last saved state: {kept})")
 
     def end_epoch(self, predictions: Any) -> None:
-        """Record the metrics on validation, keep the model if it is the best so far, save the state."""
+        """Record the metrics of these predictions on validation, keep the model if it is the best so far, save the
+        state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
         metrics = self.metrics_of(predictions)
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
@@ -299,7 +310,7 @@ class Run:
             + (", the best so far" if is_best else ""))
         if is_best:
             progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
-            self.save_best()
+            self.save_best(predictions)
         else:
             progress.epochs_without_improvement += 1
         self.save()
@@ -322,12 +333,14 @@ class Run:
                 self.history.sync()
             save_state(self.folder / "last", self.progress, write, self.devices.barrier)
 
-    def save_best(self) -> None:
-        """Replace the best model by the present one."""
+    def save_best(self, predictions: Any) -> None:
+        """Replace the best model by the present one, and first valid_predictions.csv by what it predicts there. A kill
+        in between is mended on resuming, which ends this epoch again."""
         weights = self.devices.state_dict(self.model)
 
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
+                self.write_predictions(predictions)
                 replace_folder(self.folder / "best", lambda folder: self.write_model(folder, weights), recorded=True)
 
     @contextmanager
