@@ -125,6 +125,8 @@ class TrainConfig:
     compile: bool = option(False, "compile the encoder with torch.compile")
     early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
     best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
+    test: bool = option(True, "measure the best model on the test split at the end; false: for runs that choose "
+                        "settings, which compare.py compares on validation", shapes_result=False)
     resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
                          "there is nothing to continue", choices=("auto", "never", "must"), shapes_result=False)
     overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
