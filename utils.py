@@ -119,7 +119,7 @@ class TrainConfig:
     compile: bool = option(False, "compile the encoder with torch.compile")
     gradient_checkpointing: bool = option(False, "compute the encoder's layers a second time for their gradients "
                                           "instead of keeping all that they computed: less memory, more time, the "
-                                          "same bits", shapes_result=False)
+                                          "same result", shapes_result=False)
     early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
     best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
     resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
