@@ -42,7 +42,7 @@ from suite.common.run_folder import identity, read_history, read_metrics
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import room_for, write_json
 from suite.encoders.loading import best_model, load_model
-from suite.encoders.placement import Batch, compute_logits, place_model, to_device
+from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_model, to_device
 from suite.inference.explain import explain
 from suite.inference.export import export
 from suite.inference.predict import predict
@@ -155,7 +155,8 @@ def test(config: Config, devices: Devices, model: EncoderForClassification, data
          wandb: Wandb) -> None:
     """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
     place_model(model, devices.device, compiled=config.train_config.compile)
-    predictions = evaluate(model, get_dataloader(data, "test", config, devices.device), devices, "test")
+    loader = get_dataloader(data, "test", config, devices.device, pass_tokens(model, devices.device))
+    predictions = evaluate(model, loader, devices, "test")
     if not devices.is_main:
         return
     folder, names = config.run_folder, list(model.config.id2label.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 from suite.common.hub import is_hub_name
 from suite.common.storage import atomic_write
-from utils import DEMO_WARNING, Config, printable
+from utils import DEMO_WARNING, Config, DataConfig, printable
 
 CARD = Template("""---
 $metadata
@@ -24,7 +24,7 @@ $warning$encoder, $origin for the classes $classes.
 $table
 
 Data: $dataset, split $split (split_seed $split_seed); tested with the weights that were best on validation.
-Input: at most $max_len tokens ($truncation)$line_breaks.
+Input: $input$line_breaks.
 Training: $optimizer, learning rate $learning_rate, $scheduler schedule,
 effective batch $effective_batch, seed $seed, $steps$class_weights.
 
@@ -61,16 +61,27 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         origin="fine-tuned" if config.model_config.pretrained else "trained from scratch",
         classes=", ".join(map(plain, label_names)), table=metrics_table(metrics["test"]), dataset=plain(dataset),
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),
-        split_seed=data.split_seed, max_len=data.max_len, truncation=data.truncation,
+        split_seed=data.split_seed, input=input_of(data),
         line_breaks=", `<br />` read as a space" if data.line_breaks == "space" else "",
         optimizer=train.optimizer, learning_rate=f"{train.learning_rate:g}", scheduler=train.scheduler,
         effective_batch=train.effective_batch_size, seed=train.seed,
         steps=f"{metrics['train']['optimizer_steps']:,} optimizer steps" if "train" in metrics else "interrupted",
         class_weights=", the loss weighted by how rare a class is" if train.class_weights else "",
-        pipeline_note=" The pipeline reads the head of a long review, where training read its head and its tail."
-        if data.truncation == "head_tail" else "")
+        pipeline_note=PIPELINE_NOTES.get(data.truncation, ""))
     with atomic_write(folder / "README.md") as file:
         file.write(str(ModelCard(card)))
+
+
+PIPELINE_NOTES = {
+    "head_tail": " The pipeline reads the head of a long review, where training read its head and its tail.",
+    "windows": " The pipeline reads the head of a long review alone, where training read all of its windows."}
+
+
+def input_of(data: DataConfig) -> str:
+    if data.truncation != "windows":
+        return f"at most {data.max_len} tokens ({data.truncation})"
+    return (f"at most {data.max_windows} windows of at most {data.max_len} tokens; the logits of a review are the mean "
+            "over its windows")
 
 
 def plain(text: str) -> str:
