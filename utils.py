@@ -122,9 +122,8 @@ class TrainConfig:
     mixed_precision: str = option("auto", "precision of the forward pass; auto: bf16 if the device supports it, else "
                                   "no", choices=("auto", "no", "bf16", "fp16"))
     compile: bool = option(False, "compile the encoder with torch.compile")
-    gradient_checkpointing: bool = option(False, "compute the encoder's layers a second time for their gradients "
-                                          "instead of keeping all that they computed: less memory, more time, the "
-                                          "same result", shapes_result=False)
+    gradient_checkpointing: bool = option(False, "keep each layer's input only and compute the layer again for its "
+                                          "gradient: less memory, more time, same result", shapes_result=False)
     early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
     best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
     resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
