@@ -26,7 +26,7 @@ from suite.common.stopping import EXIT_CODES
 from suite.encoders.loading import load_tokenizer
 from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
-from suite.reviews.sources import load_reviews
+from suite.reviews.sources import Reviews, load_reviews
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
 from utils import Config, DataConfig, num_processes, process_rank
 
@@ -183,11 +183,44 @@ def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.nd
 
 
 @dataclass
+class Split:
+    reviews: Reviews
+    digests: np.ndarray  # (rows,) of 16 bytes, see `text_digests`
+    ids_of: dict[str, np.ndarray]  # {"train", "valid", "test": rows of `reviews`, ascending}
+    fingerprint: str  # of the reviews, their labels and the split
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.reviews.label_names
+
+    def text(self, review_id: int) -> str:
+        """The review whose `id` this is."""
+        return self.reviews.table[int(review_id)]["text"]
+
+    def texts_and_labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The reviews of one of the three splits, in the order of their ids."""
+        ids = self.ids_of[name]
+        return list(self.reviews.table.select(ids)["text"]), self.reviews.labels[ids]
+
+
+def load_split(config: Config) -> Split:
+    """Load, clean and split the reviews. No tokenizer is needed."""
+    data_config = config.data_config
+    reviews = load_reviews(data_config, config.model_config.num_labels)
+    digests = text_digests(reviews.table)
+    refuse_contradictions(digests, reviews)
+    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
+    parts = (digests, reviews.labels, *ids_of.values())
+    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+    return Split(reviews, digests, ids_of, fingerprint)
+
+
+@dataclass
 class PreparedData:
     splits: dict[str, IMDBDataset]
     tokenizer: PreTrainedTokenizerBase
     label_names: list[str]
-    fingerprint: str  # of the reviews, their labels and the split
+    fingerprint: str  # that of the Split
 
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
@@ -195,11 +228,8 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
 
     `trained_model`: the folder whose tokenizer is used; None means the encoder of the configuration.
     """
-    data_config = config.data_config
-    reviews = load_reviews(data_config, config.model_config.num_labels)
-    digests = text_digests(reviews.table)
-    refuse_contradictions(digests, reviews)
-    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
+    data_config, split = config.data_config, load_split(config)
+    reviews, digests, ids_of = split.reviews, split.digests, split.ids_of
     if trained_model is None:
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks)
     else:
@@ -211,9 +241,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
               for name, ids in ids_of.items()}
-    parts = (digests, reviews.labels, *ids_of.values())
-    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
-    return PreparedData(splits, tokenizer, reviews.label_names, fingerprint)
+    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint)
 
 
 def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf

@@ -33,26 +33,28 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import PreparedData, get_dataloader, prepare_data
+from data import PreparedData, get_dataloader, load_split, prepare_data
 from model import EncoderForClassification
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
-from suite.common.run_folder import identity, read_history, read_metrics
+from suite.common.run_folder import is_encoder, read_metrics
 from suite.common.stopping import SIGNALS, StopRequested
-from suite.common.storage import room_for, write_json
+from suite.common.storage import room_for
+from suite.comparison.beside import show_baseline
 from suite.encoders.loading import best_model, load_model
 from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_model, to_device
 from suite.inference.explain import explain
 from suite.inference.export import export
+from suite.inference.opening import open_classifier
 from suite.inference.predict import predict
+from suite.training.baseline import baseline
 from suite.training.devices import SingleDevice, make_deterministic
-from suite.training.efficiency import environment
-from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
-from suite.training.model_card import write_model_card
+from suite.training.evaluation import Predictions
+from suite.training.outcome import show_finished, write_results
 from suite.training.run import Run
-from suite.training.states import claim_run_folder, finished_metrics, lock_within, refuse_differences, refuse_other_data
-from suite.training.tracking import Wandb, try_plots
+from suite.training.states import claim_run_folder, lock_within, refuse_differences, refuse_other_data
+from suite.training.tracking import Wandb
 from utils import Config, UserError, say
 
 MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "train_config.compile", "log_config",
@@ -77,8 +79,8 @@ def train(run: Run) -> None:
                     stop_if_asked(devices)
                     if run.save_due():
                         run.save()
-            metrics = compute_metrics(evaluate(run.model, run.valid_loader, devices, "validation"))
-            run.end_epoch(metrics)  # records them, keeps the model if it is the best so far, saves the state
+            predictions = evaluate(run.model, run.valid_loader, devices, "validation")
+            run.end_epoch(predictions)  # records metrics, keeps the model if it is the best so far, saves the state
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], total_weight: float,
@@ -138,10 +140,8 @@ def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) 
 
 def train_and_test(config: Config, devices: Devices) -> None:
     """--mode train: a new run, or the rest of one that was interrupted."""
-    if metrics := finished_metrics(config):
-        say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "
-            "to replace it, train_config.resume=never train_config.overwrite=true")
-        print_results(config, metrics)
+    if show_finished(config):
+        show_baseline(config)
         return
     run = Run.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
     say(f"{config.run_name}: {len(run.data.splits['train']):,} reviews to train on, "
@@ -149,6 +149,7 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{run.sampler.effective_batch} reviews on {devices}")
     train(run)
     test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
+    show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
 
 
 def test(config: Config, devices: Devices, model: EncoderForClassification, data: PreparedData, figures: dict[str, Any],
@@ -157,22 +158,9 @@ def test(config: Config, devices: Devices, model: EncoderForClassification, data
     place_model(model, devices.device, compiled=config.train_config.compile)
     loader = get_dataloader(data, "test", config, devices.device, pass_tokens(model, devices.device))
     predictions = evaluate(model, loader, devices, "test")
-    if not devices.is_main:
-        return
-    folder, names = config.run_folder, list(model.config.id2label.values())
-    metrics = figures | {"test": compute_metrics(predictions),
-                         "environment": environment(devices) | {"run": identity(folder)}}
-    rows = mistakes(predictions, data.splits["test"].text, names)
-    write_predictions(folder / "test_predictions.csv", predictions, names)
-    write_mistakes(folder / "misclassified.csv", rows)
-    history = read_history(folder / "history.jsonl")
-    plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, names)
-    write_model_card(folder / "best", config, metrics, names)
-    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
-    wandb.report({f"{split}/{name}": value for split in ("valid", "test")
-                  for name, value in metrics.get(split, {}).items()}, rows, predictions, names, plots)
-    print_results(config, metrics)
-    wandb.finish()
+    if devices.is_main:
+        write_results(config, devices, predictions, list(model.config.id2label.values()), data.splits["test"].text,
+                      figures, wandb)
 
 
 def test_again(config: Config, devices: Devices) -> None:
@@ -181,29 +169,30 @@ def test_again(config: Config, devices: Devices) -> None:
     if folder.is_dir():  # else there is nothing to claim, and `best_model` says so
         claim_run_folder(folder)
     devices.barrier()
-    model = load_model(best_model(folder))
+    best = best_model(folder)
+    if is_encoder(config):
+        model = load_model(best)
+        fingerprint, names = model.config.data_fingerprint, list(model.config.id2label.values())
+    else:
+        model = open_classifier(best, config, devices)
+        fingerprint, names = model.data_fingerprint, model.label_names
     # With another split, the model would be tested on reviews that it was trained on.
     refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
     with devices.main_process_first():
-        data = prepare_data(config, trained_model=str(folder / "best"))
+        data = prepare_data(config, trained_model=str(best)) if is_encoder(config) else load_split(config)
     say_what_was_cached()
-    refuse_other_data(config, model.config.data_fingerprint, data.fingerprint)
-    if data.label_names != list(model.config.id2label.values()):
-        raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {folder / 'best'} was "
-                        f"trained on {list(model.config.id2label.values())}: test it on the data of its training")
+    refuse_other_data(config, fingerprint, data.fingerprint)
+    if data.label_names != names:
+        raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {best} was trained on "
+                        f"{names}: test it on the data of its training")
     lock_within(folder)
-    test(config, devices, model, data, read_metrics(folder), Wandb(config, job_type="test"))
-
-
-def print_results(config: Config, metrics: dict[str, Any]) -> None:
-    demo, test = config.demo_mark, metrics["test"]
-    low, high = test["accuracy_ci95"]
-    say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {test['loss']:.4f}, "
-        f"F1 {test['f1']:.4f}, {test['n']:,} reviews")
-    if train := metrics.get("train"):
-        say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
-            f"{train['samples_per_second']:.1f} reviews a second")
-    say(f"{demo}everything about this run: {config.run_folder}")
+    figures, wandb = read_metrics(folder), Wandb(config, job_type="test")
+    if is_encoder(config):
+        test(config, devices, model, data, figures, wandb)
+    elif devices.is_main:
+        texts, labels = data.texts_and_labels("test")
+        predictions = Predictions(data.ids_of["test"], labels, model.logits(texts))
+        write_results(config, devices, predictions, names, data.text, figures, wandb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,14 +200,14 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
 
 def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
     config = command.config
-    if command.mode in ("train", "test"):  # the others need no more than a model's folder
+    if command.mode in cli.RUN_MODES:
         check_hub(config)
     quiet_libraries()
     make_deterministic()
     devices = devices_class(config)
-    if command.mode in ("train", "test"):
+    if command.mode in cli.RUN_MODES:
         with room_for(config.run_folder):
-            (train_and_test if command.mode == "train" else test_again)(config, devices)
+            {"train": train_and_test, "test": test_again, "baseline": baseline}[command.mode](config, devices)
     else:
         {"predict": predict, "export": export, "explain": explain}[command.mode](command, devices)
     devices.close()

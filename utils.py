@@ -25,6 +25,7 @@ from suite.common.checks import INPUTS, impossible_values, odd_yaml, shown
 
 PROJECT = Path(__file__).resolve().parent
 TRUNCATIONS = ("head", "tail", "head_tail", "windows")
+BAG_OF_WORDS = "bag-of-words"  # the model_name of a run of --mode baseline
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
 # Control characters, those that turn the direction of writing, the ends of lines and halves of characters, as escapes
@@ -335,6 +336,8 @@ def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", Path(config.model_config.model_name).name) or "encoder"
     model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
     demo = "DEMO-" if config.is_demo else ""
+    if config.model_config.model_name == BAG_OF_WORDS:
+        return demo + BAG_OF_WORDS
     return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
             f"-seed{config.train_config.seed}")
 

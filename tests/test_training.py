@@ -24,8 +24,8 @@ from suite.training.run import Run, quality
 from suite.training.states import saved_states
 from utils import load_config
 
-RESULTS = {"history.jsonl", "test_predictions.csv", "misclassified.csv", "best/config.json", "best/model.safetensors",
-           "best/tokenizer.json", "best/README.md"}
+RESULTS = {"history.jsonl", "valid_predictions.csv", "test_predictions.csv", "misclassified.csv", "best/config.json",
+           "best/model.safetensors", "best/tokenizer.json", "best/README.md"}
 FILES = RESULTS | {"config.yaml", "metrics.json", "plots/learning_curves.png", "plots/confusion_matrix.png",
                    "plots/reliability.png"}
 

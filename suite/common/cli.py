@@ -11,14 +11,16 @@ from pathlib import Path
 
 from suite.common.checks import INPUTS, encodes
 from suite.common.hub import usable_cache
-from suite.common.run_folder import is_same_place, read_saved_config, shaping_values
+from suite.common.run_folder import is_encoder, is_same_place, read_saved_config, shaping_values, without_encoder
 from suite.common.start import CLOSED, LAST_NET, Console
 from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
-from utils import Config, UserError, load_config, num_processes, printable
+from utils import BAG_OF_WORDS, Config, UserError, load_config, num_processes, printable
 
-MODES = {"train": (), "test": (), "predict": ("model", "text", "input", "output"), "export": ("model", "output"),
+MODES = {"train": (), "test": (), "baseline": (), "predict": ("model", "text", "input", "output"),
+         "export": ("model", "output"),
          "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
+RUN_MODES = ("train", "test", "baseline")  # they write a run folder; the others need no more than a model's folder
 ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 
@@ -49,7 +51,7 @@ def read_command(description: str, accumulates: bool) -> Command:
     except OSError as error:  # such as a file name that is too long
         leave(UserError(f"command line: {error.filename}: {error.strerror}"))
     LAST_NET.doing = f"--mode {given.mode}"
-    if given.mode in ("train", "test"):
+    if given.mode in RUN_MODES:
         LAST_NET.doing, LAST_NET.folder = f"--mode {given.mode} of {config.run_folder}", config.run_folder
         usable_cache()
     return Command(given.mode, config, given.model, given.text, given.input,
@@ -123,10 +125,19 @@ def parse(description: str) -> argparse.Namespace:
 def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
     """The configuration of a command: that of `path` with the overrides applied.
 
-    `--mode test` takes the one that the run has saved, so nobody has to repeat what the run was trained with. Overrides
-    still apply; the test itself refuses those that contradict the run.
+    `--mode baseline` takes only what shapes a bag of words. `--mode test` takes the one that the run has saved, so
+    nobody has to repeat what the run was trained with. Overrides still apply; the test itself refuses those that
+    contradict the run.
     """
+    if mode == "baseline":
+        if num_processes() > 1:
+            raise UserError("--mode baseline is the work of one process: start it with python main.py --mode baseline")
+        named = load_config(path, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"])
+        return without_encoder(named, BAG_OF_WORDS)
     config = load_config(path, overrides)
+    if mode == "train" and not is_encoder(config):
+        raise UserError(f"model_config.model_name={config.model_config.model_name} is no encoder: make a bag of words "
+                        "with --mode baseline, a stack with ensemble.py")
     saved = config.run_folder / "config.yaml"
     if mode != "test" or not saved.exists():
         return config

@@ -16,13 +16,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from suite.common.checks import INPUTS, odd_yaml
 from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular, sha256_of
-from utils import Config, UserError, brief, config_fields, leaves
+from utils import BAG_OF_WORDS, Config, DataConfig, ModelConfig, TrainConfig, UserError, brief, config_fields, leaves
 
-FILES = ("config.yaml", "metrics.json", "history.jsonl", "test_predictions.csv", "misclassified.csv",
-         "misclassified.html", "best" + RECORD)
+FILES = ("config.yaml", "metrics.json", "history.jsonl", "valid_predictions.csv", "test_predictions.csv",
+         "misclassified.csv", "misclassified.html", "best" + RECORD)
 FOLDERS = ("best", "best" + PARTIAL, "best" + OLD, "last", "plots", "onnx")
 FIGURES = {"train": ("seconds", "samples_per_second", "optimizer_steps"), "valid": (),  # what each part must have
            "test": ("accuracy", "accuracy_ci95", "loss", "f1", "n")}
+
+REVIEWS = ("dataset", "text_column", "label_column", "split", "split_seed", "drop_duplicates", "limit", "line_breaks")
+WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
+                   *(f"data_config.{key}" for key in REVIEWS))
+STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
 
 def refuse_wrong_kinds(folder: Path) -> None:
@@ -98,6 +103,25 @@ def shaping_values(config: Config) -> dict[str, Any]:
     shaping = {key for key, entry in config_fields() if entry.metadata["shapes_result"]}
     values = leaves(OmegaConf.to_container(OmegaConf.structured(config)))
     return {key: value for key, value in values if key in shaping}
+
+
+def is_encoder(config: Config) -> bool:
+    """Whether the run's model is an encoder, and no bag of words or stack."""
+    name = config.model_config.model_name
+    return name != BAG_OF_WORDS and not name.startswith(STACK_OF)
+
+
+def without_encoder(config: Config, model_name: str) -> Config:
+    """The configuration of a run of `model_name`, which is no encoder, on the reviews of `config`.
+
+    What does not shape such a model has its default, so that two commands that differ only there mean the same run.
+    """
+    data, train = config.data_config, config.train_config
+    return Config(
+        config.run_name, config.output_dir, ModelConfig(model_name, num_labels=config.model_config.num_labels),
+        DataConfig(**{key: getattr(data, key) for key in REVIEWS}),
+        TrainConfig(train.seed, effective_batch_size=DataConfig.batch_size, device="cpu", mixed_precision="no",
+                    resume=train.resume, overwrite=train.overwrite), config.log_config)
 
 
 def identity(run_folder: Path) -> str:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from suite.common.run_folder import (
+    WITHOUT_ENCODER,
     how_to_write_again,
+    is_encoder,
     read_history,
     read_metrics,
     read_mistakes,
@@ -20,12 +22,12 @@ from suite.common.run_folder import (
     shaping_values,
 )
 from suite.common.storage import read_json, regular
-from suite.training.evaluation import Predictions
+from suite.training.evaluation import TEST_PREDICTIONS, Predictions
 from utils import Config, UserError, brief
 
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
-STEPS = "train_config.gradient_accumulation_steps"
+NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
 SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
                "data_config.max_len": "len"}
 
@@ -57,9 +59,11 @@ class Result:
 
     @functools.cached_property
     def values(self) -> dict[str, Any]:
-        """{dotted key: value} of the configuration that shape the result, without the seed and those of the log."""
+        """{dotted key: value} of the configuration that shape the result, without the seed and those of the log; of a
+        bag of words or a stack, those that mean something to it."""
         return {key: value for key, value in shaping_values(self.config).items()
-                if key != "train_config.seed" and not key.startswith("log_config.")}
+                if (key in WITHOUT_ENCODER if not is_encoder(self.config)
+                    else key != "train_config.seed" and not key.startswith("log_config."))}
 
 
 @dataclass
@@ -90,8 +94,16 @@ def read_result(folder: Path) -> Result:
         raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
                         "run's command again to finish it, or leave the run out")
     config = read_saved_config(folder / "config.yaml")
-    again = how_to_write_again(folder)
-    path = folder / "test_predictions.csv"
+    names, predictions, predicted = read_predictions(folder / TEST_PREDICTIONS, metrics["test"],
+                                                     how_to_write_again(folder))
+    return Result(folder, config, metrics, names, predictions, predicted, _fingerprint(folder))
+
+
+def read_predictions(path: Path, measured: dict[str, Any], again: str) -> tuple[list[str], Predictions, np.ndarray]:
+    """The classes, the predictions and the predicted class of each review, as a run has saved them for a split.
+
+    `measured`: what metrics.json says of this split; `again`: how the file can be written again. Raises UserError.
+    """
     try:
         with open(regular(path), newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
@@ -105,12 +117,12 @@ def read_result(folder: Path) -> Result:
         raise UserError(f"{path} is missing: {again}") from None
     except (OSError, ValueError, KeyError, IndexError, OverflowError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({brief(error)}): {again}") from None
-    if len(ids) != metrics["test"]["n"] or (labels == predicted).sum() / len(ids) != metrics["test"]["accuracy"]:
+    if len(ids) != measured.get("n") or (labels == predicted).sum() / len(ids) != measured.get("accuracy"):
         raise UserError(f"{path} and metrics.json are of different tests: {again}")
     order = np.argsort(ids)
     with np.errstate(divide="ignore"):  # some probabilities were rounded to 0
         predictions = Predictions(ids, labels, np.log(probabilities))
-    return Result(folder, config, metrics, names, predictions, predicted[order], _fingerprint(folder))
+    return names, predictions, predicted[order]
 
 
 def refuse_impossible(ids: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray) -> None:
@@ -154,7 +166,7 @@ def refuse_different_tests(results: Sequence[Result]) -> None:
                            "reviews, not the same ids with the same labels")
         if reasons:
             raise UserError(f"{first.folder} and {other.folder} were not tested on the same reviews "
-                            f"({'; '.join(reasons)}): compare runs of one split")
+                            f"({'; '.join(reasons)}): name runs of one split")
 
 
 def group(results: Sequence[Result]) -> list[Setting]:
@@ -171,10 +183,15 @@ def group(results: Sequence[Result]) -> list[Setting]:
         runs.append(result)
     firsts = [runs[0].values for runs in grouped.values()]
     implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
-    if all(first[STEPS] == 1 for first in firsts):
+    if all(first.get(STEPS, 1) == 1 for first in firsts):
         implied.add("data_config.batch_size")
-    varying = [key for key in firsts[0] if key not in implied and len({repr(first[key]) for first in firsts}) > 1]
-    labels = [_label(first, varying or ["model_config.model_name"]) for first in firsts]
+    labels = []
+    for first in firsts:
+        alike = [other for other in firsts if other.keys() == first.keys()]  # encoders, or models that are none
+        varying = [key for key in first if key not in implied and len({repr(other[key]) for other in alike}) > 1]
+        if STEPS not in first or not varying:
+            varying = list(dict.fromkeys([NAME, *varying]))
+        labels.append(_label(first, varying))
     if len(set(labels)) < len(labels):  # two paths end in the same name
         labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
     return [Setting(label, sorted(runs, key=lambda run: run.seed))
@@ -185,7 +202,7 @@ def _label(values: dict[str, Any], keys: list[str]) -> str:
     """The setting's name, such as `bert-base-uncased, batch 64`."""
     parts = []
     for key in keys:
-        if key in ("model_config.model_name", "data_config.dataset"):
+        if key in (NAME, "data_config.dataset"):
             parts.append(Path(values[key]).name)  # the rest of a path means nothing on another machine
         else:
             parts.append(f"{SHORT_NAMES.get(key, key.rpartition('.')[2])} {values[key]}")

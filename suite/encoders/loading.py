@@ -38,8 +38,10 @@ from suite.encoders.refusals import (
     room_for_weights,
     weight_files,
 )
-from utils import PROJECT, TRUNCATIONS, ModelConfig, UserError, brief
+from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief
 
+STACK = "stack"  # the model_type of finished runs that were combined
+NO_ENCODERS = (BAG_OF_WORDS, STACK)
 LINE_BREAKS = r"(?i)(\s*<br\s*/?>\s*)+"
 
 AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig)  # here, transformers needs no code from the folder
@@ -182,6 +184,14 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
         file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
 
 
+def kind_of(folder: Path) -> str | None:
+    """The model_type in a model folder's config.json; None if it cannot be read."""
+    try:
+        return read_json(folder / "config.json").get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def load_model(folder: str | Path) -> nn.Module:
     """A trained classifier: one of this suite, or any other sequence classifier that transformers knows.
 
@@ -189,6 +199,9 @@ def load_model(folder: str | Path) -> nn.Module:
     the last bit before anything is read from it.
     """
     folder = Path(folder)
+    if (kind := kind_of(folder)) in NO_ENCODERS:
+        raise UserError(f"{folder} holds a {kind} model, which can label and be tested, but not be explained or "
+                        "exported: name an encoder's folder")
     with explained("--model", str(folder)):
         files = weight_files(folder)
     if lost := "config.json" if not (folder / "config.json").is_file() else None if files else WEIGHTS:

@@ -22,8 +22,39 @@ from suite.reviews.sampling import LengthSampler
 from utils import Config, UserError
 
 
-class Classifier:
-    """Raises UserError if the folder holds no trained classifier whose files belong together."""
+class Labeller:
+    """What labels texts, whatever kind of model it is. `folder`: the model's; `label_names`: its classes."""
+
+    folder: Path
+    devices: Devices
+    label_names: list[str]
+
+    def cast_weights(self) -> None:
+        """Make the model ready for many texts."""
+
+    def logits(self, texts: list[str]) -> np.ndarray:
+        """(texts, classes) float64."""
+        raise NotImplementedError
+
+    def probabilities(self, texts: list[str]) -> np.ndarray:
+        """(texts, classes) float64."""
+        return softmax(self.logits(texts), axis=1)
+
+    @property
+    def added(self) -> list[str]:
+        """The names of the columns that are added to a row."""
+        return ["predicted", *(f"probability_{name}" for name in self.label_names)]
+
+    def columns(self, probabilities: np.ndarray) -> dict[str, Any]:
+        """What is added to a row whose probabilities (classes,) these are."""
+        values = [self.label_names[probabilities.argmax()], *(float(f"{p:.9g}") for p in probabilities)]
+        return dict(zip(self.added, values, strict=True))
+
+
+class Classifier(Labeller):
+    """A trained encoder.
+
+    Raises UserError if the folder holds no trained classifier whose files belong together."""
 
     def __init__(self, folder: Path, config: Config, devices: Devices):
         self.folder, self.devices = folder, devices
@@ -64,12 +95,7 @@ class Classifier:
                             "with --model") from None
         self.knows_words = True
 
-    @property
-    def added(self) -> list[str]:
-        """The names of the columns that are added to a row."""
-        return ["predicted", *(f"probability_{name}" for name in self.label_names)]
-
-    def probabilities(self, texts: list[str]) -> np.ndarray:
+    def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64. Reviews of similar lengths share a batch, so a batch depends on the texts alone."""
         of_texts = self.encode.windows(texts)
         windows = list(itertools.chain.from_iterable(of_texts))
@@ -84,9 +110,4 @@ class Classifier:
         ids, _, logits = compute_logits(self.model, map(reviews.__getitem__, batches), len(texts), self.devices)
         result = np.empty((len(texts), len(self.label_names)))
         result[ids] = logits
-        return softmax(result, axis=1)
-
-    def columns(self, probabilities: np.ndarray) -> dict[str, Any]:
-        """What is added to a row whose probabilities (classes,) these are."""
-        values = [self.label_names[probabilities.argmax()], *(float(f"{p:.9g}") for p in probabilities)]
-        return dict(zip(self.added, values, strict=True))
+        return result

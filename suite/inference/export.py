@@ -54,7 +54,7 @@ def export(command: Command, devices: Devices) -> None:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"--mode export needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
     folder = model_folder(command)
-    target = output_folder(command, folder)
+    target = output_folder(command)
     if not devices.is_main:
         return
     classifier = Classifier(folder, command.config, devices)
@@ -66,12 +66,13 @@ def export(command: Command, devices: Devices) -> None:
     say(f"exported: {target / MODEL} ({size / 1e6:,.1f} MB), its tokenizer beside it")
 
 
-def output_folder(command: Command, source: Path) -> Path:
-    """Where the model of the folder `source` goes. Raises UserError if that exists or its parent cannot be made."""
+def output_folder(command: Command) -> Path:
+    """Where the exported model goes. Raises UserError if that exists or its parent cannot be made."""
     if command.output:
         target = Path(command.output)
     elif command.model:
-        target = source.resolve().with_name(source.resolve().name + "-onnx")
+        target = Path(command.model).resolve()
+        target = target.with_name(target.name + "-onnx")
     else:
         target = command.config.run_folder / "onnx"
     if os.path.lexists(target):

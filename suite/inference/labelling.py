@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from suite.common.stopping import SIGNALS
 from suite.common.storage import NOT_SEALED, atomic_write, room_for, write_json
-from suite.inference.classifier import Classifier
+from suite.inference.classifier import Labeller
 from suite.inference.parts import Parts, is_same
 from suite.reviews.rows import Row, columns_of, read_rows, size_of
 from suite.reviews.sampling import CHUNK_ROWS
@@ -67,7 +67,7 @@ def checked(row: Row, column: str, added: list[str]) -> Row:
     return row
 
 
-def label(classifier: Classifier, chunk: list[Row]) -> list[dict[str, Any]]:
+def label(classifier: Labeller, chunk: list[Row]) -> list[dict[str, Any]]:
     """The values of a chunk's whole rows, each with what is predicted for it."""
     whole = [row for row in chunk if row.problem is None]
     probabilities = classifier.probabilities([row.text for row in whole]) if whole else []
@@ -77,7 +77,7 @@ def label(classifier: Classifier, chunk: list[Row]) -> list[dict[str, Any]]:
 class Job:
     """The labelling of one file, or of standard input, into another file."""
 
-    def __init__(self, path: str, output: Path, classifier: Classifier, config: Config):
+    def __init__(self, path: str, output: Path, classifier: Labeller, config: Config):
         self.classifier, self.config, self.devices = classifier, config, classifier.devices
         self.from_stdin, self.parts = path == "-", Parts(path, output, classifier.added)
 

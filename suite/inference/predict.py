@@ -10,20 +10,22 @@ from pathlib import Path
 from suite.common.cli import Command
 from suite.common.protocols import Devices
 from suite.encoders.loading import best_model
-from suite.inference.classifier import Classifier
+from suite.inference.classifier import Labeller
 from suite.inference.labelling import Job, label, read_chunks
+from suite.inference.opening import open_classifier
 from suite.inference.parts import cells
 from utils import printable, say
 
 
 def model_folder(command: Command) -> Path:
-    """The folder of the model that the command names, or of the run's best model."""
-    return Path(command.model) if command.model else best_model(command.config.run_folder)
+    """The folder of the model that the command names, itself or by its run, or of the run's best model."""
+    folder = Path(command.model or command.config.run_folder)
+    return folder if command.model and not (folder / "config.yaml").is_file() else best_model(folder)
 
 
 def predict(command: Command, devices: Devices) -> None:
     """Label `command.text`, or the rows of the file `command.input`."""
-    classifier = Classifier(model_folder(command), command.config, devices)
+    classifier = open_classifier(model_folder(command), command.config, devices)
     classifier.cast_weights()
     if command.text is not None:
         show(classifier, command.text)
@@ -33,7 +35,7 @@ def predict(command: Command, devices: Devices) -> None:
         Job(command.input, Path(command.output), classifier, command.config).run()
 
 
-def show(classifier: Classifier, text: str) -> None:
+def show(classifier: Labeller, text: str) -> None:
     """Print the label of a text and the probability of each class."""
     row = classifier.columns(classifier.probabilities([text])[0])
     width = max(len(printable(name)) for name in classifier.label_names)
@@ -42,7 +44,7 @@ def show(classifier: Classifier, text: str) -> None:
         say(f"  {printable(name):{width}}  {row[f'probability_{name}']:.4f}")
 
 
-def print_rows(classifier: Classifier, path: str, column: str) -> None:
+def print_rows(classifier: Labeller, path: str, column: str) -> None:
     """Print the rows of a file chunk by chunk: as JSON lines if the input is .jsonl, else as CSV."""
     writer, broken = None, 0
     if hasattr(sys.stdout, "reconfigure"):

@@ -19,6 +19,8 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_s
 
 from suite.common.storage import atomic_write
 
+VALID_PREDICTIONS, TEST_PREDICTIONS = "valid_predictions.csv", "test_predictions.csv"  # in a run folder
+
 
 @dataclass
 class Predictions:
@@ -26,7 +28,7 @@ class Predictions:
 
     ids: np.ndarray  # (n,) int64, rows in the pooled data
     labels: np.ndarray  # (n,) int64
-    logits: np.ndarray  # (n, num_labels) float32
+    logits: np.ndarray  # (n, num_labels) float32; float64 from a bag of words or a stack
 
     def __post_init__(self):
         order = np.argsort(self.ids)
@@ -106,7 +108,7 @@ class Calibration:
 
 
 def write_predictions(path: Path, predictions: Predictions, label_names: list[str]) -> None:
-    """Write test_predictions.csv: id, label, predicted, and one column of probabilities for each class."""
+    """Write the predictions for a split: id, label, predicted, and one column of probabilities for each class."""
     with atomic_write(path) as file:
         writer = csv.writer(file)
         writer.writerow(["id", "label", "predicted", *(f"probability_{name}" for name in label_names)])

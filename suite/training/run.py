@@ -24,6 +24,7 @@ from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
 from suite.encoders.placement import Batch, checkpoint_gradients, pass_tokens, place_model
 from suite.encoders.refusals import largest_token, refuse_unknown_words
+from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
 from suite.training.meter import Meter
 from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
 from suite.training.states import (
@@ -264,9 +265,11 @@ class Run:
             f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
             f"at these reviews (last saved state: {kept})")
 
-    def end_epoch(self, metrics: dict[str, Any]) -> None:
-        """Record the validation metrics, keep the model if it is the best so far, save the state."""
+    def end_epoch(self, predictions: Predictions) -> None:
+        """Record the metrics of these predictions on validation, keep the model if it is the best so far, save the
+        state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
+        metrics = compute_metrics(predictions)
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
         progress.epoch, progress.steps_in_epoch = progress.epoch + 1, 0
         is_best = progress.best_epoch is None or (
@@ -275,7 +278,7 @@ class Run:
             + (", the best so far" if is_best else ""))
         if is_best:
             progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
-            self.save_best()
+            self.save_best(predictions)
         else:
             progress.epochs_without_improvement += 1
         self.save()
@@ -298,8 +301,9 @@ class Run:
                 self.history.sync()
             save_state(self.folder / "last", self.progress, write, self.devices.barrier)
 
-    def save_best(self) -> None:
-        """Replace the best model by the present one."""
+    def save_best(self, predictions: Predictions) -> None:
+        """Replace the best model by the present one, and first valid_predictions.csv by what it predicts there. A kill
+        in between is mended on resuming, which ends this epoch again."""
         weights = self.devices.state_dict(self.model)
 
         def write(folder: Path) -> None:
@@ -307,6 +311,7 @@ class Run:
 
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
+                write_predictions(self.folder / VALID_PREDICTIONS, predictions, self.data.label_names)
                 replace_folder(self.folder / "best", write, recorded=True)
 
     @contextmanager

@@ -151,7 +151,8 @@ def begin_run(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock_within(folder)
     confirm(folder)
-    for name in ("metrics.json", "test_predictions.csv", "misclassified.csv", "misclassified.html"):
+    for name in ("metrics.json", "valid_predictions.csv", "test_predictions.csv", "misclassified.csv",
+                 "misclassified.html"):
         (folder / name).unlink(missing_ok=True)
     last, record = folder / "last", folder / ("best" + RECORD)
     replaced = [folder / name for name in FOLDERS if name != "last"]

@@ -1,0 +1,120 @@
+"""A bag of words: TF-IDF of words and pairs of words, and a logistic regression on them, both scikit-learn's.
+
+    best/
+        config.json          model_type, classes, line_breaks, and how words become numbers
+        vocabulary.json      the words and pairs, in the order of the columns
+        words.safetensors    float64: idf (words,), coefficients (1 or classes, words), intercept (1 or classes,)
+
+It trains in seconds and reads all of a review, so it tells whether an encoder is worth its price. No pickle is written
+or read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+from scipy.special import softmax
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
+from suite.encoders.loading import LINE_BREAKS
+from utils import BAG_OF_WORDS, UserError, brief
+
+WORDS = {"ngram_range": [1, 2], "sublinear_tf": True}  # pairs catch "not good"; a word's tenth mention says little more
+MIN_REVIEWS = 2  # a word of a single training review says nothing about others, and half of all words are such
+INVERSE_REGULARIZATION, MOST_ITERATIONS = 30, 1000  # C and max_iter of the logistic regression
+NAMES = ("idf", "coefficients", "intercept")
+
+
+class BagOfWords:
+    """With two classes, the regression has one row of coefficients, for class 1; with more, one for each class."""
+
+    def __init__(self, config: dict[str, Any], vocabulary: list[str], arrays: dict[str, np.ndarray]):
+        """Raises ValueError if the three do not belong together."""
+        self.config, self.vocabulary, self.arrays = config, vocabulary, arrays
+        self.label_names = [config["id2label"][str(label)] for label in range(len(config["id2label"]))]
+        rows, columns = 1 if len(self.label_names) == 2 else len(self.label_names), len(vocabulary)
+        shapes = dict(zip(NAMES, ((columns,), (rows, columns), (rows,)), strict=True))
+        if found := {name: array.shape for name, array in arrays.items() if shapes.get(name) != array.shape
+                     or array.dtype != np.float64 or not np.isfinite(array).all()} or arrays.keys() ^ shapes.keys():
+            raise ValueError(f"other arrays than finite ones of float64 with the shapes {shapes}: {found}")
+        if config["words"] != WORDS or config["line_breaks"] not in ("keep", "space"):
+            raise ValueError("words or line_breaks are not those of this version")
+        if len(set(self.label_names)) < max(2, len(self.label_names)) or not all(
+                isinstance(text, str) for text in (*vocabulary, *self.label_names)):
+            raise ValueError("a class or a word is no text, or there are no two different classes")
+        self.vectorizer = TfidfVectorizer(**_options(), vocabulary=vocabulary)  # refuses a word that comes twice
+        self.vectorizer.idf_ = arrays["idf"]
+
+    def logits(self, texts: list[str]) -> np.ndarray:
+        """(texts, classes) float64."""
+        features = self.vectorizer.transform(_read(texts, self.config["line_breaks"]))
+        return class_logits(features @ self.arrays["coefficients"].T + self.arrays["intercept"])
+
+    def probabilities(self, texts: list[str]) -> np.ndarray:
+        """(texts, classes) float64."""
+        return softmax(self.logits(texts), axis=1)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "vocabulary.json", self.vocabulary)
+        with atomic_write(folder / "words.safetensors", "wb") as file:
+            file.write(safetensors.numpy.save({name: np.ascontiguousarray(array)  # it would mix up the axes of others
+                                               for name, array in self.arrays.items()}))
+        write_json(folder / "config.json", self.config)
+
+
+def class_logits(scores: np.ndarray) -> np.ndarray:
+    """(n, classes) from what a logistic regression of scikit-learn decides by: one column, for class 1, with two
+    classes; one for each class with more."""
+    return np.hstack([np.zeros_like(scores), scores]) if scores.shape[1] == 1 else scores
+
+
+def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_breaks: str, data_fingerprint: str
+        ) -> tuple[BagOfWords, int]:
+    """The bag of words that these reviews, with labels (reviews,) int64, teach; and the iterations of the solver.
+
+    Raises UserError if they are too few.
+    """
+    vectorizer = TfidfVectorizer(**_options(), min_df=MIN_REVIEWS)
+    regression = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=MOST_ITERATIONS)
+    if lacking := set(range(len(label_names))) - set(labels.tolist()):
+        raise UserError(f"no training review has the class {label_names[min(lacking)]!r}: add some, or raise "
+                        "data_config.limit")
+    try:
+        features = vectorizer.fit_transform(_read(texts, line_breaks))
+    except ValueError:
+        raise UserError(f"no word of two letters or more stands in {MIN_REVIEWS} of the {len(texts):,} training "
+                        "reviews, so a bag of words has nothing to learn from: raise data_config.limit or add rows"
+                        ) from None
+    regression.fit(features, labels)
+    config = {"model_type": BAG_OF_WORDS, "id2label": {str(i): name for i, name in enumerate(label_names)},
+              "words": WORDS, "line_breaks": line_breaks, "data_fingerprint": data_fingerprint}
+    arrays = dict(zip(NAMES, (vectorizer.idf_, regression.coef_, regression.intercept_), strict=True))
+    words = BagOfWords(config, vectorizer.get_feature_names_out().tolist(), arrays)
+    return words, int(regression.n_iter_.max())
+
+
+def load_bag_of_words(folder: Path) -> BagOfWords:
+    """Raises UserError if the folder holds no bag of words whose files belong together."""
+    if (folder / MANIFEST).exists():
+        refuse_damage(folder)
+    try:
+        arrays = safetensors.numpy.load_file(folder / "words.safetensors")
+        return BagOfWords(dict(read_json(folder / "config.json")), list(read_json(folder / "vocabulary.json")), arrays)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged, or of another version: no bag of words can be read from it "
+                        f"({brief(error)}): make it again with --mode baseline") from error
+
+
+def _options() -> dict[str, Any]:
+    return WORDS | {"ngram_range": tuple(WORDS["ngram_range"])}
+
+
+def _read(texts: list[str], line_breaks: str) -> list[str]:
+    return [re.sub(LINE_BREAKS, " ", text) for text in texts] if line_breaks == "space" else texts

@@ -1,0 +1,60 @@
+"""--mode baseline: a bag of words on the split of an encoder's run, in a run folder like any other.
+
+Seconds of work that tell whether the encoder is worth its price. There is nothing to go on from: a run that was killed
+starts again.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from data import Split, load_split
+from suite.common.hub import say_what_was_cached
+from suite.common.protocols import Devices
+from suite.common.storage import replace_folder
+from suite.encoders.bag_of_words import BagOfWords, fit
+from suite.training.efficiency import peak_memory_mb
+from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
+from suite.training.outcome import show_finished, write_results
+from suite.training.states import begin_run, claim_run_folder, find_state
+from suite.training.tracking import History, Wandb
+from utils import BAG_OF_WORDS, Config, say
+
+
+def baseline(config: Config, devices: Devices) -> None:
+    """Fit, validate and test a bag of words. An earlier run's files are removed only when the fit has succeeded."""
+    if show_finished(config):
+        return
+    if config.run_folder.exists():
+        claim_run_folder(config.run_folder)
+    find_state(config)  # refuses a folder with another run; a bag of words has no saved states
+    split = load_split(config)
+    say_what_was_cached()
+    names, (texts, labels) = split.label_names, split.texts_and_labels("train")
+    say(f"{config.run_name}: {len(texts):,} reviews to train on, {len(split.ids_of['valid']):,} to validate")
+    started = time.perf_counter()
+    words, iterations = fit(texts, labels, names, config.data_config.line_breaks, split.fingerprint)
+    seconds = time.perf_counter() - started
+    say(f"{BAG_OF_WORDS}: {len(words.vocabulary):,} words and pairs of words")
+    claim_run_folder(config.run_folder)
+    find_state(config)  # another process may have begun a run meanwhile
+    begin_run(config)
+    valid, folder = predict(words, split, "valid"), config.run_folder
+    metrics, wandb = compute_metrics(valid), Wandb(config)
+    record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
+                                                   if isinstance(value, float)}
+    History(folder / "history.jsonl").log(record)
+    wandb.log(record)
+    write_predictions(folder / VALID_PREDICTIONS, valid, names)
+    replace_folder(folder / "best", words.save, recorded=True)
+    figures = {"train": {"samples_per_second": len(texts) / seconds, "seconds": seconds,
+                         "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
+               "valid": metrics | {"epoch": 1}}
+    write_results(config, devices, predict(words, split, "test"), names, split.text, figures, wandb)
+
+
+def predict(words: BagOfWords, split: Split, name: str) -> Predictions:
+    texts, labels = split.texts_and_labels(name)
+    return Predictions(np.asarray(split.ids_of[name]), labels, words.logits(texts))

@@ -1,0 +1,70 @@
+"""What a run's test leaves: metrics, predictions, mistakes, plots and model card, whatever model was tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from suite.common.protocols import Devices
+from suite.common.run_folder import identity, read_history
+from suite.common.storage import write_json
+from suite.training.efficiency import environment
+from suite.training.evaluation import (
+    TEST_PREDICTIONS,
+    Predictions,
+    compute_metrics,
+    mistakes,
+    write_mistakes,
+    write_predictions,
+)
+from suite.training.model_card import write_model_card
+from suite.training.states import finished_metrics
+from suite.training.tracking import Wandb, try_plots
+from utils import Config, say
+
+
+def write_results(config: Config, devices: Devices, predictions: Predictions, label_names: list[str],
+                  text: Callable[[int], str], figures: dict[str, Any], wandb: Wandb) -> None:
+    """Write everything about the `predictions` on the test reviews, in process 0, and print the most of it.
+
+    `text` returns the review with an id; `figures`: what metrics.json says about training and validation.
+    """
+    folder = config.run_folder
+    metrics = figures | {"test": compute_metrics(predictions),
+                         "environment": environment(devices) | {"run": identity(folder)}}
+    rows = mistakes(predictions, text, label_names)
+    write_predictions(folder / TEST_PREDICTIONS, predictions, label_names)
+    write_mistakes(folder / "misclassified.csv", rows)
+    history = read_history(folder / "history.jsonl")
+    plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, label_names)
+    write_model_card(folder / "best", config, metrics, label_names)
+    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
+    wandb.report({f"{split}/{name}": value for split in ("valid", "test")
+                  for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
+    print_results(config, metrics)
+    wandb.finish()
+
+
+def show_finished(config: Config) -> bool:
+    """Whether the run folder holds this run, finished, and nothing is to be done again; its results are printed.
+
+    Raises UserError as `finished_metrics` does.
+    """
+    metrics = finished_metrics(config)
+    if metrics is None:
+        return False
+    say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "
+        "to replace it, train_config.resume=never train_config.overwrite=true")
+    print_results(config, metrics)
+    return True
+
+
+def print_results(config: Config, metrics: dict[str, Any]) -> None:
+    demo, test = config.demo_mark, metrics["test"]
+    low, high = test["accuracy_ci95"]
+    say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {test['loss']:.4f}, "
+        f"F1 {test['f1']:.4f}, {test['n']:,} reviews")
+    if train := metrics.get("train"):
+        say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
+            f"{train['samples_per_second']:.1f} reviews a second")
+    say(f"{demo}everything about this run: {config.run_folder}")

@@ -1,0 +1,237 @@
+"""--mode baseline: a bag of words predicts as scikit-learn does, has a run folder like any other, is saved without
+pickle, starts again after a kill, and stands beside the figure of an encoder at the end of its training.
+"""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import content_of, run_here, write_reviews
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from test_training import expect, metrics_of, train_here
+
+from data import load_split
+from suite.common.run_folder import read_saved_config
+from suite.comparison import report
+from suite.comparison.results import group, read_result
+from suite.encoders.bag_of_words import load_bag_of_words
+from suite.training import baseline, outcome
+
+ENCODER = ("model_config.pooling=mean", "data_config.max_len=32", "data_config.batch_size=16", "train_config.epochs=1",
+           "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(overrides, run folder) of a bag of words on reviews whose words give their class away."""
+    folder = tmp_path_factory.mktemp("baseline")
+    write_reviews(folder / "reviews.csv")
+    overrides = [f"output_dir={folder / 'runs'}", f"data_config.dataset={folder / 'reviews.csv'}",
+                 "data_config.text_column=review", "data_config.label_column=verdict", "log_config.wandb_mode=disabled"]
+    train_here(*overrides, mode="baseline")
+    return overrides, folder / "runs" / "bag-of-words"
+
+
+@pytest.fixture(autouse=True)
+def without_plots(request, monkeypatch):
+    """Pictures take longer than the rest of a bag of words."""
+    if "like_any_other" not in request.node.name:
+        monkeypatch.setattr(outcome, "try_plots", lambda *_: [])
+        monkeypatch.setattr(report, "try_plots", lambda *_: [])
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def error_of(result) -> str:
+    assert result.returncode == 2, result.stdout + result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in result.stderr
+    return line
+
+
+@pytest.mark.parametrize(("names", "line_breaks"), [(("bad", "good"), "keep"), (("bad", "fair", "good"), "space")])
+def test_its_predictions_are_those_of_scikit_learn_called_directly(tmp_path, names, line_breaks):
+    write_reviews(tmp_path / "reviews.csv", names=names)
+    text = (tmp_path / "reviews.csv").read_text().replace(" the ", " the<BR />")
+    (tmp_path / "reviews.csv").write_text(text)
+    train_here(f"output_dir={tmp_path}", f"data_config.dataset={tmp_path / 'reviews.csv'}", "run_name=words",
+               "data_config.text_column=review", "data_config.label_column=verdict", "data_config.limit=150",
+               f"model_config.num_labels={len(names)}", f"data_config.line_breaks={line_breaks}", mode="baseline")
+    split = load_split(read_saved_config(tmp_path / "words" / "config.yaml"))
+    (train, labels), (valid, _), (test, _) = (split.texts_and_labels(name) for name in ("train", "valid", "test"))
+    if line_breaks == "space":
+        train, valid, test = ([text.replace("<BR />", " ") for text in texts] for texts in (train, valid, test))
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    regression = LogisticRegression(C=30, max_iter=1000).fit(vectorizer.fit_transform(train), labels)
+    words = load_bag_of_words(tmp_path / "words" / "best")
+    assert ("br" in words.vocabulary) == (line_breaks == "keep")
+    for name, texts in (("valid", valid), ("test", test)):
+        expected = regression.predict_proba(vectorizer.transform(texts))
+        np.testing.assert_allclose(words.probabilities(texts), expected, rtol=0, atol=1e-12)
+        rows = rows_of(tmp_path / "words" / f"{name}_predictions.csv")
+        assert [int(row["id"]) for row in rows] == split.ids_of[name].tolist()
+        saved = [[float(row[f"probability_{name}"]) for name in names] for row in rows]
+        np.testing.assert_allclose(saved, expected, atol=1e-8)
+        assert metrics_of(tmp_path / "words")[name]["accuracy"] == np.mean(
+            expected.argmax(axis=1) == split.reviews.labels[split.ids_of[name]])
+
+
+def test_its_run_folder_is_like_any_other(finished):
+    overrides, folder = finished
+    assert set(metrics_of(folder)) == {"train", "valid", "test", "environment"}
+    assert metrics_of(folder)["train"]["optimizer_steps"] > 0
+    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json", "best.sha256",
+                 "plots/learning_curves.png", "plots/confusion_matrix.png", "plots/reliability.png"):
+        assert (folder / name).is_file(), name
+    assert {path.suffix for path in (folder / "best").iterdir()} == {".json", ".md", ".safetensors"}
+    before = content_of(folder)
+    again = train_here(*overrides, *ENCODER, "model_config.model_name=other", mode="baseline")  # shapes no words
+    assert "nothing was done again" in again.stdout
+    assert content_of(folder) == before
+    assert "holds a finished run" in error_of(run_here(*overrides, "train_config.resume=never", mode="baseline"))
+    train_here(*overrides, "train_config.resume=never", "train_config.overwrite=true", mode="baseline")
+    same = content_of(folder)
+    assert {name for name in same if same[name] != before[name]} <= {"metrics.json", "config.yaml"}  # seconds; resume
+
+
+def test_mode_test_gives_the_same_figures(finished):
+    overrides, folder = finished
+    before, rows = metrics_of(folder), (folder / "test_predictions.csv").read_bytes()
+    (folder / "test_predictions.csv").unlink()
+    train_here(*overrides, "run_name=bag-of-words", mode="test")
+    assert metrics_of(folder)["test"] == before["test"]
+    assert (folder / "test_predictions.csv").read_bytes() == rows
+
+
+@pytest.mark.parametrize("named", [["run_name=bag-of-words"], ["run"], ["best"]])
+def test_it_labels_as_it_was_tested(finished, tmp_path, named):
+    overrides, folder = finished
+    model = {"run": {"model": str(folder)}, "best": {"model": str(folder / "best")}}.get(named[0], {})
+    name = [] if model else named
+    source = folder.parent.parent / "reviews.csv"
+    expect(0, run_here(*overrides, *name, mode="predict", input=str(source), output=str(tmp_path / "out.csv"), **model))
+    labelled = rows_of(tmp_path / "out.csv")
+    for row in rows_of(folder / "test_predictions.csv"):
+        found = labelled[int(row["id"])]
+        assert {key: found[key] for key in row if key not in ("id", "label")} == {
+            key: row[key] for key in row if key not in ("id", "label")}
+    printed = expect(0, run_here(*overrides, *name, mode="predict", text="gripping and moving", **model)).stdout
+    assert printed.startswith("good\n")
+
+
+@pytest.mark.parametrize(("mode", "more", "options", "reason"), [
+    ("explain", ["run_name=bag-of-words"], {"text": "good"}, "but not be explained or exported"),
+    ("export", ["run_name=bag-of-words"], {}, "but not be explained or exported"),
+    ("train", ["run_name=bag-of-words"], {}, "model_config.model_name: bag-of-words -> bert-base-uncased"),
+    ("train", ["model_config.model_name=bag-of-words"], {}, "with --mode baseline"),
+    ("test", ["run_name=bag-of-words", "data_config.split_seed=43"], {}, "data_config.split_seed: 42 -> 43"),
+    ("baseline", ["data_config.line_breaks=space"], {}, "data_config.line_breaks: keep -> space"),
+    ("baseline", ["run_name=new", "train_config.resume=must"], {}, "no saved state to go on from"),
+    ("baseline", ["run_name=new", "data_config.text_column=verdict", "data_config.label_column=review",
+                  "model_config.num_labels=200"], {}, "each of the three splits needs one")])
+def test_what_cannot_be_is_refused_in_one_line(finished, mode, more, options, reason):
+    overrides, folder = finished
+    before = content_of(folder.parent)
+    line = error_of(run_here(*overrides, *more, mode=mode, **options))
+    assert reason in line
+    assert content_of(folder.parent) == before
+
+
+def test_too_few_words_and_several_processes_are_refused_in_one_line(finished, tmp_path, monkeypatch):
+    with open(tmp_path / "few.csv", "w") as file:
+        file.writelines(["review,verdict\n", *(f"word{row},{row % 2}\n" for row in range(40))])
+    few = [*finished[0], f"data_config.dataset={tmp_path / 'few.csv'}", f"output_dir={tmp_path / 'runs'}"]
+    assert "no word of two letters or more stands in 2 of the 32 training reviews" in error_of(
+        run_here(*few, mode="baseline"))
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "the work of one process" in error_of(run_here(*finished[0], mode="baseline"))
+
+
+def spoil_array(name, change):
+    def spoil(folder):
+        arrays = safetensors.numpy.load_file(folder / "words.safetensors")
+        arrays[name] = change(arrays[name])
+        safetensors.numpy.save_file(arrays, folder / "words.safetensors")
+    return spoil
+
+
+def spoil_json(name, change):
+    def spoil(folder):
+        (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+    return spoil
+
+
+@pytest.mark.parametrize("spoil", [
+    spoil_array("idf", lambda values: values * np.nan), spoil_array("idf", lambda values: values[1:]),
+    spoil_array("coefficients", lambda values: values.astype(np.float32)),
+    spoil_array("intercept", lambda values: np.append(values, 0.0)),
+    spoil_array("coefficients", lambda values: values.T.copy()),
+    spoil_json("vocabulary.json", lambda words: [words[1], *words[1:]]), spoil_json("vocabulary.json", lambda _: 3),
+    spoil_json("vocabulary.json", lambda words: [1, *words[1:]]),
+    spoil_json("config.json", lambda config: config | {"words": {}}),
+    spoil_json("config.json", lambda config: config | {"id2label": {"0": "a", "1": "a"}}),
+    spoil_json("config.json", lambda config: config | {"id2label": {"0": "a"}}),
+    lambda folder: (folder / "words.safetensors").write_bytes(b"no tensors"),
+    lambda folder: (folder / "vocabulary.json").unlink()])
+def test_a_damaged_or_senseless_model_is_refused_in_one_line(finished, tmp_path, spoil):
+    folder = tmp_path / "model"
+    shutil.copytree(finished[1] / "best", folder)
+    spoil(folder)
+    sealed = error_of(run_here(mode="predict", model=str(folder), text="good"))
+    assert str(folder) in sealed
+    (folder / "manifest.json").unlink()  # a folder that nobody has sealed
+    assert str(folder) in error_of(run_here(mode="predict", model=str(folder), text="good"))
+
+
+@pytest.mark.parametrize("place", ["Wandb", "replace_folder", "write_results"])
+def test_the_same_command_starts_again_after_a_kill(finished, monkeypatch, tmp_path, place):
+    overrides, folder = finished
+    mine = [*overrides, f"output_dir={tmp_path}"]
+
+    def killed(*arguments, **options):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baseline, place, killed)
+        assert run_here(*mine, mode="baseline").returncode == 137
+    train_here(*mine, mode="baseline")
+    for name in ("valid_predictions.csv", "test_predictions.csv", "best/words.safetensors", "history.jsonl"):
+        assert (tmp_path / "bag-of-words" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_its_figure_stands_beside_the_encoder_s(finished, encoder_folder, tmp_path, capsys):
+    overrides, folder = finished
+    runs = tmp_path / "runs"
+    shutil.copytree(folder, runs / "words")
+    encoder = [*overrides, *ENCODER, f"output_dir={runs}", "run_name=encoder",
+               f"model_config.model_name={encoder_folder('bert')}"]
+    printed = train_here(*encoder).stdout
+    [line] = [line for line in printed.splitlines() if line.startswith("beside it, ")]
+    accuracy = metrics_of(folder)["test"]["accuracy"]
+    assert f"{runs / 'words'}: test accuracy {accuracy:.4f} (95 % interval" in line
+    pair = printed.splitlines()[-1]
+    assert "bag-of-words and encoder" in pair
+    assert "20 reviews and 1 seed each" in pair
+    assert train_here(*encoder).stdout.endswith(f"{line}\n{pair}\n")  # when the finished run is shown again
+    measured = metrics_of(runs / "encoder")["valid"]
+    rows = rows_of(runs / "encoder" / "valid_predictions.csv")
+    assert np.mean([row["label"] == row["predicted"] for row in rows]) == measured["accuracy"]
+
+    report.compare_runs([runs / "words", runs / "encoder"], tmp_path / "report", "a comparison")
+    results = [read_result(runs / name) for name in ("words", "encoder", "encoder")]
+    results[2].config.data_config.max_len = 16
+    assert [setting.label for setting in group(results)] == ["bag-of-words", "len 32", "len 16"]
+    assert [setting.label for setting in group(results[:2])] == ["bag-of-words", results[1].config.model_config
+                                                                 .model_name.rpartition("/")[2]]
+
+    path = runs / "words" / "test_predictions.csv"
+    path.write_text(path.read_text()[:-30])  # a damaged sibling fails no training run
+    assert "beside it" not in train_here(*encoder).stdout
