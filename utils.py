@@ -123,6 +123,7 @@ class TrainConfig:
     mixed_precision: str = option("auto", "precision of the forward pass; auto: bf16 if the device supports it, else "
                                   "no", choices=("auto", "no", "bf16", "fp16"))
     compile: bool = option(False, "compile the encoder with torch.compile")
+    gradient_checkpointing: bool = option(False, "compute layers twice, which takes less memory", shapes_result=False)
     early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
     best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
     test: bool = option(True, "measure the best model on the test split at the end; false: for runs that choose "
@@ -208,8 +209,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
     """The configuration of `path` with the overrides (`section.key=value`) applied.
 
     `between` holds values that replace those of the file and are themselves replaced by the overrides:
-    {where they come from: {dotted key: value}}. Raises a UserError that lists every problem: unknown keys with the
-    nearest valid name, wrong types, impossible values.
+    {where they come from: {dotted key: value}}. Raises one UserError that lists all problems.
     """
     known = dict(config_fields())
     config = OmegaConf.structured(Config)
