@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import io
 import os
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -340,13 +339,3 @@ def _default_run_name(config: Config) -> str:
         return demo + BAG_OF_WORDS
     return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
             f"-seed{config.train_config.seed}")
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch, on every device."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)

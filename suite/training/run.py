@@ -40,9 +40,10 @@ from suite.training.states import (
     save_state,
     saved_states,
     set_random_state,
+    set_seed,
 )
 from suite.training.tracking import History, Wandb
-from utils import Config, UserError, process_rank, say, set_seed
+from utils import Config, UserError, process_rank, say
 
 
 class Run:

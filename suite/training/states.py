@@ -242,6 +242,13 @@ def load_progress(state: Path, run: str) -> Progress:
     return progress
 
 
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The generators of Python, NumPy and torch, as tensors and plain values that `weights_only` loading takes."""
     kind, keys, *rest = np.random.get_state()
