@@ -55,7 +55,7 @@ from suite.pretraining.run import PretrainingRun, masked_sums
 from suite.training.baseline import baseline
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
-from suite.training.outcome import show_finished, write_results
+from suite.training.outcome import show_finished, write_results, write_untested
 from suite.training.run import Run
 from suite.training.states import claim_run_folder, lock_within, refuse_differences, refuse_other_data
 from suite.training.tracking import Wandb
@@ -154,24 +154,21 @@ def watched(loader: DataLoader, devices: Devices, name: str) -> Iterator[Batch]:
 
 
 def train_and_test(config: Config, devices: Devices) -> None:
-    """--mode train: a new run, or the rest of one that was interrupted."""
+    """--mode train, and --mode pretrain, which tests nothing: a new run, or the rest of one that was interrupted."""
     if show_finished(config):
         show_baseline(config)
         return
-    run = Run.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
-    say(run.plan)
+    # Data, model, optimizer and schedule; as they were saved, if a state is there
+    run = (PretrainingRun if config.pretrains else Run).open(config, devices)
+    say(f"{config.run_name}: {len(run.data.splits['train']):,} {run.unit} to train on, "
+        f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
+        f"{run.sampler.effective_batch} {run.unit} on {devices}")
     train(run)
+    if not config.train_config.test:
+        write_untested(config, devices, run.figures(), run.wandb)
+        return
     test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
     show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
-
-
-def pretrain(config: Config, devices: Devices) -> None:
-    """--mode pretrain: the same for masked words, of which nothing is tested."""
-    if not show_finished(config):
-        run = PretrainingRun.open(config, devices)
-        say(run.plan)
-        train(run)
-        run.finish()
 
 
 def test(config: Config, devices: Devices, model: EncoderForClassification, data: PreparedData, figures: dict[str, Any],
@@ -229,8 +226,8 @@ def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> N
     devices = devices_class(config)
     if command.mode in cli.RUN_MODES:
         with room_for(config.run_folder):
-            {"train": train_and_test, "test": test_again, "baseline": baseline, "pretrain": pretrain}[command.mode](
-                config, devices)
+            modes = {"train": train_and_test, "pretrain": train_and_test, "test": test_again, "baseline": baseline}
+            modes[command.mode](config, devices)
     else:
         {"predict": predict, "export": export, "explain": explain}[command.mode](command, devices)
     devices.close()

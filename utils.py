@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import io
 import os
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import INPUTS, impossible_values, odd_yaml, shown
+from suite.common.checks import INPUTS, impossible_values, odd_yaml, short_name, shown
 
 PROJECT = Path(__file__).resolve().parent
 TRUNCATIONS = ("head", "tail", "head_tail", "windows")
@@ -125,8 +124,11 @@ class TrainConfig:
     mixed_precision: str = option("auto", "precision of the forward pass; auto: bf16 if the device supports it, else "
                                   "no", choices=("auto", "no", "bf16", "fp16"))
     compile: bool = option(False, "compile the encoder with torch.compile")
+    gradient_checkpointing: bool = option(False, "compute layers twice, which takes less memory", shapes_result=False)
     early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
     best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
+    test: bool = option(True, "measure the best model on the test split at the end; false: for runs that choose "
+                        "settings, which compare.py compares on validation", shapes_result=False)
     resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
                          "there is nothing to continue", choices=("auto", "never", "must"), shapes_result=False)
     overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
@@ -212,8 +214,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
     """The configuration of `path` with the overrides (`section.key=value`) applied.
 
     `between` holds values that replace those of the file and are themselves replaced by the overrides:
-    {where they come from: {dotted key: value}}. Raises a UserError that lists every problem: unknown keys with the
-    nearest valid name, wrong types, impossible values.
+    {where they come from: {dotted key: value}}. Raises one UserError that lists all problems.
     """
     known = dict(config_fields())
     config = OmegaConf.structured(Config)
@@ -344,19 +345,3 @@ def _default_run_name(config: Config) -> str:
         return kind + BAG_OF_WORDS
     return (f"{kind}{model.removeprefix(kind)}-len{config.data_config.max_len}"
             f"-bs{config.train_config.effective_batch_size}-seed{config.train_config.seed}")
-
-
-def short_name(path: str) -> str:
-    """The last part of a model's or dataset's name; of a run's `best` folder, the name of the run."""
-    path = Path(path)
-    return path.absolute().parent.name if path.name == "best" else path.name
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch, on every device."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)

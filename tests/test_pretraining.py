@@ -1,4 +1,4 @@
-"""--mode pretrain: what it reads, what it masks, exact steps, resuming, and that fine-tuning starts with its weights."""
+"""--mode pretrain: what it reads and masks, exact steps, resuming, and that fine-tuning starts with its weights."""
 
 import json
 import random

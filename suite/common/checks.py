@@ -51,6 +51,10 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
     if train.mixed_precision == "fp16" and train.device == "cpu":
         problems["train_config.mixed_precision"] = (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
+    if train.gradient_checkpointing and train.compile:
+        problems["train_config.gradient_checkpointing"] = (
+            "train_config.gradient_checkpointing and train_config.compile are both true, but compiled layers would not "
+            "give the same bits: set one of them to false")
     if problem := _batch_problem(data.batch_size, train, processes):
         problems["train_config.effective_batch_size"] = problem
     if train.auto_micro_batch and processes > 1:
@@ -103,6 +107,11 @@ def shown(value: Any) -> str:
     """A value as a message shows it."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def short_name(path: str) -> str:
+    """The last part of a model's or dataset's name; of a run's `best` folder, the name of the run."""
+    return Path(path).absolute().parent.name if Path(path).name == "best" else Path(path).name
 
 
 def odd_yaml(text: str) -> str | None:

@@ -135,7 +135,7 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
         named = load_config(path, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"])
         return without_encoder(named, BAG_OF_WORDS)
     if mode == "pretrain":
-        config = load_config(path, [*overrides, "train_config.objective=masked_lm"],
+        config = load_config(path, [*overrides, "train_config.objective=masked_lm", "train_config.test=false"],
                              {"--mode pretrain": {"train_config.best_metric": "loss"}})
     else:
         config = load_config(path, overrides)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from suite.common.checks import short_name
 from suite.common.run_folder import (
     WITHOUT_ENCODER,
     how_to_write_again,
@@ -22,8 +23,8 @@ from suite.common.run_folder import (
     shaping_values,
 )
 from suite.common.storage import read_json, regular
-from suite.training.evaluation import TEST_PREDICTIONS, Predictions
-from utils import Config, UserError, brief, short_name
+from suite.training.evaluation import TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
+from utils import Config, UserError, brief
 
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
@@ -34,7 +35,7 @@ SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_
 
 @dataclass
 class Result:
-    """A finished run."""
+    """A finished run, as it was measured on one split."""
 
     folder: Path
     config: Config
@@ -43,6 +44,7 @@ class Result:
     predictions: Predictions  # logits: the logarithms of the saved probabilities
     predicted: np.ndarray  # (reviews,) int64; as saved, because two saved probabilities may have been rounded to a tie
     data_fingerprint: str | None  # of all reviews and their split; None if the model has been removed
+    split: str = "test"  # or "valid"
 
     @property
     def seed(self) -> int:
@@ -85,20 +87,29 @@ class Setting:
         return [value for value in found if value is not None]
 
 
-def read_result(folder: Path) -> Result:
+def read_results(folders: Sequence[Path]) -> list[Result]:
+    """The runs on the test split; on validation, if not all of them were tested. Raises UserError as `read_result`."""
+    parts = [read_metrics(folder).keys() for folder in folders]
+    untested = any("train" in found and "test" not in found for found in parts)
+    return [read_result(folder, "valid" if untested else "test") for folder in folders]
+
+
+def read_result(folder: Path, split: str = "test") -> Result:
     """Raises UserError if the folder holds no finished run, or files that do not belong together."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
     metrics = read_metrics(folder)
     if (saved := folder / "config.yaml").exists() and read_saved_config(saved).pretrains:
-        raise UserError(f"{folder} holds a pretraining run, which tests nothing: compare the runs that start from it")
-    if not {"train", "test"} <= metrics.keys():
+        raise UserError(f"{folder} holds a pretraining run, which has no classes: compare the runs that start from it")
+    if not {"train", split} <= metrics.keys():
         raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
                         "run's command again to finish it, or leave the run out")
     config = read_saved_config(folder / "config.yaml")
-    names, predictions, predicted = read_predictions(folder / TEST_PREDICTIONS, metrics["test"],
-                                                     how_to_write_again(folder))
-    return Result(folder, config, metrics, names, predictions, predicted, _fingerprint(folder))
+    path, again = folder / TEST_PREDICTIONS, how_to_write_again(folder)
+    if split == "valid":
+        path, again = folder / VALID_PREDICTIONS, "train this run again, or leave it out"
+    names, predictions, predicted = read_predictions(path, metrics[split], again)
+    return Result(folder, config, metrics, names, predictions, predicted, _fingerprint(folder), split)
 
 
 def read_predictions(path: Path, measured: dict[str, Any], again: str) -> tuple[list[str], Predictions, np.ndarray]:
@@ -213,4 +224,5 @@ def _label(values: dict[str, Any], keys: list[str]) -> str:
 
 def texts(results: Sequence[Result]) -> dict[int, str]:
     """{id: text} of every test review that at least one run gets wrong, read from the runs' misclassified.csv."""
-    return {int(row["id"]): row["text"] for result in results for row in read_mistakes(result.folder)}
+    return {int(row["id"]): row["text"] for result in results if result.split == "test"
+            for row in read_mistakes(result.folder)}

@@ -13,23 +13,25 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from suite.common.protocols import Devices
-from suite.common.run_folder import identity
-from suite.common.storage import write_json
 from suite.encoders.loading import PRETRAINED_TEXTS
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import Batch, to_device
 from suite.pretraining.card import write_card
 from suite.pretraining.texts import PretrainingData, prepare_texts
-from suite.training.efficiency import environment
-from suite.training.outcome import print_results
 from suite.training.run import Run
 from utils import Config
 
 
+def metrics_of(sums: np.ndarray) -> dict[str, Any]:
+    """`sums`: what `masked_sums` returns."""
+    loss, hits, count = sums
+    return {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700)), "accuracy": hits / count,
+            "n": int(count)}
+
+
 class PretrainingRun(Run):
     unit = "windows"
-
-    prepare_data = staticmethod(prepare_texts)
+    prepare_data, metrics_of = staticmethod(prepare_texts), staticmethod(metrics_of)
 
     @staticmethod
     def new_model(config: Config, encoder_config: PreTrainedConfig, data: PretrainingData) -> nn.Module:
@@ -38,15 +40,10 @@ class PretrainingRun(Run):
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         self.devices.unwrap(self.model).save(folder, weights, self.data.tokenizer)
         np.save(folder / PRETRAINED_TEXTS, self.data.digests)
+        write_card(folder, self.config, self.progress.best_metrics, self.progress.step)
 
     def write_predictions(self, predictions: np.ndarray) -> None:
         pass  # there is no review to predict
-
-    def metrics_of(self, predictions: np.ndarray) -> dict[str, Any]:
-        """`predictions`: what `masked_sums` returns."""
-        loss, hits, count = predictions
-        return {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700)), "accuracy": hits / count,
-                "n": int(count)}
 
     def total_weight(self, rows: np.ndarray) -> float:
         return max(1, self.masked_tokens)  # a last effective batch of one short window may have none
@@ -57,15 +54,6 @@ class PretrainingRun(Run):
     def steps(self) -> Iterator[tuple[np.ndarray, list[Batch]]]:
         for rows, (self.masked_tokens, micro_batches) in super().steps():
             yield rows, micro_batches
-
-    def finish(self) -> None:
-        """Write the model card and metrics.json, which says that the run is finished, in process 0."""
-        if self.devices.is_main:
-            metrics = self.figures() | {"environment": environment(self.devices) | {"run": identity(self.folder)}}
-            write_card(self.folder / "best", self.config, metrics)
-            write_json(self.folder / "metrics.json", metrics)
-            print_results(self.config, metrics)
-            self.wandb.finish()
 
 
 @torch.inference_mode()

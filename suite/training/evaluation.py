@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
@@ -19,6 +20,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_s
 
 from suite.common.storage import atomic_write
 
+SPLITS = {"valid": "validation", "test": "test"}  # what a model is measured on, as texts call it
 VALID_PREDICTIONS, TEST_PREDICTIONS = "valid_predictions.csv", "test_predictions.csv"  # in a run folder
 
 
@@ -82,6 +84,11 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "ece": Calibration(predictions).error,
         "n": n,
     }
+
+
+def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
+    """The larger, the better. Equal accuracies, which small validation splits often have, are decided by the loss."""
+    return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

@@ -14,18 +14,17 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from data import PreparedData, get_dataloader, prepare_data
-from suite.common.checks import position_limit, too_long
-from suite.common.hub import explained, say_what_was_cached
+from suite.common.hub import say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import identity
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
-from suite.encoders.loading import best_model, load_encoder_config, new_model, pretrained_texts, save_model
-from suite.encoders.placement import Batch, pass_tokens, place_model
-from suite.encoders.refusals import largest_token, refuse_unknown_words
-from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
+from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
+from suite.encoders.placement import Batch, checkpoint_gradients, pass_tokens, place_model
+from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
+from suite.training.misfit import refuse_misfit
 from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
 from suite.training.states import (
     KEPT_STATES,
@@ -41,22 +40,21 @@ from suite.training.states import (
     save_state,
     saved_states,
     set_random_state,
+    set_seed,
 )
 from suite.training.tracking import History, Wandb
-from utils import Config, UserError, process_rank, say, set_seed
+from utils import Config, UserError, process_rank, say
 
 
 class Run:
     """What the loop in main.py works on. A PretrainingRun differs in the methods down to `judged`, and in `steps`."""
 
     unit = "reviews"  # what a row of the data is
-
-    prepare_data = staticmethod(prepare_data)
+    prepare_data, metrics_of = staticmethod(prepare_data), staticmethod(compute_metrics)
 
     @staticmethod
     def new_model(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> nn.Module:
-        read = config.data_config
-        model = new_model(config.model_config, data.label_names, encoder_config)
+        model, read = new_model(config.model_config, data.label_names, encoder_config), config.data_config
         model.config.update({"max_len": read.max_len, "truncation": read.truncation, "max_windows": read.max_windows,
                              "data_fingerprint": data.fingerprint})
         return model
@@ -66,9 +64,6 @@ class Run:
 
     def write_predictions(self, predictions: Predictions) -> None:
         write_predictions(self.folder / VALID_PREDICTIONS, predictions, self.data.label_names)
-
-    def metrics_of(self, predictions: Predictions) -> dict[str, Any]:
-        return compute_metrics(predictions)
 
     def total_weight(self, rows: np.ndarray) -> float:
         """What the loss of these reviews is divided by: their number or, with class weights, the sum of theirs."""
@@ -93,6 +88,8 @@ class Run:
             data = cls.prepare_data(config)
         refuse_misfit(config, encoder_config, data)
         model = cls.new_model(config, encoder_config, data)
+        if config.train_config.gradient_checkpointing:
+            checkpoint_gradients(model, config.model_config.model_name)
         say_what_was_cached()
         if not is_there:  # only now, so that wrong input leaves nothing behind, not even a lock
             claim_run_folder(config.run_folder)
@@ -128,13 +125,6 @@ class Run:
         self.progress = Progress(data_fingerprint=data.fingerprint)
         self.start_step = 0  # where this process began
         self._out_of_memory = False
-
-    @property
-    def plan(self) -> str:
-        """What the run will do, in one line."""
-        train, valid = (len(self.data.splits[split]) for split in ("train", "valid"))
-        return (f"{self.config.run_name}: {train:,} {self.unit} to train on, {valid:,} to validate; "
-                f"{self.total_steps:,} optimizer steps of {self.sampler.effective_batch} {self.unit} on {self.devices}")
 
     @property
     def state_bytes(self) -> int:
@@ -298,8 +288,7 @@ class Run:
             f"at these reviews (last saved state: {kept})")
 
     def end_epoch(self, predictions: Any) -> None:
-        """Record the metrics of these predictions on validation, keep the model if it is the best so far, save the
-        state."""
+        """Record the metrics on validation, keep the model if it is the best so far, save the state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
         metrics = self.metrics_of(predictions)
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
@@ -359,25 +348,3 @@ class Run:
         """What metrics.json says about training and validation."""
         return {"train": self.meter.figures() | {"optimizer_steps": self.progress.step},
                 "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
-
-
-def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
-    """The larger, the better. Equal accuracies, which small validation splits often have, are decided by the loss."""
-    return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
-
-
-def refuse_misfit(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> None:
-    """Raises UserError for reviews that the encoder or its tokenizer cannot read, or that it was pretrained on although
-    they are validated or tested on here."""
-    name, seen = config.model_config.model_name, pretrained_texts(config.model_config)
-    if count := np.isin(data.held_out, seen).sum():
-        raise UserError(f"model_config.model_name: {name} was pretrained on {count:,} texts that are validated or "
-                        "tested on here: give data_config the values of its pretraining, or pretrain again with these")
-    tokens = data.splits["train"].tokens  # those of all splits
-    if problem := too_long(config.data_config.max_len, name, position_limit(encoder_config.to_dict())):
-        raise UserError(problem)
-    if (largest := largest_token(data.tokenizer, tokens)) >= encoder_config.vocab_size:
-        raise UserError(f"model_config.model_name: the tokenizer of {name} gives token {largest}, but its encoder only "
-                        f"knows {encoder_config.vocab_size}: they do not belong together")
-    with explained("model_config.model_name", name):
-        refuse_unknown_words(data.tokenizer, tokens)

@@ -79,12 +79,13 @@ def lock_within(folder: Path) -> None:
 
 
 def finished_metrics(config: Config) -> dict[str, Any] | None:
-    """The metrics of the finished run in the run folder; None if there is none, or if it is to be replaced.
+    """The metrics of the finished run in the run folder; None if there is none, if it is to be replaced, or if it lacks
+    the test that this run ends with.
 
     Raises UserError if the user has not asked plainly to replace it, or if the run has another configuration.
     """
     metrics = read_metrics(config.run_folder)
-    if "train" not in metrics or "test" not in metrics and not config.pretrains:
+    if "train" not in metrics or config.train_config.test and "test" not in metrics:
         return None
     if config.train_config.resume == "never":
         if config.train_config.overwrite:
@@ -243,6 +244,13 @@ def load_progress(state: Path, run: str) -> Progress:
 def other_version(state: Path) -> UserError:
     return UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
                      "start it afresh with train_config.resume=never")
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
