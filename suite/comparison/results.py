@@ -29,6 +29,7 @@ from utils import Config, UserError, brief
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
+MOST_NAMED = 3  # keys that a setting's name has room for
 SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
                "data_config.max_len": "len"}
 
@@ -194,21 +195,32 @@ def group(results: Sequence[Result]) -> list[Setting]:
             raise UserError(f"{twin.folder} and {result.folder} are the same setting with the same seed {result.seed}: "
                             "leave one out")
         runs.append(result)
-    firsts = [runs[0].values for runs in grouped.values()]
-    implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
-    if all(first.get(STEPS, 1) == 1 for first in firsts):
-        implied.add("data_config.batch_size")
-    labels = []
-    for first in firsts:
-        alike = [other for other in firsts if other.keys() == first.keys()]  # encoders, or models that are none
-        varying = [key for key in first if key not in implied and len({repr(other[key]) for other in alike}) > 1]
-        if STEPS not in first or not varying:
-            varying = list(dict.fromkeys([NAME, *varying]))
-        labels.append(_label(first, varying))
-    if len(set(labels)) < len(labels):  # two paths end in the same name
-        labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
+    labels = _labels([runs[0].values for runs in grouped.values()])
     return [Setting(label, sorted(runs, key=lambda run: run.seed))
             for label, runs in zip(labels, grouped.values(), strict=True)]
+
+
+def _labels(settings: list[dict[str, Any]]) -> list[str]:
+    """A name for each setting, of the values in which the settings differ.
+
+    Where more than MOST_NAMED keys differ, the first setting is the `base`, and the others are named by what they have
+    in place of its values.
+    """
+    implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
+    if all(values.get(STEPS, 1) == 1 for values in settings):
+        implied.add("data_config.batch_size")
+    labels = []
+    for values in settings:
+        alike = [other for other in settings if other.keys() == values.keys()]  # encoders, or models that are none
+        varying = [key for key in values if key not in implied and len({repr(other[key]) for other in alike}) > 1]
+        if STEPS not in values or not varying:
+            varying = list(dict.fromkeys([NAME, *varying]))
+        if len(varying) > MOST_NAMED:
+            varying = [key for key in varying if values[key] != alike[0][key]]
+        labels.append(_label(values, varying) or "base")
+    if len(set(labels)) < len(labels):  # two paths end in the same name
+        labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
+    return labels
 
 
 def _label(values: dict[str, Any], keys: list[str]) -> str:
