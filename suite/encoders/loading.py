@@ -109,7 +109,8 @@ def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
     path = Path(model_config.model_name) / PRETRAINED_TEXTS
     if not (model_config.pretrained and path.is_file()):
         return np.empty(0, "V16")
-    return np.load(path)
+    with explained("model_config.model_name", str(path), any_error=True):
+        return np.load(path)
 
 
 def model_folder(name: str) -> Path:
