@@ -1,4 +1,4 @@
-"""--mode baseline: a bag of words predicts as scikit-learn does, has a run folder like any other, is saved without pickle,
+"""--mode baseline: a bag of words predicts as scikit-learn does, has a run folder like any other, holds no pickle,
 starts again after a kill, and stands beside the figure of an encoder at the end of its training.
 """
 
