@@ -10,6 +10,7 @@ effective batch size alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import signal
 from collections.abc import Sequence
@@ -45,14 +46,18 @@ def pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor,
 class IMDBDataset(torch.utils.data.Dataset):
     """The tokenized reviews of one split, as flat arrays: nothing is looked up or padded review by review.
 
-    All splits share `tokens` (tokens of all reviews,), `offsets` (reviews + 1,) and `texts`, the pooled data. A split
-    has `rows` (n,), its places in `offsets`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
+    All splits share `tokens` (tokens of all windows,), `offsets` (windows + 1,), `first_windows` (reviews + 1,), the
+    places of the reviews in `offsets` (None: each review is one window), and `texts`, the pooled data. A split has
+    `rows` (n,), its places in `first_windows`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, ids: np.ndarray,
-                 pad_token_id: int, has_token_types: bool = False, texts: Dataset | None = None):
-        self.tokens, self.labels, self.ids, self.texts = tokens, labels, ids, texts
-        self.starts, self.lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
+                 pad_token_id: int, has_token_types: bool = False, texts: Dataset | None = None,
+                 first_windows: np.ndarray | None = None):
+        first_windows = np.arange(len(offsets)) if first_windows is None else first_windows
+        self.tokens, self.offsets, self.labels, self.ids, self.texts = tokens, offsets, labels, ids, texts
+        self.first_windows, self.windows = first_windows[rows], first_windows[rows + 1] - first_windows[rows]
+        self.lengths = self.window_lengths(self.first_windows)  # (n,) of each review's first window, its longest
         self.pad_token_id, self.has_token_types = pad_token_id, has_token_types
 
     def __len__(self) -> int:
@@ -63,17 +68,20 @@ class IMDBDataset(torch.utils.data.Dataset):
         int, that review alone.
 
         A negative row ~i stands for review i with the label IGNORED and the id -1. A batch holds `input_ids`,
-        `attention_mask` where anything is padded, and `token_type_ids` where the encoder takes them, all (batch,
-        longest); `labels` and `id`: (batch,); all int64.
+        `attention_mask` where anything is padded, and `token_type_ids` where the encoder takes them, all (windows of
+        these reviews, longest); `labels` and `id`: (batch,); and where a review is more than one window, `windows`:
+        (batch,), how many each one is; all int64.
         """
         if isinstance(rows, list):
             return [self[part] for part in rows]
         if isinstance(rows, int):
-            return {name: values[0] for name, values in self[np.array([rows])].items()}
+            return {name: values[0] if len(values) == 1 else values
+                    for name, values in self[np.array([rows])].items()}
         ignored = rows < 0
         rows = np.where(ignored, ~rows, rows)
-        places = zip(self.starts[rows], self.lengths[rows], strict=True)
-        input_ids, mask = pad([self.tokens[start:start + length] for start, length in places], self.pad_token_id)
+        places = self.windows_of(rows)
+        bounds = zip(self.offsets[places], self.offsets[places + 1], strict=True)
+        input_ids, mask = pad([self.tokens[start:stop] for start, stop in bounds], self.pad_token_id)
         batch = {"input_ids": input_ids,
                  "labels": torch.from_numpy(np.where(ignored, IGNORED, self.labels[rows])),
                  "id": torch.from_numpy(np.where(ignored, -1, self.ids[rows]))}
@@ -81,7 +89,18 @@ class IMDBDataset(torch.utils.data.Dataset):
             batch["attention_mask"] = mask
         if self.has_token_types:
             batch["token_type_ids"] = torch.zeros_like(input_ids)
+        if len(places) > len(rows):
+            batch["windows"] = torch.from_numpy(self.windows[rows])
         return batch
+
+    def windows_of(self, rows: np.ndarray) -> np.ndarray:
+        """(windows,) the places in `offsets` of all windows of the reviews `rows`, one review after the other."""
+        counts = self.windows[rows]
+        return np.repeat(self.first_windows[rows] - (counts.cumsum() - counts), counts) + np.arange(counts.sum())
+
+    def window_lengths(self, places: np.ndarray) -> np.ndarray:
+        """The tokens of the windows at these places in `offsets`; same shape."""
+        return self.offsets[places + 1] - self.offsets[places]
 
     def text(self, review_id: int) -> str:
         """The review whose `id` this is."""
@@ -92,19 +111,27 @@ class IMDBDataset(torch.utils.data.Dataset):
 # Tokenize
 
 
-def truncate(tokens: list[int], room: int, truncation: str) -> list[int]:
-    """At most `room` of a review's tokens: its head, its tail, or half from each end (Sun et al. 2019)."""
-    if len(tokens) <= room:
-        return tokens
-    head = {"head": room, "tail": 0, "head_tail": room // 2}[truncation]
-    return tokens[:head] + tokens[len(tokens) - (room - head):]
+def truncate(tokens: list[int], room: int, truncation: str, max_windows: int = 1) -> list[list[int]]:
+    """The windows of a review, of at most `room` tokens each.
+
+    There is one, with the head of the review, its tail, or half from each end (Sun et al. 2019). With "windows" there
+    are as few as the whole review needs, of equal lengths but for one token, the longest first. If these are more than
+    `max_windows`, so many full ones are left, half of them from each end.
+    """
+    count = min(-(-len(tokens) // room), max_windows) or 1 if truncation == "windows" else 1
+    if len(tokens) > count * room:
+        head = {"head": room, "tail": 0, "head_tail": room // 2, "windows": -(-count // 2) * room}[truncation]
+        tokens = tokens[:head] + tokens[len(tokens) - (count * room - head):]
+    size, longer = divmod(len(tokens), count)
+    bounds = [place * size + min(place, longer) for place in range(count + 1)]
+    return [tokens[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 class Encode:
-    """Texts to token ids with the special tokens around them; a function for `datasets.map`."""
+    """Texts to windows of token ids with the special tokens around them; a function for `datasets.map`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_len: int, truncation: str):
-        self.tokenizer, self.truncation = tokenizer, truncation
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_len: int, truncation: str, max_windows: int = 1):
+        self.tokenizer, self.truncation, self.max_windows = tokenizer, truncation, max_windows
         # What the tokenizer puts around a text, [CLS] and [SEP] for BERT, found by encoding one known text.
         content = self._tokens(["a"])[0]
         whole = tokenizer("a")["input_ids"]
@@ -116,27 +143,39 @@ class Encode:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
                               return_token_type_ids=False, verbose=False)["input_ids"]
 
+    def windows(self, texts: list[str]) -> list[list[list[int]]]:
+        """The token ids of each window of each text."""
+        return [[self.prefix + window + self.suffix
+                 for window in truncate(tokens, self.room, self.truncation, self.max_windows)]
+                for tokens in self._tokens(texts)]
+
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        return {"input_ids": [self.prefix + truncate(tokens, self.room, self.truncation) + self.suffix
-                              for tokens in self._tokens(batch["text"])]}
+        """`input_ids`: the windows of each text, one after the other; `lengths`: their tokens."""
+        windows = self.windows(batch["text"])
+        return {"input_ids": [list(itertools.chain.from_iterable(of_text)) for of_text in windows],
+                "lengths": [list(map(len, of_text)) for of_text in windows]}
 
     def fingerprint(self, digests: np.ndarray) -> str:
         """The name of the cached result: the same for the same reviews, tokenizer and lengths, in any process."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items())
         parts = (digests.tobytes(), vocabulary, self.prefix, self.suffix, self.room, self.truncation)
+        if self.truncation == "windows":
+            parts += (self.max_windows,)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens (total,) int32 and the offsets of the reviews in them (rows + 1,), from the library's cache."""
+def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens (total,) int32, the offsets of the windows in them (windows + 1,), and those of the reviews in the
+    windows (rows + 1,), from the library's cache."""
     fingerprint = encode.fingerprint(digests)
-    tokenized = cached(f"tokens-{fingerprint}", lambda folder: table.map(
+    tokenized = cached(f"windows-{fingerprint}", lambda folder: table.map(
         encode, batched=True, remove_columns=table.column_names, desc="tokenizing", new_fingerprint=fingerprint,
-        features=Features({"input_ids": List(Value("int32"))}), cache_file_name=str(folder / "tokens.arrow")))
-    column = tokenized.data.column("input_ids").combine_chunks()
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    return column.values.to_numpy(), offsets
+        features=Features({"input_ids": List(Value("int32")), "lengths": List(Value("int32"))}),
+        cache_file_name=str(folder / "tokens.arrow")))
+    tokens, lengths = (tokenized.data.column(name).combine_chunks() for name in ("input_ids", "lengths"))
+    offsets = np.concatenate([[0], lengths.values.to_numpy().cumsum(dtype=np.int64)])
+    return tokens.values.to_numpy(), offsets, lengths.offsets.to_numpy().astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,11 +235,11 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     else:
         tokenizer = load_tokenizer(trained_model)  # it was saved with its rule for line breaks
     used = np.sort(np.concatenate(list(ids_of.values())))  # with a limit, only these rows are tokenized
-    encode = Encode(tokenizer, data_config.max_len, data_config.truncation)
-    tokens, offsets = tokenize(reviews.table.select(used), encode, digests[used])
+    encode = Encode(tokenizer, data_config.max_len, data_config.truncation, data_config.max_windows)
+    tokens, offsets, first_windows = tokenize(reviews.table.select(used), encode, digests[used])
     has_token_types = "token_type_ids" in tokenizer.model_input_names
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
-                                tokenizer.pad_token_id, has_token_types, reviews.table)
+                                tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
               for name, ids in ids_of.items()}
     return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint)
 
@@ -210,23 +249,23 @@ def get_dataloader(data: PreparedData, split: str, config: Config, device: torch
     """A loader of one split, of which each process gets its own share.
 
     `train` yields the padded micro-batches of one optimizer step after the other, see `StepSampler`; set
-    `loader.sampler.epoch`. `valid` and `test` yield padded batches, longest reviews first. `pass_tokens`: what one more
-    pass costs, in tokens; for `train` only.
+    `loader.sampler.epoch`. `valid` and `test` yield padded batches. `pass_tokens`: what one more pass costs, in tokens.
     """
     dataset, rank, processes = data.splits[split], process_rank(), num_processes()
     if split == "train":
         train_config = config.train_config
         sampler = StepSampler(dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size,
-                              train_config.seed, rank, processes, pass_tokens)
+                              train_config.seed, rank, processes, pass_tokens, dataset.windows)
     else:
-        sampler = LengthSampler(dataset.lengths, eval_batch_size(config.data_config, device), rank, processes)
+        sampler = LengthSampler(dataset.lengths, eval_batch_size(config.data_config, device), rank, processes,
+                                pass_tokens, dataset.windows)
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.data_config.num_workers,
                       pin_memory=device.type == "cuda", worker_init_fn=_ignore_signals,
                       generator=torch.Generator())  # its own: the loader must not advance the generator of dropout
 
 
 def eval_batch_size(data_config: DataConfig, device: torch.device) -> int:
-    """Reviews in a forward pass without a backward one. On a CPU at most CPU_BATCH: larger ones overflow its caches."""
+    """Windows in a forward pass without a backward one. On a CPU at most CPU_BATCH: larger ones overflow its caches."""
     return min(data_config.eval_batch_size, CPU_BATCH) if device.type == "cpu" else data_config.eval_batch_size
 
 

@@ -43,7 +43,7 @@ from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import room_for
 from suite.comparison.beside import show_baseline
 from suite.encoders.loading import best_model, load_model
-from suite.encoders.placement import Batch, compute_logits, place_model, to_device
+from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_model, to_device
 from suite.inference.explain import explain
 from suite.inference.export import export
 from suite.inference.opening import open_classifier
@@ -156,7 +156,8 @@ def test(config: Config, devices: Devices, model: EncoderForClassification, data
          wandb: Wandb) -> None:
     """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
     place_model(model, devices.device, compiled=config.train_config.compile)
-    predictions = evaluate(model, get_dataloader(data, "test", config, devices.device), devices, "test")
+    loader = get_dataloader(data, "test", config, devices.device, pass_tokens(model, devices.device))
+    predictions = evaluate(model, loader, devices, "test")
     if devices.is_main:
         write_results(config, devices, predictions, list(model.config.id2label.values()), data.splits["test"].text,
                       figures, wandb)

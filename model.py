@@ -23,20 +23,21 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 class ClassifierConfig(PreTrainedConfig):
     """`encoder`: the configuration of the encoder. `pooling`, `head_dropout` and `id2label` describe the head.
 
-    `max_len` (tokens, special tokens included) and `truncation` say how the model's reviews were cut in training,
-    `data_fingerprint` which reviews and which split these were.
+    `max_len` (tokens, special tokens included), `truncation` and `max_windows` say how the model's reviews were cut in
+    training, `data_fingerprint` which reviews and which split these were.
     """
 
     # A type of its own: under the encoder's type, transformers would load its own classifier with a random head.
     model_type = "encoder-for-classification"
 
     def __init__(self, encoder: Any = None, pooling: str = "cls", head_dropout: float = 0.1, max_len: int | None = None,
-                 truncation: str = "head", data_fingerprint: str | None = None, **kwargs):
+                 truncation: str = "head", max_windows: int = 1, data_fingerprint: str | None = None, **kwargs):
         self.encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
         if self.encoder is not None:
             self.encoder.dtype = None  # that of the whole classifier counts, not that of the encoder's checkpoint
         self.pooling, self.head_dropout = pooling, head_dropout
-        self.max_len, self.truncation, self.data_fingerprint = max_len, truncation, data_fingerprint
+        self.max_len, self.truncation, self.max_windows = max_len, truncation, max_windows
+        self.data_fingerprint = data_fingerprint
         super().__init__(**kwargs)
 
 
@@ -81,10 +82,13 @@ class EncoderForClassification(PreTrainedModel):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
                 token_type_ids: torch.Tensor | None = None, labels: torch.Tensor | None = None,
-                reduction: str = "mean", class_weights: torch.Tensor | None = None) -> SequenceClassifierOutput:
-        """`loss` and `logits` of a batch.
+                reduction: str = "mean", class_weights: torch.Tensor | None = None,
+                windows: torch.Tensor | None = None) -> SequenceClassifierOutput:
+        """`loss` and `logits` of a batch of reviews.
 
-        `input_ids`, `attention_mask` (1 for real tokens, None if all are) and `token_type_ids`: (batch, tokens) int64;
+        `input_ids`, `attention_mask` (1 for real tokens, None if all are) and `token_type_ids`: (batch, tokens) int64.
+        `windows`: (batch,) int64, how many windows each review was cut into; the inputs then have one row for each of
+        them, (windows, tokens), in the order of the reviews. None: each review is one window.
         `labels`: (batch,) int64, -100 is skipped. `loss`: cross-entropy in float32, the mean over the batch or, with
         reduction="sum", the sum, each review times the weight of its class if `class_weights` (num_labels,) are given;
         None without labels. `logits`: (batch, num_labels) float32, or float64 in a model of float64.
@@ -97,9 +101,21 @@ class EncoderForClassification(PreTrainedModel):
         hidden = self.encoder(input_ids=input_ids, attention_mask=masks, **token_types).last_hidden_state
         pooled = hidden[:, 0] if self.config.pooling == "cls" else mean_over_tokens(hidden, attention_mask)
         logits = self.head(self.dropout(pooled))  # hidden: (batch, tokens or 1, width), pooled: (batch, width)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's half precision ends here
+        logits = mean_over_windows(logits, windows)
         loss = None if labels is None else F.cross_entropy(logits, labels, class_weights, reduction=reduction)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def mean_over_windows(logits: torch.Tensor, windows: torch.Tensor | None) -> torch.Tensor:
+    """(windows, num_labels) -> (batch, num_labels), float32 or float64: the mean over the windows of each review.
+
+    `windows`: (batch,) int64, how many each review has; None: one.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's half precision ends here
+    if windows is None:
+        return logits
+    review = torch.arange(len(windows), device=logits.device).repeat_interleave(windows, output_size=len(logits))
+    return logits.new_zeros(len(windows), logits.shape[1]).index_add(0, review, logits) / windows[:, None]
 
 
 def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from suite.common.checks import INPUTS, impossible_values, odd_yaml, shown
 
 PROJECT = Path(__file__).resolve().parent
+TRUNCATIONS = ("head", "tail", "head_tail", "windows")
 BAG_OF_WORDS = "bag-of-words"  # the model_name of a run of --mode baseline
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
@@ -83,11 +84,15 @@ class DataConfig:
                                    "false: keep them all, in the same part of the split")
     limit: int | None = option(None, "use only this many rows, for a quick look", at_least=1)
     max_len: int = option(128, "longest input in tokens, special tokens included", at_least=4)
-    truncation: str = option("head", "which part of a longer review is kept", choices=("head", "tail", "head_tail"))
+    truncation: str = option("head", "what is read of a review longer than max_len: its head, its tail, half from each "
+                             "end, or all of it in windows whose logits are averaged", choices=TRUNCATIONS)
+    max_windows: int = option(4, "with truncation=windows, the most windows of a review; of a longer one, half of them "
+                              "are from each end", at_least=1, at_most=1024)
     line_breaks: str = option("keep", "how `<br />` in a text is read: as it is written, or as a space",
                               choices=("keep", "space"))
-    batch_size: int = option(64, "reviews per forward pass on one device: the micro-batch", at_least=1)
-    eval_batch_size: int = option(256, "reviews per forward pass in evaluation and prediction; "
+    batch_size: int = option(64, "reviews per forward pass on one device, or their windows: the micro-batch",
+                             at_least=1)
+    eval_batch_size: int = option(256, "reviews per forward pass in evaluation and prediction, or their windows; "
                                   "at most 64 on a CPU", at_least=1, shapes_result=False)
     num_workers: int = option(0, "processes that prepare batches; without them, a batch takes 0.15 ms", at_least=0,
                               at_most=256, shapes_result=False)

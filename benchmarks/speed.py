@@ -82,7 +82,7 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
         split = prepared.splits[name]
         columns = prepared.tokenizer.pad({"input_ids": [
             split.tokens[start:start + length].tolist() for start, length
-            in zip(split.starts, split.lengths, strict=True)]}, **(pad or {"padding": False}))
+            in zip(split.offsets[split.first_windows], split.lengths, strict=True)]}, **(pad or {"padding": False}))
         return datasets.Dataset.from_dict({**columns, "labels": split.labels})
 
     best = {} if is_plain else {"bf16": True, "train_sampling_strategy": "group_by_length",

@@ -27,13 +27,14 @@ REVIEWS = 200  # effective batches of 64: three full ones and one of 8
 
 
 def explicit_data() -> IMDBDataset:
-    """Random reviews of 4 to 30 tokens, without a tokenizer or a file."""
+    """Random reviews of 1 to 3 windows of 4 to 30 tokens, without a tokenizer or a file."""
     generator = np.random.default_rng(0)
-    lengths = generator.integers(4, 31, REVIEWS)
-    offsets = np.concatenate([[0], lengths.cumsum()])
+    windows, lengths = generator.integers(1, 4, REVIEWS), generator.integers(4, 31, REVIEWS)
+    offsets = np.concatenate([[0], np.repeat(lengths, windows).cumsum()])
     rows = np.arange(REVIEWS)
     tokens, labels = generator.integers(5, 2500, offsets[-1]), generator.integers(0, 2, REVIEWS)
-    return IMDBDataset(tokens, offsets, rows, labels, rows, pad_token_id=0)
+    return IMDBDataset(tokens, offsets, rows, labels, rows, pad_token_id=0,
+                       first_windows=np.concatenate([[0], windows.cumsum()]))
 
 
 def build_model(folder: str, dtype: torch.dtype = torch.float32) -> EncoderForClassification:
@@ -49,7 +50,8 @@ def single_device() -> SingleDevice:
 def train_steps(model, optimizer, devices, dataset, effective_batch: int, micro_batch: int, steps: int | None = None,
                 max_grad_norm: float | None = None, class_weights: torch.Tensor | None = None) -> torch.Tensor:
     """The first optimizer `steps` of an epoch (None: all); returns [summed loss, correct] of this process."""
-    sampler = StepSampler(dataset.lengths, effective_batch, micro_batch, 3, process_rank(), devices.num_processes)
+    sampler = StepSampler(dataset.lengths, effective_batch, micro_batch, 3, process_rank(), devices.num_processes,
+                          windows=dataset.windows)
     sums = torch.zeros(2)
     for rows, cut in list(zip(sampler.effective_batches(), sampler, strict=True))[:steps]:
         total_weight = len(rows) if class_weights is None else float(class_weights[dataset.labels[rows]].sum())

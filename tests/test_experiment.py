@@ -93,6 +93,10 @@ BAD_FILES = [
     ({"grid": {"data_config.batch_size": [16, 64], "train_config.effective_batch_size": [64]}},
      "script main.py takes one micro-batch a step, and batch_size=16, effective_batch_size=64 needs 4"),
     ({"grid": {"train_config.effective_batch_size": [None, 32]}}, "runs 1 and 2 are the same"),
+    ({"settings": [{}]}, "grid and settings are both given"),
+    ({"grid": None, "settings": [3]}, "settings must be a list of {section.key: value}"),
+    ({"grid": None, "settings": [{}, {"train_config.epoch": 3}]}, "unknown key train_config.epoch; did you mean"),
+    ({"grid": None, "settings": [{}, {}]}, "runs 1 and 2 are the same (base; base): leave one out"),
     ({"overrides": {"train_config.epochs": 0}}, "train_config.epochs is 0"),
     ({"overrides": {"train_config.learning_rate": 1}}, "stands in grid and in overrides"),
     ({"overrides": ["train_config.epochs=3"]}, "overrides must hold section.key: value"),
@@ -103,7 +107,7 @@ BAD_FILES = [
     ({"seeds": [1, 1]}, "seeds: 1 more than once"),
     ({"published": [{"accuracy": {"them": 0.9}}]}, "published, entry 1: write where"),
     ({"published": [{"where": {"train_config.learning_rate": 0.1}, "accuracy": {"them": 0.9}}]},
-     "published, entry 1: train_config.learning_rate: 0.1 is not in the grid"),
+     "published, entry 1: train_config.learning_rate: 0.1 is of no setting"),
     ({"published": [{"where": {"train_config.learning_rate": 0.001}, "accuracy": {"them": 90}}]},
      "the accuracy of them is 90: give a share from 0 to 1"),
 ]
@@ -116,6 +120,15 @@ def test_a_bad_file_is_refused(tmp_path, changes, problem):
     assert problem in str(refused.value)
     assert "\n" not in str(refused.value)
     assert ("absent.yaml" if "absent" in problem else str(tmp_path / "study.yaml")) in str(refused.value)
+
+
+def test_settings_can_be_listed_one_by_one(tmp_path):
+    settings = [{}, {"model_config.pooling": "cls"}, {"model_config": {"pooling": "cls", "dropout_rate": 0.2}}]
+    cells = read_experiment(write_experiment(tmp_path, grid=None, settings=settings,
+                                             overrides={"model_config.dropout_rate": 0.3}, seeds=[1, 2])).cells
+    found = [(cell.seed, cell.config.model_config.pooling, cell.config.model_config.dropout_rate) for cell in cells]
+    assert found == [(seed, *rest) for seed in (1, 2) for rest in (("mean", 0.3), ("cls", 0.3), ("cls", 0.2))]
+    assert len({cell.folder for cell in cells}) == 6
 
 
 @pytest.mark.parametrize(("overrides", "problem"), [

@@ -38,7 +38,7 @@ def random_model(encoder_folder, tmp_path):
         torch.manual_seed(1)
         model = new_model(ModelConfig(model_name=encoder_folder(name), pooling=pooling), list(labels))
         model.head.weight.data *= 50
-        model.config.max_len, model.config.truncation = max_len, truncation
+        model.config.max_len, model.config.truncation, model.config.max_windows = max_len, truncation, 3
         folder = tmp_path / f"{name}-{pooling}-{truncation}-{len(labels)}"
         save_model(folder, model.config, model.state_dict(), load_tokenizer(encoder_folder(name)))
         return classifier(folder)
@@ -116,14 +116,15 @@ def test_words_for_the_other_class_count_against(run):
     assert re.search(r"-\d+\.\d %  dull", explain.as_plain_text(explanation))
 
 
-@pytest.mark.parametrize("truncation", ["head", "tail", "head_tail"])
+@pytest.mark.parametrize("truncation", ["head", "tail", "head_tail", "windows"])
 @pytest.mark.parametrize("name", ["bert", "modernbert"])  # WordPiece, and bytes, in whose middle a cut can be
 def test_any_text(random_model, tmp_path, name, truncation):
     each = random_model(name, truncation=truncation)
     explanations = [(text[:20], attribute(each, text)) for text in ODD_TEXTS]
     for text, (_, explanation) in zip(ODD_TEXTS, explanations, strict=True):
         assert "".join(piece for piece, *_ in explanation.pieces()) == text
-        assert (explanation.unread is None) == (len(each.encode._tokens([text])[0]) <= each.encode.room)
+        room = each.encode.room * (3 if truncation == "windows" else 1)
+        assert (explanation.unread is None) == (len(each.encode._tokens([text])[0]) <= room)
         coloured = explain.in_colour(explanation)
         assert len(coloured) < 5000  # what was not read is counted, not printed
         assert not re.search("[\0-\x08\x0b-\x1f]", re.sub("\x1b\\[(0|2|30;48;5;[0-9]+)m", "", coloured))
@@ -238,3 +239,21 @@ def test_explaining_changes_no_weight(run):
     fresh = load_model(folder).state_dict()
     assert all(torch.equal(weights, fresh[name]) for name, weights in each.model.state_dict().items())
     assert not any(hooks for module in each.model.modules() for hooks in [module._forward_hooks])
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_a_review_in_windows_is_explained_by_the_words_of_all_of_them(random_model, name):
+    each = random_model(name, truncation="windows")
+    text = "a gripping and moving film, if dreary at its start and a little too long before the end " * 2
+    assert 2 <= len(each.encode.windows([text])[0]) <= 3
+    explanation = attribute(each, text)
+    assert explanation.is_complete
+    assert explanation.unread is None
+    read = " ".join(text[word.start:word.end] for word in explanation.words)
+    assert read.split() == text.replace(",", " ,").split()
+    windows = [torch.tensor([window]) for window in each.encode.windows([text])[0]]
+    with torch.no_grad():
+        logits = torch.cat([each.model(window).logits for window in windows]).mean(dim=0)
+    own = each.label_names.index(explanation.predicted)
+    assert explanation.score == pytest.approx(float(logits[own] - logits[1 - own]), abs=1e-4)
+    assert explanation.probability == pytest.approx(float(logits.softmax(dim=0)[own]), abs=1e-5)

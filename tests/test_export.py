@@ -64,7 +64,8 @@ def test_a_program_without_pytorch_computes_the_same(encoder_folder, tmp_path, n
     assert len(printed.out.splitlines()) == 2
     folder = tmp_path / "model-onnx"
     config = json.loads((folder / "config.json").read_text())
-    assert config == {"id2label": {"0": "bad", "1": "good"}, "truncation": "head", "max_len": 40}
+    assert config == {"id2label": {"0": "bad", "1": "good"}, "truncation": "head", "max_len": 40,
+                      "max_windows": 1}
     assert len(list(folder.glob("model.onnx*"))) == 1  # the weights are in it
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(TEXTS, truncation=True, max_length=config["max_len"], padding=True, return_tensors="np")

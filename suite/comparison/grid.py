@@ -6,6 +6,9 @@
     overrides: {data_config.batch_size: 64}           for every run
     grid:                                             every combination of these values is a setting
       train_config.effective_batch_size: [64, 256, 1024]
+    settings:                                         or, in place of a grid, the settings one by one
+      - {}                                            that of `config` and `overrides`
+      - {model_config.pooling: mean}
     seeds: [42, 43, 44]                               each setting runs with each of these seeds
     published:                                        figures of others, shown beside ours
       - where: {train_config.effective_batch_size: 64}
@@ -33,7 +36,7 @@ from suite.common.run_folder import read_metrics, read_saved_config, shaping_val
 from utils import Config, UserError, config_fields, leaves, load_config, read_yaml, suggest
 
 SCRIPTS = ("main.py", "main_accumulation.py")
-KEYS = ("name", "question", "script", "config", "overrides", "grid", "seeds", "published")
+KEYS = ("name", "question", "script", "config", "overrides", "grid", "settings", "seeds", "published")
 PER_CELL = {"train_config.seed": "list it under `seeds`", "run_name": "each run gets a name of its own"}
 # The default run_name names these already.
 NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")
@@ -41,10 +44,10 @@ NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effecti
 
 @dataclass
 class Cell:
-    """One run of the grid."""
+    """One run of the experiment."""
 
     index: int  # from 1, in the order of running
-    setting: dict[str, Any]  # {dotted key of the grid: value}
+    setting: dict[str, Any]  # {dotted key: value} of what differs between the experiment's settings
     seed: int
     config: Config
     arguments: list[str]  # for the script; run_name is added when the cell runs
@@ -107,16 +110,16 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
         sections[key] = dict(leaves(tree[key])) if is_section else {}
         if not is_section:
             problems.append(f"{key} must hold section.key: value, got {tree[key]!r}")
-    problems += _grid_problems(sections["grid"], sections["overrides"], overrides) + _seed_problems(tree.get("seeds"))
-    published, found = _read_published(tree.get("published", []), sections["grid"])
+    settings, varied, found = _read_settings(sections["grid"], tree.get("settings"), sections["overrides"])
+    problems += found + _varied_problems(varied, sections["overrides"], overrides) + _seed_problems(tree.get("seeds"))
+    published, found = _read_published(tree.get("published", []), varied)
     problems += found
     if problems:
         raise _refusal(path, problems)
 
     base = str(tree.get("config", "config.yaml"))
     cells = []
-    for seed, values in itertools.product(tree["seeds"], itertools.product(*sections["grid"].values())):
-        setting = dict(zip(sections["grid"], values, strict=True))
+    for seed, setting in itertools.product(tree["seeds"], settings):
         replaced = sections["overrides"] | setting | {"train_config.seed": seed}
         try:
             config = load_config(base, overrides, {path: replaced})
@@ -133,7 +136,7 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))  # most problems are common to all cells
     if twins := [(one, other) for one, other in itertools.combinations(cells, 2) if one.identity == other.identity]:
-        raise _refusal(path, [f"grid: runs {one.index} and {other.index} are the same ({describe(one.setting)}; "
+        raise _refusal(path, [f"runs {one.index} and {other.index} are the same ({describe(one.setting)}; "
                               f"{describe(other.setting)}): leave one out" for one, other in twins])
     _name_runs(cells)
     shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
@@ -145,26 +148,42 @@ def _refusal(path: str, problems: list[str]) -> UserError:
     return UserError(f"{path}: {count}{'; '.join(problems)}")
 
 
-def _grid_problems(grid: dict[str, Any], fixed: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    problems, known = [], dict(config_fields())
+def _read_settings(grid: dict[str, Any], listed: Any, fixed: dict[str, Any]
+                   ) -> tuple[list[dict[str, Any]], dict[str, list], list[str]]:
+    """(the settings, {dotted key: its values} of what differs between them, their problems)."""
+    if listed is not None:
+        if grid:
+            return [], {}, ["grid and settings are both given: leave one out"]
+        if not isinstance(listed, list) or not listed or not all(isinstance(setting, dict) for setting in listed):
+            return [], {}, ["settings must be a list of {section.key: value}, such as [{}, {model_config.pooling: "
+                            f"mean}}], got {listed!r}"]
+        settings = [dict(leaves(setting)) for setting in listed]
+        varied = {key: [each[key] for each in settings if key in each] for key in itertools.chain(*settings)}
+        return settings, varied, []
+    problems = [f"{key} stands in grid and in overrides: leave one out" for key in grid.keys() & fixed.keys()]
     if not grid:
         problems.append("grid is empty: give at least one key with its values, such as "
                         "train_config.learning_rate: [5e-5, 1e-4]")
     for key, values in grid.items():
-        if key not in known:
-            problems.append(f"grid: unknown key {key}{suggest(key, known)}")
-        elif not isinstance(values, list) or not values:
+        if not isinstance(values, list) or not values:
             problems.append(f"grid: {key} must be a list of values, got {values!r}")
         elif twice := [value for place, value in enumerate(values) if value in values[:place]]:
             problems.append(f"grid: {key} lists {twice[0]!r} twice: leave one out")
-    problems += [f"{key} stands in grid and in overrides: leave one out" for key in grid.keys() & fixed.keys()]
+    if problems:
+        return [], grid, problems
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())], grid, []
+
+
+def _varied_problems(varied: dict[str, Any], fixed: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    known = dict(config_fields())
+    problems = [f"unknown key {key}{suggest(key, known)}" for key in varied if key not in known]
     given = {item.partition("=")[0] for item in overrides}
     problems += [f"{key} varies within the experiment: it cannot be replaced on the command line"
-                 for key in grid if key in given]
+                 for key in varied if key in given]
     problems += [f"{key} cannot be set for an experiment: {fix}" for key, fix in PER_CELL.items()
-                 if key in grid or key in fixed or key in given]
-    if "output_dir" in grid:
-        problems.append("output_dir stands in grid: set it under overrides; all runs of an experiment lie together")
+                 if key in varied or key in fixed or key in given]
+    if "output_dir" in varied:
+        problems.append("output_dir varies: set it under overrides; all runs of an experiment lie together")
     return problems
 
 
@@ -188,7 +207,7 @@ def _read_published(entries: Any, grid: dict[str, Any]) -> tuple[list[tuple[dict
                             "accuracy: {source: share of reviews}")
             continue
         where, accuracy = dict(leaves(parts[0])), parts[1]
-        problems += [f"published, entry {number}: {key}: {value!r} is not in the grid" for key, value in where.items()
+        problems += [f"published, entry {number}: {key}: {value!r} is of no setting" for key, value in where.items()
                      if not isinstance(grid.get(key), list) or value not in grid[key]]
         problems += [f"published, entry {number}: the accuracy of {source} is {value!r}: give a share from 0 to 1"
                      for source, value in accuracy.items() if not isinstance(value, float | int) or not 0 <= value <= 1]
@@ -198,7 +217,7 @@ def _read_published(entries: Any, grid: dict[str, Any]) -> tuple[list[tuple[dict
 
 def describe(setting: dict[str, Any]) -> str:
     """`model_name=..., learning_rate=...`"""
-    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in setting.items())
+    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in setting.items()) or "base"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from suite.encoders.refusals import (
     room_for_weights,
     weight_files,
 )
-from utils import BAG_OF_WORDS, PROJECT, ModelConfig, UserError, brief
+from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief
 
 STACK = "stack"  # the model_type of finished runs that were combined
 NO_ENCODERS = (BAG_OF_WORDS, STACK)
@@ -235,8 +235,10 @@ def refuse_senseless(config: PreTrainedConfig) -> None:
         raise ValueError(f"problem_type is {config.problem_type!r}: one class of a review must be right")
     if not isinstance(config, ClassifierConfig):
         return
-    if config.pooling not in ("cls", "mean") or config.truncation not in ("head", "tail", "head_tail"):
+    if config.pooling not in ("cls", "mean") or config.truncation not in TRUNCATIONS:
         raise ValueError(f"pooling is {config.pooling!r} and truncation {config.truncation!r}")
+    if not isinstance(config.max_windows, int) or config.max_windows < 1:
+        raise ValueError(f"max_windows is {config.max_windows!r}, not a number of windows from 1")
     if config.max_len is not None and not (isinstance(config.max_len, int) and config.max_len >= 4):
         raise ValueError(f"max_len is {config.max_len!r}, not a number of tokens from 4")
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from model import EncoderForClassification
+from model import EncoderForClassification, mean_over_windows
 from suite.common.protocols import Devices
 from suite.encoders.cpu_kernels import use_cpu_kernels
 
-Batch = dict[str, torch.Tensor]  # `id` and `labels` (batch,), the other tensors are the model's inputs (batch, tokens)
+# `id` and `labels` (batch,); the model's inputs (windows, tokens); `windows` (batch,), unless each review is one window
+Batch = dict[str, torch.Tensor]
 
 # What a forward and backward pass costs apart from its tokens (launching kernels, reading all weights), in FLOPs that
 # the device could do in that time. The CPU's was fitted to MiniLM on two cores; a GPU's is an estimate, not measured.
@@ -58,7 +59,8 @@ def compute_logits(model: nn.Module, batches: Iterable[Batch], reviews: int, dev
     for batch in batches:
         batch_ids, batch_labels, inputs = to_device(batch, devices.device)
         with devices.autocast():
-            batch_logits = model(**inputs).logits
+            windows = inputs.pop("windows", None)  # classifiers of others know nothing of windows
+            batch_logits = mean_over_windows(model(**inputs).logits, windows)
         place = slice(start, start := start + len(batch_ids))
         ids[place], labels[place], logits[place] = batch_ids, batch_labels, batch_logits
     return ids.cpu().numpy(), labels.cpu().numpy(), logits.cpu().numpy()

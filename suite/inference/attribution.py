@@ -4,7 +4,8 @@ The score that is explained is the logit of the predicted class minus the mean l
 there are two classes. The path leads in a straight line from a review of padding tokens, with the special tokens in
 place, to the real review. A token's attribution is the gradient of the score, averaged along the path, times the change
 of the token's embedding, summed over its dimensions. The attributions of all tokens add up to the difference between
-the scores of the two reviews if the path has enough steps. Everything is computed in float32.
+the scores of the two reviews if the path has enough steps. The path of a review that is read in windows leads through
+all of them at once, to their mean logits. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data import truncate
+from data import pad, truncate
 from suite.inference.classifier import Classifier
 
 FEWEST_STEPS, MOST_STEPS = 16, 512  # points on the path; a fine-tuned MiniLM needs 16
@@ -74,22 +75,31 @@ def attribute(classifier: Classifier, text: str) -> Explanation:
     encode, model = classifier.encode, classifier.model.requires_grad_(False)
     encoded = classifier.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    kept = truncate(list(range(len(tokens))), encode.room, encode.truncation)
+    windows = truncate(list(range(len(tokens))), encode.room, encode.truncation, encode.max_windows)
+    kept = list(itertools.chain.from_iterable(windows))
     cut = sorted(set(range(len(tokens))) - set(kept))  # one stretch without gaps
+    padding = classifier.tokenizer.pad_token_id
 
-    def with_special_tokens(content: list[int]) -> torch.Tensor:
-        return torch.tensor([encode.prefix + content + encode.suffix], device=classifier.devices.device)  # (1, tokens)
+    def with_special_tokens(contents: list[list[int]]) -> list[torch.Tensor]:
+        """Token ids and their mask, (windows, tokens)."""
+        return [part.to(classifier.devices.device)
+                for part in pad([encode.prefix + content + encode.suffix for content in contents], padding)]
 
-    input_ids = with_special_tokens([tokens[place] for place in kept])
-    baseline = with_special_tokens([classifier.tokenizer.pad_token_id] * len(kept))
+    input_ids, mask = with_special_tokens([[tokens[place] for place in window] for window in windows])
+    baseline, _ = with_special_tokens([[padding] * len(window) for window in windows])
+    inputs = Windows(model, input_ids, None if mask.all() else mask)
     with torch.no_grad():
-        probabilities = model(input_ids=input_ids).logits[0].softmax(dim=0)
+        probabilities = inputs.logits()[0].softmax(dim=0)
     predicted = int(probabilities.argmax())
-    of_tokens, (baseline_score, score), is_complete = integrated_gradients(model, input_ids, baseline, predicted)
-    word_ids = encoded.word_ids()  # with the side of the cut: a word that was cut in the middle counts as two words
-    words = merge(text, [offsets[place] for place in kept],
-                  [(word_ids[place], bool(cut) and place > cut[0]) for place in kept],
-                  of_tokens[len(encode.prefix):len(encode.prefix) + len(kept)])
+    of_tokens, (baseline_score, score), is_complete = integrated_gradients(inputs, baseline, predicted)
+    of_content = itertools.chain.from_iterable(
+        values[len(encode.prefix):len(encode.prefix) + len(window)]
+        for values, window in zip(of_tokens, windows, strict=True))
+    word_ids = encoded.word_ids()
+    # With its window and the side of the cut: a word that was cut in the middle counts as two words.
+    ids = [(word_ids[place], number, bool(cut) and place > cut[0])
+           for number, window in enumerate(windows) for place in window]
+    words = merge(text, [offsets[place] for place in kept], ids, list(of_content))
     return Explanation(text, classifier.label_names[predicted], float(probabilities[predicted]), words,
                        (offsets[cut[0]][0], offsets[cut[-1]][1]) if cut else None, baseline_score, score, is_complete)
 
@@ -108,10 +118,25 @@ def merge(text: str, offsets: list[tuple[int, int]], word_ids: list, attribution
     return words
 
 
-def integrated_gradients(model: nn.Module, input_ids: torch.Tensor, baseline: torch.Tensor, predicted: int
-                         ) -> tuple[list[float], tuple[float, float], bool]:
-    """(attribution of each token, (score of `baseline`, score of `input_ids`), whether the attributions add up to the
-    difference within TOLERANCE). Both inputs are (1, tokens) int64; attributions and scores are logits.
+@dataclass
+class Windows:
+    """A review as the model reads it: `input_ids` and `mask`, (windows, tokens) int64; None where nothing is padded."""
+
+    model: nn.Module
+    input_ids: torch.Tensor
+    mask: torch.Tensor | None
+
+    def logits(self, copies: int = 1) -> torch.Tensor:
+        """(copies, num_labels): the means over the windows of as many copies of the review."""
+        repeated = {name: part.repeat(copies, 1) for name, part in
+                    (("input_ids", self.input_ids), ("attention_mask", self.mask)) if part is not None}
+        return self.model(**repeated).logits.unflatten(0, (copies, -1)).mean(dim=1)
+
+
+def integrated_gradients(review: Windows, baseline: torch.Tensor, predicted: int
+                         ) -> tuple[list[list[float]], tuple[float, float], bool]:
+    """(attribution of each token of each window, (score of `baseline`, score of the review), whether the attributions
+    add up to the difference within TOLERANCE). `baseline`: (windows, tokens) int64; the others are logits.
 
     The path starts after the embeddings' layer norm. Before the norm it could start at zeros, DeBERTa's embedding of
     padding; there the norm would make nearly the whole change happen in the first steps. Both ends of the path have
@@ -119,33 +144,35 @@ def integrated_gradients(model: nn.Module, input_ids: torch.Tensor, baseline: to
     """
     from captum.attr import IntegratedGradients  # takes half a second, because it imports matplotlib
 
+    model, input_ids = review.model, review.input_ids
     encoder = getattr(model, "encoder", model.base_model)
     words = encoder.get_input_embeddings()
     layer = getattr(encoder, "embeddings", words)  # word and position embeddings, and their layer norm
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
-        """(1, tokens) -> (1, tokens, width), at the positions of `input_ids`."""
+        """(windows, tokens) -> (1, windows, tokens, width), at the positions of `input_ids`."""
         replacement, seen = words(ids), []
         with (words.register_forward_hook(lambda *_: replacement),
               layer.register_forward_hook(lambda *call: seen.append(call[-1]))):
-            model(input_ids=input_ids)
-        return seen[0]
+            review.logits()
+        return seen[0].unsqueeze(0)
 
     def score(embeddings: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, width) -> (batch,): the predicted class's logit minus the mean of the others'."""
-        with layer.register_forward_hook(lambda *_: embeddings):
-            logits = model(input_ids=input_ids.expand(len(embeddings), -1)).logits
+        """(batch, windows, tokens, width) -> (batch,): the predicted class's logit minus the mean of the others'."""
+        with layer.register_forward_hook(lambda *_: embeddings.flatten(0, 1)):
+            logits = review.logits(len(embeddings))
         own = logits[:, predicted]
         return own - (logits.sum(dim=1) - own) / max(1, logits.shape[1] - 1)
 
     with torch.no_grad():
         start, end = embed(baseline), embed(input_ids)
         scores = float(score(start)), float(score(end))
-    steps, batch = FEWEST_STEPS, max(1, PASS_TOKENS // input_ids.shape[1])
+    steps, batch = FEWEST_STEPS, max(1, PASS_TOKENS // input_ids.numel())
     while True:
         gradients = IntegratedGradients(score).attribute(end, start, n_steps=steps, internal_batch_size=batch)
-        of_tokens = gradients[0].double().sum(dim=1).tolist()
-        is_complete = abs(sum(of_tokens) - (scores[1] - scores[0])) <= TOLERANCE * sum(map(abs, of_tokens))
+        of_tokens = gradients[0].double().sum(dim=2)  # (windows, tokens)
+        error = abs(of_tokens.sum().item() - (scores[1] - scores[0]))
+        is_complete = error <= TOLERANCE * of_tokens.abs().sum().item()
         if is_complete or steps == MOST_STEPS:
-            return of_tokens, scores, is_complete
+            return of_tokens.tolist(), scores, is_complete
         steps *= 2

@@ -18,7 +18,7 @@ from suite.common.protocols import Devices
 from suite.encoders.loading import load_model, load_tokenizer
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.refusals import largest_token, refuse_unknown_words
-from suite.reviews.sampling import cut
+from suite.reviews.sampling import LengthSampler
 from utils import Config, UserError
 
 
@@ -59,13 +59,15 @@ class Classifier(Labeller):
     def __init__(self, folder: Path, config: Config, devices: Devices):
         self.folder, self.devices = folder, devices
         self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder), "--model")
-        own = self.model.config  # a model of this suite says how reviews are cut; for others the configuration does
-        cut_by = own if isinstance(own, ClassifierConfig) else config.data_config
+        own = self.model.config
+        if isinstance(own, ClassifierConfig):
+            encoder, cut_by = own.encoder, own
+        else:  # a model of others does not say how reviews are cut
+            encoder, cut_by = own, config.data_config
         max_len = cut_by.max_len or config.data_config.max_len
-        encoder = getattr(own, "encoder", own)
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
-        self.encode = Encode(self.tokenizer, max_len, cut_by.truncation)
+        self.encode = Encode(self.tokenizer, max_len, cut_by.truncation, cut_by.max_windows)
         around = np.array([*self.encode.prefix, *self.encode.suffix], np.int64)
         if (largest := largest_token(self.tokenizer, around)) >= encoder.vocab_size:
             raise UserError(f"{folder}: its tokenizer gives token {largest}, its encoder knows only "
@@ -95,14 +97,17 @@ class Classifier(Labeller):
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64. Reviews of similar lengths share a batch, so a batch depends on the texts alone."""
-        encoded = self.encode({"text": texts})["input_ids"]
-        offsets, rows = np.cumsum([0, *map(len, encoded)]), np.arange(len(texts))
-        tokens = np.fromiter(itertools.chain.from_iterable(encoded), np.int64, offsets[-1])
+        of_texts = self.encode.windows(texts)
+        windows = list(itertools.chain.from_iterable(of_texts))
+        offsets, first_windows = (np.cumsum([0, *map(len, parts)]) for parts in (windows, of_texts))
+        tokens = np.fromiter(itertools.chain.from_iterable(windows), np.int64, offsets[-1])
         if not self.knows_words:
             self.refuse_unknown_words(tokens)
-        reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id)
-        batches = (reviews[batch] for batch, in cut(rows, reviews.lengths, self.batch_size, 1, self.pass_tokens))
-        ids, _, logits = compute_logits(self.model, batches, len(texts), self.devices)
+        rows = np.arange(len(texts))
+        reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id,
+                              first_windows=first_windows)
+        batches = LengthSampler(reviews.lengths, self.batch_size, pass_tokens=self.pass_tokens, windows=reviews.windows)
+        ids, _, logits = compute_logits(self.model, map(reviews.__getitem__, batches), len(texts), self.devices)
         result = np.empty((len(texts), len(self.label_names)))
         result[ids] = logits
         return result

@@ -1,9 +1,10 @@
 """--mode export: writes a trained model as ONNX, for programs without PyTorch.
 
     checkpoints/my-run/onnx/
-        model.onnx      input_ids, attention_mask: (batch, tokens) int64  ->  logits: (batch, num_labels) float32
+        model.onnx      input_ids, attention_mask: (batch, tokens) int64  ->  logits: (batch, num_labels) float32;
+                        for windows, (windows, tokens) -> (windows, num_labels), of which the reader takes the mean
         tokenizer.json  and the tokenizer's other files, copied from the model's folder
-        config.json     id2label, max_len (tokens, special tokens included), truncation
+        config.json     id2label, max_len (tokens, special tokens included), truncation, max_windows
         manifest.json   the SHA-256 sums of these files
 
 The folder gets its name only after ONNX Runtime has computed the same logits as PyTorch on inputs of many lengths. So
@@ -94,7 +95,7 @@ def write_export(folder: Path, source: Path, classifier: Classifier) -> None:
     encode = classifier.encode
     write_json(folder / "config.json", {
         "id2label": dict(enumerate(classifier.label_names)), "truncation": encode.truncation,
-        "max_len": len(encode.prefix) + encode.room + len(encode.suffix)})
+        "max_len": len(encode.prefix) + encode.room + len(encode.suffix), "max_windows": encode.max_windows})
     write_onnx(classifier.model, folder / MODEL)
     largest, batches = check(classifier.model, folder / MODEL, encode)
     say(f"checked: on {batches} batches of 1 to {max(BATCHES)} reviews, of 1 to {encode.room} tokens and the special "
@@ -177,5 +178,5 @@ def check_batches(encode: Encode) -> Iterator[list[list[int]]]:
             if random.random() < 0.5:
                 rows.append(encode.prefix + random.choice(vocabulary, count).tolist() + encode.suffix)
             else:
-                rows += encode({"text": [" ".join(words[start:start + count])]})["input_ids"]
+                rows += encode.windows([" ".join(words[start:start + count])])[0][:1]
         yield rows

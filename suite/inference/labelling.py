@@ -24,10 +24,10 @@ from suite.common.storage import NOT_SEALED, atomic_write, room_for, write_json
 from suite.inference.classifier import Labeller
 from suite.inference.parts import Parts, is_same
 from suite.reviews.rows import Row, columns_of, read_rows, size_of
+from suite.reviews.sampling import CHUNK_ROWS
 from suite.reviews.sources import as_text, misfit
 from utils import Config, UserError, num_processes, process_rank, say
 
-CHUNK_ROWS = 2048  # rows that are read, sorted by length and labelled together
 SHOWN = 3  # broken rows that are printed; the file of rejected rows has all of them
 
 
@@ -155,8 +155,8 @@ class Job:
         with open(source, "rb") as file:  # its content, because another file can have the same size and time
             content = hashlib.file_digest(file, "sha256").hexdigest()
         return {"input": str(source), "content": content, "model": model.hexdigest(), "text_column": data.text_column,
-                "max_len": data.max_len, "truncation": data.truncation, "eval_batch_size": data.eval_batch_size,
-                "precision": self.devices.precision, "chunk_rows": CHUNK_ROWS}
+                "max_len": data.max_len, "truncation": data.truncation, "max_windows": data.max_windows,
+                "eval_batch_size": data.eval_batch_size, "precision": self.devices.precision, "chunk_rows": CHUNK_ROWS}
 
     def label_chunks(self, done: dict[int, Path], with_broken: dict[int, Path]) -> tuple[Counter, list[int]]:
         """Label the chunks whose rows are not `done`, or whose broken ones are not; the processes take turns.

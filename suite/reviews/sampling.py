@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+CHUNK_ROWS = 2048  # reviews that are sorted by length together, where no optimizer step asks for another number
+FEWEST_ROUNDS = 1e9  # the cost of a round, in tokens, that makes any other cost count for nothing
 
-def cut(rows: np.ndarray, lengths: np.ndarray, batch_size: int, processes: int, pass_tokens: float = math.inf
-        ) -> list[list[np.ndarray]]:
-    """The reviews `rows` as batches, [round][process], of up to `batch_size` reviews of similar lengths.
+
+def cut(rows: np.ndarray, lengths: np.ndarray, batch_size: int, processes: int, pass_tokens: float = math.inf,
+        windows: np.ndarray | None = None) -> list[list[np.ndarray]]:
+    """The reviews `rows` as batches, [round][process], of up to `batch_size` windows of similar lengths.
+
+    `lengths`: of the longest window of each review, in tokens; `windows`: how many each review has (None: one). The
+    windows of a review stay together, so a batch holds more than `batch_size` of them if a single review does.
 
     The cut is the one of least work, where one more round costs as much as `pass_tokens` tokens do. With the default
-    there are as few rounds as possible, of even sizes. Every process gets the same number of batches, because forward
-    passes wait for each other. Where a round has fewer reviews than processes, a process gets ~row: a review that is
-    computed and not counted.
+    there are as few rounds as possible; of even sizes, if every review is one window. Every process gets the same
+    number of batches, because forward passes wait for each other. Where a round has fewer reviews than processes, a
+    process gets ~row: a review that is computed and not counted.
     """
-    rows = rows[np.argsort(-lengths[rows], kind="stable")]
+    counts = np.ones_like(rows) if windows is None else windows[rows]
+    order = np.lexsort((-counts, -lengths[rows]))  # a stable sort by the last key first
+    rows, counts = rows[order], counts[order]
     longest = lengths[rows]  # descending
-    if math.isinf(pass_tokens) or longest[0] == longest[-1]:
+    if counts.max() == 1 and (math.isinf(pass_tokens) or longest[0] == longest[-1]):
         rounds = np.array_split(rows, -(-len(rows) // (batch_size * processes)))
     else:
-        rounds = np.split(rows, _cheapest_cuts(longest, batch_size * processes, processes, pass_tokens))
+        rounds = np.split(rows, _cheapest_cuts(longest, counts, batch_size, processes, min(pass_tokens, FEWEST_ROUNDS)))
     shares = ([reviews[rank::processes] for rank in range(processes)] for reviews in rounds)
     return [[share if len(share) else ~rows[-1:] for share in round_] for round_ in shares]
 
 
-def _cheapest_cuts(longest: np.ndarray, most: int, processes: int, pass_tokens: float) -> list[int]:
-    """Where to cut reviews of these descending lengths into rounds of up to `most`, so that padded tokens + pass_tokens
-    x rounds is least."""
+def _cheapest_cuts(longest: np.ndarray, counts: np.ndarray, batch_size: int, processes: int, pass_tokens: float
+                   ) -> list[int]:
+    """Where to cut reviews of these descending lengths and these numbers of windows into rounds, so that padded tokens
+    + pass_tokens x rounds is least."""
     cost, start_of_last = np.zeros(len(longest) + 1), np.zeros(len(longest) + 1, dtype=np.int64)
+    windows = np.concatenate([[0], counts.cumsum()])
+    earliest = _earliest_starts(counts, batch_size, processes)
     for stop in range(1, len(longest) + 1):  # the cheapest way for the first `stop` reviews, by their last round
-        starts = np.arange(max(0, stop - most), stop)
-        costs = cost[starts] - (starts - stop) // processes * longest[starts] + pass_tokens
+        starts = np.arange(earliest[stop - 1], stop)
+        costs = cost[starts] - (windows[starts] - windows[stop]) // processes * longest[starts] + pass_tokens
         best = costs.argmin()
         cost[stop], start_of_last[stop] = costs[best], starts[best]
     cuts = [int(start_of_last[-1])]
     while cuts[-1] > 0:
         cuts.append(int(start_of_last[cuts[-1]]))
     return cuts[-2::-1]
+
+
+def _earliest_starts(counts: np.ndarray, batch_size: int, processes: int) -> list[int]:
+    """Where a round can begin that ends after each review: so that no process gets more than `batch_size` windows, or
+    more than one review."""
+    loads, start, starts = np.zeros(processes, dtype=np.int64), 0, []  # a process gets every so many-th review
+    for place, count in enumerate(counts):
+        loads[place % processes] += count
+        while loads.max() > batch_size and place - start >= processes:
+            loads[start % processes] -= counts[start]
+            start += 1
+        starts.append(start)
+    return starts
 
 
 @dataclass
@@ -51,13 +76,14 @@ class StepSampler:
     the micro-batch or the number of processes. The last one of an epoch may be smaller.
     """
 
-    lengths: np.ndarray  # (reviews,) tokens
+    lengths: np.ndarray  # (reviews,) tokens of the longest window
     effective_batch: int  # reviews of an optimizer step, over all micro-batches and processes
-    micro_batch: int
+    micro_batch: int  # windows
     seed: int
     rank: int = 0
     processes: int = 1
     pass_tokens: float = math.inf  # what a forward and backward pass costs apart from its tokens, in tokens
+    windows: np.ndarray | None = None  # (reviews,) how many each has; None: one
     epoch: int = 0
     first_step: int = 0  # steps to skip, when an epoch is resumed in its middle
 
@@ -68,7 +94,7 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         for rows in self.effective_batches()[self.first_step:]:
-            rounds = cut(rows, self.lengths, self.micro_batch, self.processes, self.pass_tokens)
+            rounds = cut(rows, self.lengths, self.micro_batch, self.processes, self.pass_tokens, self.windows)
             yield [micro_batches[self.rank] for micro_batches in rounds]
 
     def __len__(self) -> int:
@@ -77,16 +103,26 @@ class StepSampler:
 
 @dataclass
 class LengthSampler:
-    """Yields this process's batches of a split for evaluation, longest reviews first, each review exactly once."""
+    """Yields this process's batches of a split for evaluation, each review exactly once.
+
+    They are those that prediction makes of the same reviews, so the logits are the same to the last bit.
+    """
 
     lengths: np.ndarray
     batch_size: int
     rank: int = 0
     processes: int = 1
+    pass_tokens: float = math.inf
+    windows: np.ndarray | None = None
+
+    @functools.cached_property
+    def batches(self) -> list[np.ndarray]:
+        chunks = np.split(np.arange(len(self.lengths)), range(CHUNK_ROWS, len(self.lengths), CHUNK_ROWS))
+        return [round_[self.rank] for chunk in chunks for round_ in cut(
+            chunk, self.lengths, self.batch_size, self.processes, self.pass_tokens, self.windows)]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for batches in cut(np.arange(len(self.lengths)), self.lengths, self.batch_size, self.processes):
-            yield batches[self.rank]
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // (self.batch_size * self.processes))
+        return len(self.batches)

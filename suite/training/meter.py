@@ -27,11 +27,13 @@ class Meter:
         self.total_weight = 0.0  # of the reviews since then, see `train_step`
         self._started: float | None = None  # None while the clock stands still
 
-    def add(self, loss: torch.Tensor, correct: torch.Tensor, total_weight: float, lengths: np.ndarray) -> None:
-        """Count an optimizer step: this process's summed loss and hits, the weight and lengths of all its reviews."""
+    def add(self, loss: torch.Tensor, correct: torch.Tensor, total_weight: float, reviews: int, lengths: np.ndarray
+            ) -> None:
+        """Count an optimizer step: this process's summed loss and hits, the weight and number of all its reviews, and
+        the lengths of their windows in tokens."""
         self.sums += torch.stack([loss, correct])
         self.total_weight += total_weight
-        self.reviews += len(lengths)
+        self.reviews += reviews
         self.tokens += int(lengths.sum())
         self.flops += float(training_flops(self.work, lengths))
         self.executed_flops += float(training_flops(self.executed_work, lengths))

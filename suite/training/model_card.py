@@ -10,7 +10,7 @@ from typing import Any
 from suite.common.hub import is_hub_name
 from suite.common.run_folder import is_encoder
 from suite.common.storage import atomic_write
-from utils import BAG_OF_WORDS, DEMO_WARNING, Config, printable
+from utils import BAG_OF_WORDS, DEMO_WARNING, Config, DataConfig, printable
 
 CARD = Template("""---
 $metadata
@@ -36,7 +36,7 @@ python main.py --mode predict --model FOLDER --text "A film to remember."
 python main.py --mode predict --model FOLDER --input reviews.csv --output labelled.csv
 ```
 """)
-TRAINING = Template("""Input: at most $max_len tokens ($truncation)$line_breaks.
+TRAINING = Template("""Input: $input$line_breaks.
 Training: $optimizer, learning rate $learning_rate, $scheduler schedule,
 effective batch $effective_batch, seed $seed, $steps$class_weights.""")
 ELSEWHERE = Template("""```python
@@ -49,8 +49,8 @@ print(classify("A film to remember.", truncation=True))
 `FOLDER` is the folder of this file. The code to be trusted is `model.py` beside it, a short file that runs nothing
 else.$pipeline_note The suite that trained the model runs no code from here:""")
 
-WITHOUT_ENCODER = ("Members: the models in the folders beside this file. Their log-odds are weighted by a fit on "
-                   "validation.", "Input: TF-IDF of words and pairs of words, of all of a text.")
+WORDS = "Input: TF-IDF of words and pairs of words, of all of a text."
+MEMBERS = "Members: the models in the folders beside this file. Their log-odds are weighted by a fit on validation."
 
 
 def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], label_names: list[str]) -> None:
@@ -70,9 +70,8 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),
         split_seed=data.split_seed,
         best="; tested with the weights that were best on validation" if is_encoder(config) else "",
-        training=training(config, metrics) if is_encoder(config) else WITHOUT_ENCODER[name == BAG_OF_WORDS],
-        elsewhere=ELSEWHERE.substitute(pipeline_note=" The pipeline reads the head of a long review, where training "
-                                       "read its head and its tail." if data.truncation == "head_tail" else "")
+        training=training(config, metrics) if is_encoder(config) else WORDS if name == BAG_OF_WORDS else MEMBERS,
+        elsewhere=ELSEWHERE.substitute(pipeline_note=PIPELINE_NOTES.get(data.truncation, ""))
         if is_encoder(config) else "`FOLDER` is the folder of this file. The suite that made the model reads it:")
     with atomic_write(folder / "README.md") as file:
         file.write(str(ModelCard(card)))
@@ -82,12 +81,23 @@ def training(config: Config, metrics: dict[str, Any]) -> str:
     """What an encoder read of a text, and how it was trained."""
     data, train = config.data_config, config.train_config
     return TRAINING.substitute(
-        max_len=data.max_len, truncation=data.truncation,
-        line_breaks=", `<br />` read as a space" if data.line_breaks == "space" else "",
+        input=input_of(data), line_breaks=", `<br />` read as a space" if data.line_breaks == "space" else "",
         optimizer=train.optimizer, learning_rate=f"{train.learning_rate:g}", scheduler=train.scheduler,
         effective_batch=train.effective_batch_size, seed=train.seed,
         steps=f"{metrics['train']['optimizer_steps']:,} optimizer steps" if "train" in metrics else "interrupted",
         class_weights=", the loss weighted by how rare a class is" if train.class_weights else "")
+
+
+PIPELINE_NOTES = {
+    "head_tail": " The pipeline reads the head of a long review, where training read its head and its tail.",
+    "windows": " The pipeline reads the head of a long review alone, where training read all of its windows."}
+
+
+def input_of(data: DataConfig) -> str:
+    if data.truncation != "windows":
+        return f"at most {data.max_len} tokens ({data.truncation})"
+    return (f"at most {data.max_windows} windows of at most {data.max_len} tokens; the logits of a review are the mean "
+            "over its windows")
 
 
 def plain(text: str) -> str:

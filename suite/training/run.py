@@ -64,7 +64,8 @@ class Run:
         refuse_misfit(config, encoder_config, data)
         model = new_model(config.model_config, data.label_names, encoder_config)
         say_what_was_cached()
-        model.config.update({"max_len": config.data_config.max_len, "truncation": config.data_config.truncation,
+        read = config.data_config
+        model.config.update({"max_len": read.max_len, "truncation": read.truncation, "max_windows": read.max_windows,
                              "data_fingerprint": data.fingerprint})
         if not is_there:  # only now, so that wrong input leaves nothing behind, not even a lock
             claim_run_folder(config.run_folder)
@@ -84,8 +85,9 @@ class Run:
         place_model(model, devices.device, compiled=train_config.compile)
         self.model_config, self.meter = model.config, Meter(model, devices)
         self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
-        self.train_loader = get_dataloader(data, "train", config, devices.device, pass_tokens(model, devices.device))
-        self.valid_loader = get_dataloader(data, "valid", config, devices.device)
+        self.train_loader, self.valid_loader = (
+            get_dataloader(data, split, config, devices.device, pass_tokens(model, devices.device))
+            for split in ("train", "valid"))
         self.sampler = self.train_loader.sampler
         self.steps_per_epoch = len(self.sampler)
         self.total_steps = min(self.steps_per_epoch * train_config.epochs, train_config.max_steps or math.inf)
@@ -212,7 +214,9 @@ class Run:
 
     def count(self, rows: np.ndarray, loss: torch.Tensor, correct: torch.Tensor) -> None:
         """An optimizer step is done: `loss` and `correct` are this process's sums over the reviews `rows`."""
-        self.meter.add(loss, correct, self.total_weight(rows), self.data.splits["train"].lengths[rows])
+        reviews = self.data.splits["train"]
+        self.meter.add(loss, correct, self.total_weight(rows), len(rows),
+                       reviews.window_lengths(reviews.windows_of(rows)))
         self.progress.step += 1
         self.progress.steps_in_epoch += 1
         self.bar.update()
