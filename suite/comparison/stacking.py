@@ -62,11 +62,6 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     crossed = cross_fit(features, labels, names)
     regression = new_regression().fit(features, labels)
     seconds = time.perf_counter() - started
-    values = {"model_type": STACK, "id2label": {str(i): name for i, name in enumerate(names)},
-              "data_fingerprint": split.fingerprint, "weights": regression.coef_.tolist(),
-              "intercept": regression.intercept_.tolist(),
-              "members": [{"run": run.config.run_name, "sha256": sha256_of(model / MANIFEST)}
-                          for run, model in zip(runs, models, strict=True)]}
 
     claim_run_folder(output)
     refuse_existing_output(config)  # another process may have made it meanwhile
@@ -75,7 +70,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
         begin_run(config)
         iterations = int(regression.n_iter_.max())
         metrics = record_validation(config, Predictions(valid[0].ids, labels, crossed), names, iterations)
-        replace_folder(output / "best", lambda folder: write_stack(folder, values, models), recorded=True)
+        replace_folder(output / "best", lambda folder: write_stack(folder, runs, models, regression), recorded=True)
         tested = log_odds([run.predictions.probabilities for run in runs])
         predictions = Predictions(runs[0].predictions.ids, runs[0].predictions.labels,
                                   class_logits(regression.decision_function(tested).reshape(len(tested), -1)))
@@ -102,7 +97,7 @@ def read_valid(runs: Sequence[Result]) -> list[Predictions]:
 
 def configuration(runs: Sequence[Result], output: Path) -> Config:
     """That of the stack: the members' data, their names, and the seed that the encoders share, or else the first's."""
-    members = [re.sub(r"[-_]?seed[-_]?\d+", "", run.config.run_name) for run in runs]
+    members = [re.sub(r"[-_]?seed[-_]?\d+", "", run.config.run_name) or run.config.run_name for run in runs]
     config = without_encoder(runs[0].config, STACK_OF + ", ".join(members))
     seeds = {run.seed for run in runs if is_encoder(run.config)}
     config.train_config.seed = seeds.pop() if len(seeds) == 1 else runs[0].seed
@@ -146,11 +141,16 @@ def record_validation(config: Config, predictions: Predictions, label_names: lis
     return metrics
 
 
-def write_stack(folder: Path, values: dict[str, Any], models: Sequence[Path]) -> None:
+def write_stack(folder: Path, runs: Sequence[Result], models: Sequence[Path], regression: LogisticRegression) -> None:
     """The folder needs no other: it holds copies of the members' models."""
     for number, model in enumerate(models):
         shutil.copytree(model, folder / member_name(number))
-    write_json(folder / "config.json", values)
+    write_json(folder / "config.json", {
+        "model_type": STACK, "id2label": {str(i): name for i, name in enumerate(runs[0].label_names)},
+        "data_fingerprint": runs[0].data_fingerprint, "weights": regression.coef_.tolist(),
+        "intercept": regression.intercept_.tolist(),
+        "members": [{"run": run.config.run_name, "sha256": sha256_of(model / MANIFEST)}
+                    for run, model in zip(runs, models, strict=True)]})
 
 
 def training_figures(runs: Sequence[Result], seconds: float, iterations: int) -> dict[str, Any]:
