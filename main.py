@@ -53,7 +53,7 @@ from suite.inference.predict import predict
 from suite.training.baseline import baseline
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
-from suite.training.outcome import show_finished, write_results
+from suite.training.outcome import show_finished, write_results, write_untested
 from suite.training.run import Run
 from suite.training.states import claim_run_folder, lock_within, refuse_differences, refuse_other_data
 from suite.training.tracking import Wandb
@@ -150,6 +150,9 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
         f"{run.sampler.effective_batch} reviews on {devices}")
     train(run)
+    if not config.train_config.test:
+        write_untested(config, devices, run.figures(), run.wandb)
+        return
     test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
     show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
 

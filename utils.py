@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import io
 import os
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -123,8 +122,11 @@ class TrainConfig:
     mixed_precision: str = option("auto", "precision of the forward pass; auto: bf16 if the device supports it, else "
                                   "no", choices=("auto", "no", "bf16", "fp16"))
     compile: bool = option(False, "compile the encoder with torch.compile")
+    gradient_checkpointing: bool = option(False, "compute layers twice, which takes less memory", shapes_result=False)
     early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
     best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
+    test: bool = option(True, "measure the best model on the test split at the end; false: for runs that choose "
+                        "settings, which compare.py compares on validation", shapes_result=False)
     resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
                          "there is nothing to continue", choices=("auto", "never", "must"), shapes_result=False)
     overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
@@ -206,8 +208,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
     """The configuration of `path` with the overrides (`section.key=value`) applied.
 
     `between` holds values that replace those of the file and are themselves replaced by the overrides:
-    {where they come from: {dotted key: value}}. Raises a UserError that lists every problem: unknown keys with the
-    nearest valid name, wrong types, impossible values.
+    {where they come from: {dotted key: value}}. Raises one UserError that lists all problems.
     """
     known = dict(config_fields())
     config = OmegaConf.structured(Config)
@@ -338,13 +339,3 @@ def _default_run_name(config: Config) -> str:
         return demo + BAG_OF_WORDS
     return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
             f"-seed{config.train_config.seed}")
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch, on every device."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.memory                             MiniLM's shape: some minutes on two CPU cores
     python -m benchmarks.memory --shape bert-base           BERT-base's shape, for a GPU
+    python -m benchmarks.memory --gradient-checkpointing    with train_config.gradient_checkpointing
 
 Each row is a process of its own that takes two optimizer steps on random reviews of 128 tokens, in the precision that
 `mixed_precision: auto` picks, with Adam. On a GPU the figure is the most that torch held there. On a CPU it is the most
@@ -22,7 +23,7 @@ from transformers import BertConfig, ModernBertConfig
 from data import IMDBDataset
 from main import train_step
 from model import ClassifierConfig, EncoderForClassification
-from suite.encoders.placement import place_model
+from suite.encoders.placement import checkpoint_gradients, place_model
 from suite.reviews.sampling import cut
 from suite.training.devices import SingleDevice
 from suite.training.efficiency import peak_memory_mb
@@ -42,12 +43,14 @@ def random_reviews(reviews: int, vocabulary: int) -> IMDBDataset:
                        random.integers(2, size=reviews), rows, pad_token_id=0)
 
 
-def measure(shape: str, micro_batch: int, effective_batch: int) -> float:
+def measure(shape: str, micro_batch: int, effective_batch: int, checkpointed: bool) -> float:
     """Peak memory in MB."""
     config, encoder_config = Config(), SHAPES[shape]
     devices = SingleDevice(config)
     model = EncoderForClassification(ClassifierConfig(encoder_config))
     place_model(model, devices.device)
+    if checkpointed:
+        checkpoint_gradients(model, shape)
     optimizer = build_optimizer(model, config.train_config)
     dataset = random_reviews(effective_batch, encoder_config.vocab_size)
     rounds = cut(np.arange(effective_batch), dataset.lengths, micro_batch, processes=1)
@@ -59,16 +62,17 @@ def measure(shape: str, micro_batch: int, effective_batch: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="minilm")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)  # of one process
     arguments = parser.parse_args()
     if arguments.row:
-        print(measure(arguments.shape, *arguments.row))
+        print(measure(arguments.shape, *arguments.row, arguments.gradient_checkpointing))
         return
     print(f"{arguments.shape}, {TOKENS} tokens, {SingleDevice(Config())}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}\n\nmicro-batch  effective batch  peak memory (MB)", flush=True)
     for micro_batch, effective_batch in ROWS:
-        child = subprocess.run([sys.executable, "-m", __spec__.name, "--shape", arguments.shape, "--row",
-                                str(micro_batch), str(effective_batch)], capture_output=True, text=True, check=False,
+        child = subprocess.run([sys.executable, "-m", __spec__.name, *sys.argv[1:], "--row", str(micro_batch),
+                                str(effective_batch)], capture_output=True, text=True, check=False,
                                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
         last = (child.stdout or child.stderr or f"killed with {child.returncode}").strip().splitlines()[-1]
         print(f"{micro_batch:11}  {effective_batch:15}  {float(last):16,.0f}" if child.returncode == 0 else

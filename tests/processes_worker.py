@@ -2,6 +2,7 @@
 
     torchrun [...] tests/processes_worker.py caches RESULT_FOLDER
     torchrun [...] tests/processes_worker.py failure RESULT_FOLDER [section.key=value ...]
+    torchrun [...] tests/processes_worker.py checkpointing RESULT_FOLDER [section.key=value ...]
 """
 
 import json
@@ -66,8 +67,22 @@ def fail_in_one_process(overrides: list[str]) -> dict:
     return {"error": None}
 
 
+def train_with_and_without_checkpointing(overrides: list[str]) -> dict:
+    """Whether two runs that differ in nothing but gradient checkpointing end with the same weights."""
+    runs = []
+    for value in ("false", "true"):
+        config = load_config(PROJECT / "config.yaml", [*overrides, f"run_name=checkpointing_{value}",
+                                                       f"train_config.gradient_checkpointing={value}"])
+        runs.append(Run.open(config, AcceleratedDevices(config)))
+        main.train(runs[-1])
+    plain, again = (run.devices.state_dict(run.model) for run in runs)
+    return {"checkpointed": [run.devices.unwrap(run.model).encoder.is_activation_checkpointing for run in runs],
+            "same": all(torch.equal(plain[name], again[name]) for name in plain)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = fill_caches() if sys.argv[1] == "caches" else fail_in_one_process(sys.argv[3:])
+    work = {"failure": fail_in_one_process, "checkpointing": train_with_and_without_checkpointing}
+    found = fill_caches() if sys.argv[1] == "caches" else work[sys.argv[1]](sys.argv[3:])
     Path(sys.argv[2], f"{process_rank()}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -31,8 +31,8 @@ def text_of(review: int) -> str:
 
 
 def write_run(folder, accuracy: float, *overrides: str, reviews: int = REVIEWS, fingerprint: str = "same",
-              base: str = "config.yaml"):
-    """A finished run in `folder` that gets about this share of the reviews right; returns (folder, predictions)."""
+              base: str = "config.yaml", split: str = "test"):
+    """A finished run in `folder` that gets about this share of the split right; returns (folder, predictions)."""
     folder.mkdir(parents=True)
     config = load_config(PROJECT / base, [*overrides, f"run_name={folder.name}"])
     generator = np.random.default_rng([config.train_config.seed, config.train_config.effective_batch_size])
@@ -43,13 +43,13 @@ def write_run(folder, accuracy: float, *overrides: str, reviews: int = REVIEWS, 
     predictions = Predictions(10 * np.arange(reviews), labels,
                               np.stack([-scores, scores], axis=1).astype(np.float32))
     names = ["negative", "positive"]
-    write_predictions(folder / "test_predictions.csv", predictions, names)
+    write_predictions(folder / f"{split}_predictions.csv", predictions, names)
     write_mistakes(folder / "misclassified.csv", mistakes(predictions, text_of, names))
     epochs = [{"step": 10 * epoch, "epoch": float(epoch), "train/loss": 0.7 / epoch, "valid/accuracy": 1 - 0.3 / epoch}
               for epoch in (1, 2, 3)]
     (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in epochs))
     train = {"seconds": 10.0, "optimizer_steps": 30, "peak_memory_mb": None, "samples_per_second": 50.0}
-    write_json(folder / "metrics.json", {"train": train, "test": compute_metrics(predictions), "environment": {}})
+    write_json(folder / "metrics.json", {"train": train, split: compute_metrics(predictions), "environment": {}})
     save_config(config, folder / "config.yaml")
     (folder / "best").mkdir()
     write_json(folder / "best" / "config.json", {"data_fingerprint": fingerprint})
@@ -138,6 +138,29 @@ def test_the_same_data_in_two_places_is_the_same_data(tmp_path):
     other, _ = write_run(tmp_path / "other", 0.8, "data_config.dataset=a/copy", "train_config.seed=1")
     compare_runs([first, other], tmp_path / "report", "a comparison")
     assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"rate{rate}", accuracy, f"train_config.learning_rate={rate}", split="valid")[0]
+            for rate, accuracy in ((1e-4, 0.7), (2e-4, 0.9))]
+    compare_runs(runs, tmp_path / "report", "a search")
+    printed = capsys.readouterr().out
+    assert "validation accuracy" in printed
+    assert "learning_rate 0.0002 is better than learning_rate 0.0001" in printed
+    assert f"Of {REVIEWS:,} validation reviews" in printed
+    assert "compared on validation" in (tmp_path / "report" / "report.md").read_text()
+    assert "test reviews" not in (tmp_path / "report" / "report.html").read_text()
+    tested = write_run(tmp_path / "tested", 0.8)[0]  # but never validated, as a run of an earlier version
+    assert "tested holds no finished run" in refusal(capsys, [runs[0], tested], tmp_path / "other")
+
+
+def test_many_keys_are_told_apart_from_a_base(tmp_path, capsys):
+    changes = [(), ("model_config.pooling=mean",), ("train_config.epochs=2", "data_config.max_len=64"),
+               ("train_config.weight_decay=0.01",)]
+    runs = [write_run(tmp_path / f"run{number}", 0.8, *change)[0] for number, change in enumerate(changes)]
+    compare_runs(runs, tmp_path / "report", "a search")
+    found = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert found == ["base", "pooling mean", "len 64, epochs 2", "weight_decay 0.01"]
 
 
 def test_what_is_no_finished_run_is_refused(four_runs, tmp_path, capsys):

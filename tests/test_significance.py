@@ -47,6 +47,13 @@ def test_intervals_cover_the_truth_at_the_promised_rate(seeds, luck):
     assert (covered / SIMULATIONS <= 0.98).all()  # nor does it promise less than it knows
 
 
+def test_seeds_that_answer_the_opposite_are_not_certain():
+    always = np.tile([True, False], 50)
+    low, high = bootstrap_interval(np.arange(100)[None] % 4 > 0, np.stack([always, ~always]))
+    assert low < 0.18  # 0.25 less two standard errors over the reviews
+    assert high > 0.32
+
+
 def test_the_bootstrap_over_reviews_meets_the_closed_form():
     generator = np.random.default_rng(2)
     first, second = simulate(generator, [1.2, 1.3], 1, 5000, 0.0)

@@ -113,6 +113,20 @@ def test_mode_test_gives_the_same_figures_to_the_last_digit(undisturbed):
     assert bits_of(folder) == before
 
 
+def test_a_run_can_leave_the_test_split_alone_until_later(undisturbed):
+    overrides, folder = undisturbed
+    untested = folder.with_name("untested")
+    arguments = [*overrides, "run_name=untested"]
+    for words in ("validation accuracy", "finished: nothing was done again"):
+        assert words in train_here(*arguments, "train_config.test=false").stdout
+        assert not {"test_predictions.csv", "misclassified.csv"} & {path.name for path in untested.iterdir()}
+        assert metrics_of(untested).keys() == {"train", "valid", "environment"}
+    assert "test accuracy" in train_here(*arguments).stdout
+    assert bits_of(untested) == bits_of(folder) | {
+        "best/README.md": (folder / "best/README.md").read_bytes().replace(b"# run", b"# untested").replace(
+            b"name: run", b"name: untested")}
+
+
 def test_an_interrupted_run_can_be_tested(undisturbed):
     overrides, folder = undisturbed
     shutil.copytree(folder, folder.parent / "partial")

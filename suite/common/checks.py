@@ -51,6 +51,10 @@ def impossible_values(config: Any, fields: dict[str, Any], processes: int) -> di
     if train.mixed_precision == "fp16" and train.device == "cpu":
         problems["train_config.mixed_precision"] = (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
+    if train.gradient_checkpointing and train.compile:
+        problems["train_config.gradient_checkpointing"] = (
+            "train_config.gradient_checkpointing and train_config.compile are both true, but compiled layers would not "
+            "give the same bits: set one of them to false")
     if problem := _batch_problem(data.batch_size, train, processes):
         problems["train_config.effective_batch_size"] = problem
     if train.auto_micro_batch and processes > 1:

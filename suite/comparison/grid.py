@@ -239,19 +239,20 @@ def _name_runs(cells: list[Cell]) -> None:
 
 def find_finished(cells: list[Cell]) -> None:
     """Look for the cells among the run folders. A cell takes over the name of the folder that has its configuration."""
-    found: dict[str, list[tuple[bool, str]]] = {}  # {identity: [(whether the run is finished, its folder's name)]}
+    found: dict[str, list[tuple[set[str], str]]] = {}  # {identity: [(parts of its metrics.json, its folder's name)]}
     for path in sorted(Path(cells[0].config.output_dir).glob("*/config.yaml")):
         try:
             key = identity(read_saved_config(path))
         except UserError:
             continue  # not a run of this suite; if a cell needs its name, the script says so
         try:
-            is_finished = {"train", "test"} <= read_metrics(path.parent).keys()
+            parts = set(read_metrics(path.parent))
         except UserError:
-            is_finished = False
-        found.setdefault(key, []).append((is_finished, path.parent.name))
+            parts = set()
+        found.setdefault(key, []).append((parts, path.parent.name))
     for cell in cells:
-        if matching := found.get(cell.identity):
+        needed = {"train", "test"} if cell.config.train_config.test else {"train"}
+        if matching := [(needed <= parts, name) for parts, name in found.get(cell.identity, ())]:
             own = cell.config.run_name
             cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from suite.comparison.results import Setting
-from suite.training.evaluation import Calibration
+from suite.training.evaluation import SPLITS, Calibration
 from suite.training.plots import BLUE, GREY, ORANGE, new_figure, plain, save_figures
 
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # distinct for the colour-blind, too
@@ -35,7 +35,7 @@ def plot_accuracies(summary: dict[str, Any], settings: Sequence[Setting]) -> Fig
     """Each setting's mean accuracy with its interval, the accuracies of its seeds, and published ones."""
     rows = summary["settings"]
     sources = list(dict.fromkeys(source for row in rows for source in row["published"]))
-    figure = new_figure(settings[0].runs[0].config, f"accuracy on {summary['test_reviews']:,} test reviews",
+    figure = new_figure(settings[0].runs[0].config, f"accuracy on {summary['reviews']:,} {summary['split']} reviews",
                         (9, 1.8 + 0.55 * len(rows) + 0.25 * len(sources)))
     axis = figure.subplots()
     for place, row in enumerate(rows):
@@ -53,7 +53,7 @@ def plot_accuracies(summary: dict[str, Any], settings: Sequence[Setting]) -> Fig
                           markerfacecolor="none", linestyle="none", label=None if known else f"published: {source}")
     axis.set_yticks(range(len(rows)), [plain(row["setting"]) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel("test accuracy (% of reviews)")
+    axis.set_xlabel(f"{summary['split']} accuracy (% of reviews)")
     axis.grid(axis="x", alpha=0.3)
     legend_below(figure, axis)
     return figure
@@ -94,7 +94,7 @@ def plot_reliabilities(settings: Sequence[Setting]) -> Figure:
     columns = 2 if len(settings) == 4 else min(3, len(settings))
     rows = -(-len(settings) // columns)
     first = settings[0].runs[0]
-    figure = new_figure(first.config, f"reliability on {len(first.predicted):,} test reviews",
+    figure = new_figure(first.config, f"reliability on {len(first.predicted):,} {SPLITS[first.split]} reviews",
                         (3.4 * columns + 0.6, 3.4 * rows + 0.9))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     low = 100 / len(first.label_names)  # no prediction is less confident than an even guess
@@ -110,7 +110,7 @@ def plot_reliabilities(settings: Sequence[Setting]) -> Figure:
         confidences = 100 * sum(bins.counts * bins.confidences for bins in seeds)[filled] / counts[filled]
         accuracies = 100 * sum(bins.counts * bins.accuracies for bins in seeds)[filled] / counts[filled]
         axis.plot(confidences, accuracies, color=BLUE, marker="o", markersize=4, label="all seeds")
-        error = np.mean(setting.figures("test", "ece"))
+        error = np.mean(setting.figures(first.split, "ece"))
         axis.set_title(f"{plain(setting.label)}\nexpected calibration error {100 * error:.1f} points", fontsize=9)
         axis.grid(alpha=0.3)
         axis.set_xlim(low, 100)

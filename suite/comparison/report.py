@@ -12,7 +12,7 @@ import numpy as np
 from suite.common.storage import atomic_write, write_json
 from suite.comparison.report_folder import SUMMARY, refuse_foreign_report
 from suite.comparison.report_page import write_page
-from suite.comparison.results import Setting, group, read_result, refuse_different_tests, texts
+from suite.comparison.results import Setting, group, read_results, refuse_different_tests, texts
 from suite.comparison.summary import LEGEND, PUBLISHED, counts, hard_reviews, published_table, settings_table, summarize
 from suite.training.tracking import try_plots
 from utils import DEMO_WARNING, say
@@ -26,7 +26,7 @@ def compare_runs(folders: Sequence[Path], output: Path, title: str, question: st
     Raises UserError if the runs are not finished or cannot be compared, or if `output` holds other files.
     """
     refuse_foreign_report(output)
-    runs = [read_result(folder) for folder in folders]
+    runs = read_results(folders)
     refuse_different_tests(runs)
     settings = group(runs)
     for setting in settings:

@@ -26,6 +26,6 @@ def refuse_foreign_report(folder: Path) -> None:
 
 def _is_summary(path: Path) -> bool:
     try:
-        return {"title", "settings", "pairs", "test_reviews"} <= read_json(path).keys()
+        return {"title", "settings", "pairs"} <= read_json(path).keys()
     except (OSError, ValueError, AttributeError):
         return False

@@ -22,19 +22,20 @@ from suite.common.run_folder import (
     shaping_values,
 )
 from suite.common.storage import read_json, regular
-from suite.training.evaluation import TEST_PREDICTIONS, Predictions
+from suite.training.evaluation import TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
 from utils import Config, UserError, brief
 
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
                                                    "drop_duplicates", "limit"))
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
+MOST_NAMED = 3  # keys that a setting's name has room for
 SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
                "data_config.max_len": "len"}
 
 
 @dataclass
 class Result:
-    """A finished run."""
+    """A finished run, as it was measured on one split."""
 
     folder: Path
     config: Config
@@ -43,6 +44,7 @@ class Result:
     predictions: Predictions  # logits: the logarithms of the saved probabilities
     predicted: np.ndarray  # (reviews,) int64; as saved, because two saved probabilities may have been rounded to a tie
     data_fingerprint: str | None  # of all reviews and their split; None if the model has been removed
+    split: str = "test"  # or "valid"
 
     @property
     def seed(self) -> int:
@@ -85,18 +87,27 @@ class Setting:
         return [value for value in found if value is not None]
 
 
-def read_result(folder: Path) -> Result:
+def read_results(folders: Sequence[Path]) -> list[Result]:
+    """The runs on the test split; on validation, if not all of them were tested. Raises UserError as `read_result`."""
+    parts = [read_metrics(folder).keys() for folder in folders]
+    untested = any("train" in found and "test" not in found for found in parts)
+    return [read_result(folder, "valid" if untested else "test") for folder in folders]
+
+
+def read_result(folder: Path, split: str = "test") -> Result:
     """Raises UserError if the folder holds no finished run, or files that do not belong together."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
     metrics = read_metrics(folder)
-    if not {"train", "test"} <= metrics.keys():
+    if not {"train", split} <= metrics.keys():
         raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
                         "run's command again to finish it, or leave the run out")
     config = read_saved_config(folder / "config.yaml")
-    names, predictions, predicted = read_predictions(folder / TEST_PREDICTIONS, metrics["test"],
-                                                     how_to_write_again(folder))
-    return Result(folder, config, metrics, names, predictions, predicted, _fingerprint(folder))
+    path, again = folder / TEST_PREDICTIONS, how_to_write_again(folder)
+    if split == "valid":
+        path, again = folder / VALID_PREDICTIONS, "train this run again, or leave it out"
+    names, predictions, predicted = read_predictions(path, metrics[split], again)
+    return Result(folder, config, metrics, names, predictions, predicted, _fingerprint(folder), split)
 
 
 def read_predictions(path: Path, measured: dict[str, Any], again: str) -> tuple[list[str], Predictions, np.ndarray]:
@@ -181,21 +192,32 @@ def group(results: Sequence[Result]) -> list[Setting]:
             raise UserError(f"{twin.folder} and {result.folder} are the same setting with the same seed {result.seed}: "
                             "leave one out")
         runs.append(result)
-    firsts = [runs[0].values for runs in grouped.values()]
-    implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
-    if all(first.get(STEPS, 1) == 1 for first in firsts):
-        implied.add("data_config.batch_size")
-    labels = []
-    for first in firsts:
-        alike = [other for other in firsts if other.keys() == first.keys()]  # encoders, or models that are none
-        varying = [key for key in first if key not in implied and len({repr(other[key]) for other in alike}) > 1]
-        if STEPS not in first or not varying:
-            varying = list(dict.fromkeys([NAME, *varying]))
-        labels.append(_label(first, varying))
-    if len(set(labels)) < len(labels):  # two paths end in the same name
-        labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
+    labels = _labels([runs[0].values for runs in grouped.values()])
     return [Setting(label, sorted(runs, key=lambda run: run.seed))
             for label, runs in zip(labels, grouped.values(), strict=True)]
+
+
+def _labels(settings: list[dict[str, Any]]) -> list[str]:
+    """A name for each setting, of the values in which the settings differ.
+
+    Where more than MOST_NAMED keys differ, the first setting is the `base`, and the others are named by what they have
+    in place of its values.
+    """
+    implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
+    if all(values.get(STEPS, 1) == 1 for values in settings):
+        implied.add("data_config.batch_size")
+    labels = []
+    for values in settings:
+        alike = [other for other in settings if other.keys() == values.keys()]  # encoders, or models that are none
+        varying = [key for key in values if key not in implied and len({repr(other[key]) for other in alike}) > 1]
+        if STEPS not in values or not varying:
+            varying = list(dict.fromkeys([NAME, *varying]))
+        if len(varying) > MOST_NAMED:
+            varying = [key for key in varying if values[key] != alike[0][key]]
+        labels.append(_label(values, varying) or "base")
+    if len(set(labels)) < len(labels):  # two paths end in the same name
+        labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
+    return labels
 
 
 def _label(values: dict[str, Any], keys: list[str]) -> str:
@@ -211,4 +233,5 @@ def _label(values: dict[str, Any], keys: list[str]) -> str:
 
 def texts(results: Sequence[Result]) -> dict[int, str]:
     """{id: text} of every test review that at least one run gets wrong, read from the runs' misclassified.csv."""
-    return {int(row["id"]): row["text"] for result in results for row in read_mistakes(result.folder)}
+    return {int(row["id"]): row["text"] for result in results if result.split == "test"
+            for row in read_mistakes(result.folder)}

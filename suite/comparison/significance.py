@@ -66,8 +66,9 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
     of a normal distribution. Instead, each draw adds a deviation from Student's t, scaled by the standard error over
     the seeds. When two settings are compared, it has Welch's degrees of freedom (1947). The interaction of reviews and
     seeds (a review that only some seeds get right) is part of both variances, so it is subtracted from that of the
-    reviews: the model is the two-way layout with random effects (Searle, Casella and McCulloch 1992, chapter 4). A
-    single seed says nothing about other seeds, so its interval is over reviews only.
+    reviews: the model is the two-way layout with random effects (Searle, Casella and McCulloch 1992, chapter 4).
+    Nothing is subtracted where the seeds' accuracies are equal, as those of two seeds that always answer the opposite.
+    A single seed says nothing about other seeds, so its interval is over reviews only.
     """
     generator = np.random.default_rng(seed)
     settings = [correct] if other is None else [correct, other]
@@ -82,10 +83,10 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
         return center - rare, center + rare
     resampled = generator.multinomial(n, counts / n, size=draws) @ values / n
     repeated = [runs for runs in settings if len(runs) > 1]
-    interaction = sum(_interaction(runs) / len(runs) for runs in repeated)
+    variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
+    interaction = sum(_interaction(runs) / len(runs) for runs in repeated) if variances.sum() > 0 else 0.0
     reviews_share = max(0.0, 1 - interaction / shares.var(ddof=1))  # of the variance of `shares`
     drawn = center + np.sqrt(reviews_share) * (resampled - center)
-    variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
     if variances.sum() > 0:
         freedom = variances.sum()**2 / sum(variances**2 / [len(runs) - 1 for runs in repeated])
         drawn = drawn + np.sqrt(variances.sum()) * generator.standard_t(freedom, size=draws)

@@ -11,13 +11,14 @@ import numpy as np
 
 from suite.comparison.results import Result, Setting
 from suite.comparison.significance import accuracy_interval, compare, sentence
+from suite.training.evaluation import SPLITS
 
-COLUMNS = {  # heading: (part of metrics.json, figure, format)
-    "test loss (nats)": ("test", "loss", ".4f"), "F1": ("test", "f1", ".4f"), "ECE": ("test", "ece", ".4f"),
+COLUMNS = {  # heading: (part of metrics.json, figure, format); None: the split that the runs are compared on
+    "loss (nats)": (None, "loss", ".4f"), "F1": (None, "f1", ".4f"), "ECE": (None, "ece", ".4f"),
     "optimizer steps": ("train", "optimizer_steps", ",.0f"), "training (s)": ("train", "seconds", ",.1f"),
     "peak memory (MB)": ("train", "peak_memory_mb", ",.0f"), "reviews/s": ("train", "samples_per_second", ",.1f")}
 LEGEND = (
-    "Accuracy: mean over seeds ± their standard deviation. Its interval allows for other test reviews and, where there "
+    "Accuracy: mean over seeds ± their standard deviation. Its interval allows for other reviews and, where there "
     "are several seeds, for other seeds. The other columns are means over seeds. ECE: expected calibration error, 0 is "
     "best. Training time is that of the optimizer steps alone.")
 PUBLISHED = "Each published figure is the accuracy of a single run without an interval, under its authors' conditions."
@@ -30,7 +31,8 @@ def summarize(settings: Sequence[Setting], title: str, question: str = "", notes
     pairs = compare([setting.label for setting in settings], [setting.correct for setting in settings])
     return {
         "title": config.demo_mark + title, "question": question, "demo": config.is_demo,
-        "test_reviews": len(runs[0].predicted), "settings": [_row(setting) for setting in settings],
+        "split": SPLITS[runs[0].split], "reviews": len(runs[0].predicted),
+        "settings": [_row(setting) for setting in settings],
         "pairs": [asdict(pair) | {"is_shown": pair.is_shown, "sentence": sentence(pair)} for pair in pairs],
         "wrong_in_all_runs": len(hard["wrong_in_all_runs"]), "runs_disagree": len(hard["disagreements"]),
         "notes": [*notes, *_conditions(runs)]}
@@ -38,7 +40,7 @@ def summarize(settings: Sequence[Setting], title: str, question: str = "", notes
 
 def _row(setting: Setting) -> dict[str, Any]:
     accuracies = setting.correct.mean(axis=1)
-    figures = {name: setting.figures(part, name) for part, name, _ in COLUMNS.values()}
+    figures = {name: setting.figures(part or setting.runs[0].split, name) for part, name, _ in COLUMNS.values()}
     return {"setting": setting.label, "runs": [run.folder.name for run in setting.runs],
             "seeds": [run.seed for run in setting.runs], "accuracies": accuracies.tolist(),
             "accuracy": float(accuracies.mean()),
@@ -53,8 +55,12 @@ def _conditions(runs: Sequence[Result]) -> list[str]:
     data = runs[0].config.data_config
     dataset = Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
     limit = f", limited to {data.limit:,} rows" if data.limit else ""
-    lines = [f"Data: {dataset}, split {data.split}, split_seed {data.split_seed}{limit}. All runs were tested on the "
-             f"same {len(runs[0].predicted):,} reviews with the weights that were best on validation."]
+    lines = [f"Data: {dataset}, split {data.split}, split_seed {data.split_seed}{limit}. All runs were measured on "
+             f"the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that were best on "
+             "validation."]
+    if runs[0].split == "valid":
+        lines.append("Not all runs were tested, so they are compared on validation, on which their best epochs and "
+                     "settings were chosen. The figure to report is that of a test.")
     places = {f"{found.get('device_name')} ({found.get('device')}, {found.get('precision')}, "
               f"{found.get('processes')} process(es), {found.get('threads')} thread(s)), torch {found.get('torch')}, "
               f"transformers {found.get('transformers')}, commit {str(found.get('git_commit'))[:10]}"
@@ -69,7 +75,7 @@ def _conditions(runs: Sequence[Result]) -> list[str]:
 def hard_reviews(runs: Sequence[Result]) -> dict[str, np.ndarray]:
     """The reviews that every run gets wrong, and those that not all runs put into the same class.
 
-    Each value: (n,) int64, their places in the test split.
+    Each value: (n,) int64, their places in the split.
     """
     return {"wrong_in_all_runs": np.flatnonzero(~np.any([run.correct for run in runs], axis=0)),
             "disagreements": np.flatnonzero(np.any([run.predicted != runs[0].predicted for run in runs], axis=0))}
@@ -77,7 +83,7 @@ def hard_reviews(runs: Sequence[Result]) -> dict[str, np.ndarray]:
 
 def settings_table(summary: dict[str, Any]) -> list[list[str]]:
     """Rows of text, the headings first."""
-    rows = [["setting", "seeds", "test accuracy", "95 % interval", *COLUMNS]]
+    rows = [["setting", "seeds", f"{summary['split']} accuracy", "95 % interval", *COLUMNS]]
     for row in summary["settings"]:
         spread = f" ± {row['accuracy_sd']:.4f}" if row["accuracy_sd"] is not None else ""
         interval = "{:.4f} to {:.4f}".format(*row["accuracy_ci95"])
@@ -97,5 +103,5 @@ def published_table(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def counts(summary: dict[str, Any]) -> str:
-    return (f"Of {summary['test_reviews']:,} test reviews, all runs get {summary['wrong_in_all_runs']:,} wrong, and on "
-            f"{summary['runs_disagree']:,} they disagree.")
+    return (f"Of {summary['reviews']:,} {summary['split']} reviews, all runs get {summary['wrong_in_all_runs']:,} "
+            f"wrong, and on {summary['runs_disagree']:,} they disagree.")

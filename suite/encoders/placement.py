@@ -11,6 +11,7 @@ from torch import nn
 from model import EncoderForClassification, mean_over_windows
 from suite.common.protocols import Devices
 from suite.encoders.cpu_kernels import use_cpu_kernels
+from utils import UserError
 
 # `id` and `labels` (batch,); the model's inputs (windows, tokens); `windows` (batch,), unless each review is one window
 Batch = dict[str, torch.Tensor]
@@ -25,6 +26,21 @@ def place_model(model: nn.Module, device: torch.device, compiled: bool = False) 
     model.to(device)
     if device.type == "cpu" and isinstance(model, EncoderForClassification) and not compiled:
         use_cpu_kernels(model)
+
+
+def checkpoint_gradients(model: EncoderForClassification, name: str) -> None:
+    """Let the encoder keep no more than each layer's input, and compute the layer again when its gradient is due.
+
+    The random generator is set back for it, so dropout is drawn as before. The last layer of the first-token fast path
+    has a `forward` of its own and keeps everything: it would be computed again at once, before anything is freed.
+    Raises UserError if the architecture of the encoder `name` cannot do this.
+    """
+    try:
+        model.encoder.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        raise UserError(f"train_config.gradient_checkpointing is true, but transformers cannot do this for {name}, a "
+                        f"{model.encoder.config.model_type} model: set it to false, and a smaller "
+                        "data_config.batch_size") from None
 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -19,6 +19,7 @@ from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_s
 
 from suite.common.storage import atomic_write
 
+SPLITS = {"valid": "validation", "test": "test"}  # what a model is measured on, as texts call it
 VALID_PREDICTIONS, TEST_PREDICTIONS = "valid_predictions.csv", "test_predictions.csv"  # in a run folder
 
 

@@ -10,6 +10,7 @@ from suite.common.run_folder import identity, read_history
 from suite.common.storage import write_json
 from suite.training.efficiency import environment
 from suite.training.evaluation import (
+    SPLITS,
     TEST_PREDICTIONS,
     Predictions,
     compute_metrics,
@@ -30,8 +31,7 @@ def write_results(config: Config, devices: Devices, predictions: Predictions, la
     `text` returns the review with an id; `figures`: what metrics.json says about training and validation.
     """
     folder = config.run_folder
-    metrics = figures | {"test": compute_metrics(predictions),
-                         "environment": environment(devices) | {"run": identity(folder)}}
+    metrics = figures | {"test": compute_metrics(predictions), "environment": surroundings(config, devices)}
     rows = mistakes(predictions, text, label_names)
     write_predictions(folder / TEST_PREDICTIONS, predictions, label_names)
     write_mistakes(folder / "misclassified.csv", rows)
@@ -43,6 +43,20 @@ def write_results(config: Config, devices: Devices, predictions: Predictions, la
                   for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
     print_results(config, metrics)
     wandb.finish()
+
+
+def write_untested(config: Config, devices: Devices, figures: dict[str, Any], wandb: Wandb) -> None:
+    """The end of a run without a test, in process 0."""
+    if devices.is_main:
+        metrics = figures | {"environment": surroundings(config, devices)}
+        write_json(config.run_folder / "metrics.json", metrics)  # it says that the run is finished
+        print_results(config, metrics)
+        wandb.finish()
+
+
+def surroundings(config: Config, devices: Devices) -> dict[str, Any]:
+    """Where the run took place, and which run it was."""
+    return environment(devices) | {"run": identity(config.run_folder)}
 
 
 def show_finished(config: Config) -> bool:
@@ -60,10 +74,10 @@ def show_finished(config: Config) -> bool:
 
 
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
-    demo, test = config.demo_mark, metrics["test"]
-    low, high = test["accuracy_ci95"]
-    say(f"{demo}test accuracy {test['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss {test['loss']:.4f}, "
-        f"F1 {test['f1']:.4f}, {test['n']:,} reviews")
+    demo, split = config.demo_mark, "test" if "test" in metrics else "valid"
+    found, (low, high) = metrics[split], metrics[split]["accuracy_ci95"]
+    say(f"{demo}{SPLITS[split]} accuracy {found['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
+        f"{found['loss']:.4f}, F1 {found['f1']:.4f}, {found['n']:,} reviews")
     if train := metrics.get("train"):
         say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
             f"{train['samples_per_second']:.1f} reviews a second")

@@ -22,7 +22,7 @@ from suite.common.run_folder import identity
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
-from suite.encoders.placement import Batch, pass_tokens, place_model
+from suite.encoders.placement import Batch, checkpoint_gradients, pass_tokens, place_model
 from suite.encoders.refusals import largest_token, refuse_unknown_words
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
 from suite.training.meter import Meter
@@ -40,9 +40,10 @@ from suite.training.states import (
     save_state,
     saved_states,
     set_random_state,
+    set_seed,
 )
 from suite.training.tracking import History, Wandb
-from utils import Config, UserError, process_rank, say, set_seed
+from utils import Config, UserError, process_rank, say
 
 
 class Run:
@@ -63,6 +64,8 @@ class Run:
             data = prepare_data(config)
         refuse_misfit(config, encoder_config, data)
         model = new_model(config.model_config, data.label_names, encoder_config)
+        if config.train_config.gradient_checkpointing:
+            checkpoint_gradients(model, config.model_config.model_name)
         say_what_was_cached()
         read = config.data_config
         model.config.update({"max_len": read.max_len, "truncation": read.truncation, "max_windows": read.max_windows,

@@ -79,12 +79,13 @@ def lock_within(folder: Path) -> None:
 
 
 def finished_metrics(config: Config) -> dict[str, Any] | None:
-    """The metrics of the finished run in the run folder; None if there is none, or if it is to be replaced.
+    """The metrics of the finished run in the run folder; None if there is none, if it is to be replaced, or if it lacks
+    the test that this run ends with.
 
     Raises UserError if the user has not asked plainly to replace it, or if the run has another configuration.
     """
     metrics = read_metrics(config.run_folder)
-    if "test" not in metrics or "train" not in metrics:
+    if "train" not in metrics or config.train_config.test and "test" not in metrics:
         return None
     if config.train_config.resume == "never":
         if config.train_config.overwrite:
@@ -239,6 +240,13 @@ def load_progress(state: Path, run: str) -> Progress:
         raise UserError(f"{state} was saved by another run: put back this run's own last/, or start it afresh with "
                         "train_config.resume=never")
     return progress
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:
