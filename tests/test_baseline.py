@@ -1,5 +1,5 @@
-"""--mode baseline: a bag of words predicts as scikit-learn does, has a run folder like any other, is saved without
-pickle, starts again after a kill, and stands beside the figure of an encoder at the end of its training.
+"""--mode baseline: a bag of words predicts as scikit-learn does, has a run folder like any other, holds no pickle,
+starts again after a kill, and stands beside the figure of an encoder at the end of its training.
 """
 
 import csv
@@ -191,7 +191,7 @@ def test_a_damaged_or_senseless_model_is_refused_in_one_line(finished, tmp_path,
     assert str(folder) in error_of(run_here(mode="predict", model=str(folder), text="good"))
 
 
-@pytest.mark.parametrize("place", ["Wandb", "replace_folder", "write_results"])
+@pytest.mark.parametrize("place", ["replace_folder", "write_results"])
 def test_the_same_command_starts_again_after_a_kill(finished, monkeypatch, tmp_path, place):
     overrides, folder = finished
     mine = [*overrides, f"output_dir={tmp_path}"]

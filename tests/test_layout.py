@@ -16,7 +16,7 @@ FLOORS = [
     ["suite.training", "suite.inference"],
     ["suite.pretraining"],
     ["suite.comparison"],
-    ["main", "main_accumulation", "experiment", "compare"],
+    ["main", "main_accumulation", "experiment", "compare", "ensemble"],
 ]
 MOST_LINES = 60  # of a function: a screen
 
@@ -59,7 +59,8 @@ def test_imports_run_one_way():
 
 def test_the_top_level_holds_what_is_looked_for_by_name():
     assert {path.name for path in PROJECT.glob("*.py")} == {
-        "main.py", "main_accumulation.py", "experiment.py", "compare.py", "model.py", "data.py", "utils.py"}
+        "main.py", "main_accumulation.py", "experiment.py", "compare.py", "ensemble.py", "model.py", "data.py",
+        "utils.py"}
 
 
 def test_only_tracking_knows_wandb_and_only_scripts_know_argparse():
@@ -67,7 +68,7 @@ def test_only_tracking_knows_wandb_and_only_scripts_know_argparse():
                          if any(name.partition(".")[0] == library for name in imports(path))}
                for library in ("wandb", "argparse")}
     assert knowing["wandb"] == {"suite/training/tracking.py"}
-    assert knowing["argparse"] <= {"suite/common/cli.py", "experiment.py", "compare.py"}
+    assert knowing["argparse"] <= {"suite/common/cli.py", "experiment.py", "compare.py", "ensemble.py"}
 
 
 def test_a_function_fits_on_a_screen():

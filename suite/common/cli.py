@@ -108,8 +108,8 @@ def parse(description: str) -> argparse.Namespace:
     parser = new_parser(description)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
     parser.add_argument("--mode", default="train", metavar="{" + ",".join(MODES) + "}", help="default: train")
-    parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain: a trained model (default: the "
-                        "best one of the run)")
+    parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain: a trained model, or its run "
+                        "(default: the best one of the run)")
     parser.add_argument("--text", metavar="TEXT", help="predict, explain: one review")
     parser.add_argument("--input", metavar="FILE", help="predict: reviews in a .csv, .jsonl, .parquet or .txt file "
                         "(one review per line), or - for lines from standard input")

@@ -49,9 +49,8 @@ class Stack(Labeller):
             self.label_names = [str(names[str(label)]) for label in range(len(names))]
             self.data_fingerprint = values["data_fingerprint"]
             self.weights, self.intercept = (np.array(values[key], np.float64) for key in ("weights", "intercept"))
-            columns = len(values["members"]) * (len(names) - 1)
-            if (rows := 1 if len(names) == 2 else len(names)) < 1 or self.weights.shape != (rows, columns) \
-                    or self.intercept.shape != (rows,):
+            rows, columns = 1 if len(names) == 2 else len(names), len(values["members"]) * (len(names) - 1)
+            if (self.weights.shape, self.intercept.shape) != ((rows, columns), (rows,)):
                 raise ValueError(f"weights and intercept have the shapes {self.weights.shape}, {self.intercept.shape}")
             if not (np.isfinite(self.weights).all() and np.isfinite(self.intercept).all()):
                 raise ValueError("a weight is no finite number")

@@ -50,8 +50,8 @@ print(classify("A film to remember.", truncation=True))
 `FOLDER` is the folder of this file. The code to be trusted is `model.py` beside it, a short file that runs nothing
 else.$pipeline_note The suite that trained the model runs no code from here:""")
 
-WITHOUT_ENCODER = ("Members: the models in the folders beside this file. Their log-odds are weighted by a fit on "
-                   "validation.", "Input: TF-IDF of words and pairs of words, of all of a text.")
+WORDS = "Input: TF-IDF of words and pairs of words, of all of a text."
+MEMBERS = "Members: the models in the folders beside this file. Their log-odds are weighted by a fit on validation."
 
 
 def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], label_names: list[str]) -> None:
@@ -71,7 +71,7 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),
         split_seed=data.split_seed,
         best="; tested with the weights that were best on validation" if is_encoder(config) else "",
-        training=training(config, metrics) if is_encoder(config) else WITHOUT_ENCODER[name == BAG_OF_WORDS],
+        training=training(config, metrics) if is_encoder(config) else WORDS if name == BAG_OF_WORDS else MEMBERS,
         elsewhere=ELSEWHERE.substitute(pipeline_note=PIPELINE_NOTES.get(data.truncation, ""))
         if is_encoder(config) else "`FOLDER` is the folder of this file. The suite that made the model reads it:")
     with atomic_write(folder / "README.md") as file:

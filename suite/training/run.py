@@ -299,7 +299,9 @@ class Run:
             + (", the best so far" if is_best else ""))
         if is_best:
             progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
-            self.save_best(predictions)
+            if self.devices.is_main:  # a kill between the two is mended on resuming, which ends this epoch again
+                self.write_predictions(predictions)
+            self.save_best()
         else:
             progress.epochs_without_improvement += 1
         self.save()
@@ -322,14 +324,12 @@ class Run:
                 self.history.sync()
             save_state(self.folder / "last", self.progress, write, self.devices.barrier)
 
-    def save_best(self, predictions: Any) -> None:
-        """Replace the best model by the present one, and first valid_predictions.csv by what it predicts there. A kill
-        in between is mended on resuming, which ends this epoch again."""
+    def save_best(self) -> None:
+        """Replace the best model by the present one."""
         weights = self.devices.state_dict(self.model)
 
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
-                self.write_predictions(predictions)
                 replace_folder(self.folder / "best", lambda folder: self.write_model(folder, weights), recorded=True)
 
     @contextmanager

@@ -1,0 +1,43 @@
+"""Combine finished runs of one split by stacking: any mix of seeds, models, and the bag of words of --mode baseline.
+
+    python ensemble.py checkpoints/RUN checkpoints/bag-of-words --output checkpoints/stack    their stack, a run folder
+    python main.py --mode predict --model checkpoints/stack --text "A wonderful film."       label a review with it
+    python compare.py checkpoints/stack checkpoints/RUN checkpoints/bag-of-words             is it better?
+
+The weights are fitted on the runs' predictions for the validation reviews. The test reviews only measure the result.
+"""
+
+from suite.common.start import start
+
+if __name__ == "__main__":
+    start("ensemble.py")  # first of all: what signals, closed streams and unforeseen errors do
+
+import argparse
+from pathlib import Path
+
+from suite.common import cli
+from suite.common.hub import usable_cache
+from utils import UserError
+
+
+def read_command() -> argparse.Namespace:
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--output", metavar="FOLDER", help="run folder of the stack; it must not exist yet")
+    command = parser.parse_args()
+    if len(command.runs) < 2 or command.output is None:
+        cli.leave(UserError("command line: name two or more folders, as in checkpoints/NAME, and --output FOLDER; see "
+                            "--help"))
+    usable_cache()
+    return command
+
+
+def main(command: argparse.Namespace) -> None:
+    from suite.comparison.stacking import stack_runs  # imported here, so that --help does not wait for torch
+
+    stack_runs(list(map(Path, command.runs)), Path(command.output))
+
+
+if __name__ == "__main__":
+    COMMAND = read_command()
+    cli.run(lambda: main(COMMAND))

@@ -1,0 +1,170 @@
+"""Stacking (Wolpert 1992): a logistic regression on the predictions of finished runs, in a run folder of its own.
+
+What it learns from are the runs' log-odds for the validation reviews: of each class against class 0, see `log_odds`.
+With two classes and two runs, it learns two weights and a bias. Weights below 1 in sum also calibrate runs that are too
+confident. The validation figures are cross-fitted: each review is predicted by weights that were fitted without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+from data import load_split
+from suite.common.checks import impossible_values
+from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
+from suite.common.run_folder import STACK_OF, differences, is_encoder, read_metrics, without_encoder
+from suite.common.storage import MANIFEST, replace_folder, room_for, sha256_of, write_json
+from suite.comparison.results import Result, read_predictions, read_result, refuse_different_tests
+from suite.encoders.bag_of_words import class_logits
+from suite.encoders.loading import STACK, best_model
+from suite.inference.opening import log_odds, member_name
+from suite.training.devices import SingleDevice
+from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
+from suite.training.outcome import write_results
+from suite.training.states import begin_run, claim_run_folder, refuse_other_data
+from suite.training.tracking import History, Wandb
+from utils import Config, UserError, config_fields, say
+
+MOST_ITERATIONS = 1000  # of the logistic regression, which is scikit-learn's with its default penalty, L2 with C = 1
+FOLDS = 5  # of the cross-fitting, or as many as the rarest class has validation reviews
+
+
+def stack_runs(folders: Sequence[Path], output: Path) -> None:
+    """Combine the finished runs in these folders into the run folder `output`.
+
+    Raises UserError if they are not finished runs of one split, have no validation predictions, or `output` exists.
+    """
+    quiet_libraries()
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("command line: the same folder is named twice: name different runs")
+    runs = [read_result(folder) for folder in folders]
+    refuse_different_tests(runs)
+    models = [best_model(folder) for folder in folders]  # whole, and the run's own
+    valid = read_valid(runs)
+    config = configuration(runs, output)
+    refuse_existing_output(config)
+    check_hub(config)
+    split = load_split(config)
+    say_what_was_cached()
+    refuse_other_data(runs[0].config, runs[0].data_fingerprint, split.fingerprint)
+    names, devices, started = runs[0].label_names, SingleDevice(config), time.perf_counter()
+    features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels
+    crossed = cross_fit(features, labels, names)
+    regression = new_regression().fit(features, labels)
+    seconds = time.perf_counter() - started
+
+    claim_run_folder(output)
+    refuse_existing_output(config)  # another process may have made it meanwhile
+    with room_for(output, sum(path.stat().st_size for model in models for path in model.rglob("*")),
+                  fix="make room or choose another --output"):
+        begin_run(config)
+        iterations = int(regression.n_iter_.max())
+        metrics = record_validation(config, Predictions(valid[0].ids, labels, crossed), names, iterations)
+        replace_folder(output / "best", lambda folder: write_stack(folder, runs, models, regression), recorded=True)
+        tested = log_odds([run.predictions.probabilities for run in runs])
+        predictions = Predictions(runs[0].predictions.ids, runs[0].predictions.labels,
+                                  class_logits(regression.decision_function(tested).reshape(len(tested), -1)))
+        figures = {"train": training_figures(runs, seconds, iterations), "valid": metrics | {"epoch": 1}}
+        show_weights(config, runs, regression)
+        write_results(config, devices, predictions, names, split.text, figures, Wandb(config))
+
+
+def read_valid(runs: Sequence[Result]) -> list[Predictions]:
+    """Each run's predictions for the validation reviews. Raises UserError if a file is missing or of other reviews."""
+    found = []
+    for run in runs:
+        path, measured = run.folder / VALID_PREDICTIONS, run.metrics.get("valid", {})
+        again = "train the run again with train_config.resume=never train_config.overwrite=true"
+        names, predictions, _ = read_predictions(path, measured, again)
+        first = found[0] if found else predictions
+        if names != run.label_names or not (np.array_equal(predictions.ids, first.ids)
+                                            and np.array_equal(predictions.labels, first.labels)):
+            raise UserError(f"{path} is not of the same reviews and classes as {runs[0].folder / VALID_PREDICTIONS}: "
+                            f"{again}")
+        found.append(predictions)
+    return found
+
+
+def configuration(runs: Sequence[Result], output: Path) -> Config:
+    """That of the stack: the members' data, their names, and the seed that the encoders share, or else the first's."""
+    members = [re.sub(r"[-_]?seed[-_]?\d+", "", run.config.run_name) or run.config.run_name for run in runs]
+    config = without_encoder(runs[0].config, STACK_OF + ", ".join(members))
+    seeds = {run.seed for run in runs if is_encoder(run.config)}
+    config.train_config.seed = seeds.pop() if len(seeds) == 1 else runs[0].seed
+    config.output_dir, config.run_name = str(output.parent), output.name
+    if problems := impossible_values(config, dict(config_fields()), processes=1):
+        raise UserError(f"--output: {output}: {'; '.join(problems.values())}")
+    return config
+
+
+def refuse_existing_output(config: Config) -> None:
+    """Raises UserError if the output is there, unless it is what the same command left when it was killed."""
+    folder = config.run_folder
+    path = folder / "config.yaml"
+    if os.path.lexists(folder) and (not path.is_file() or read_metrics(folder) or differences(path, config)):
+        raise UserError(f"--output: {folder} exists already: choose another name, or remove it")
+
+
+def new_regression() -> LogisticRegression:
+    return LogisticRegression(max_iter=MOST_ITERATIONS)
+
+
+def cross_fit(features: np.ndarray, labels: np.ndarray, label_names: list[str]) -> np.ndarray:
+    """(reviews, classes) logits of the validation reviews, each by weights that were fitted on the other folds."""
+    counts = np.bincount(labels, minlength=len(label_names))
+    if counts.min() < 2:
+        raise UserError(f"the class {label_names[counts.argmin()]!r} has {counts.min()} validation review(s), but "
+                        "weights need two of each class: give the runs a larger share for validation, "
+                        "data_config.split")
+    folds = StratifiedKFold(min(FOLDS, counts.min()), shuffle=True, random_state=0)
+    scores = cross_val_predict(new_regression(), features, labels, cv=folds, method="decision_function")
+    return class_logits(scores.reshape(len(labels), -1))
+
+
+def record_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
+                      ) -> dict[str, Any]:
+    """Write the validation predictions and the only record of the history; returns the metrics."""
+    metrics = compute_metrics(predictions)
+    write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
+    History(config.run_folder / "history.jsonl").log({"step": iterations, "epoch": 1.0} | {
+        f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
+    return metrics
+
+
+def write_stack(folder: Path, runs: Sequence[Result], models: Sequence[Path], regression: LogisticRegression) -> None:
+    """The folder needs no other: it holds copies of the members' models."""
+    for number, model in enumerate(models):
+        shutil.copytree(model, folder / member_name(number))
+    write_json(folder / "config.json", {
+        "model_type": STACK, "id2label": {str(i): name for i, name in enumerate(runs[0].label_names)},
+        "data_fingerprint": runs[0].data_fingerprint, "weights": regression.coef_.tolist(),
+        "intercept": regression.intercept_.tolist(),
+        "members": [{"run": run.config.run_name, "sha256": sha256_of(model / MANIFEST)}
+                    for run, model in zip(runs, models, strict=True)]})
+
+
+def training_figures(runs: Sequence[Result], seconds: float, iterations: int) -> dict[str, Any]:
+    """Those of all members and of the fit together: what a stack costs."""
+    members = [run.metrics["train"] for run in runs]
+    reviews = sum(member["samples_per_second"] * member["seconds"] for member in members)
+    total = seconds + sum(member["seconds"] for member in members)
+    return {"samples_per_second": reviews / total, "seconds": total, "peak_memory_mb": None,
+            "optimizer_steps": iterations + sum(member["optimizer_steps"] for member in members)}
+
+
+def show_weights(config: Config, runs: Sequence[Result], regression: LogisticRegression) -> None:
+    """Print what each member weighs and gets right on its own."""
+    weights = regression.coef_.reshape(len(regression.coef_), len(runs), -1)  # (1 or classes, members, classes - 1)
+    for place, run in enumerate(runs):
+        shown = " ".join(f"{weight:+.3f}" for weight in weights[:, place].ravel()[:6])
+        say(f"{config.demo_mark}{run.folder}: test accuracy {run.metrics['test']['accuracy']:.4f}, weight {shown}")

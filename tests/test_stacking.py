@@ -1,0 +1,275 @@
+"""ensemble.py: the weights are those of a fit by hand, the stack needs none of its members' folders, is labelled with,
+tested and compared like any run, and what does not belong together is refused in one line.
+"""
+
+import csv
+import json
+import random
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import PROJECT, content_of, run_here, run_script, write_reviews
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from test_baseline import ENCODER, error_of, rows_of
+from test_training import expect, metrics_of, train_here
+
+from suite.common import cli
+from suite.common.run_folder import read_saved_config, without_encoder
+from suite.comparison import stacking
+from suite.comparison.results import group, read_result
+from suite.comparison.stacking import stack_runs
+from suite.training import outcome
+from utils import load_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_plots():
+    """Pictures take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "try_plots", lambda *_: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory, encoder_folder):
+    """(overrides, folders of a bag of words and an encoder): on reviews of which every sixth has a wrong label."""
+    folder = tmp_path_factory.mktemp("members")
+    with open(write_reviews(folder / "clean.csv", rows=400), newline="") as file:
+        rows = list(csv.reader(file))
+    generator = random.Random(1)
+    with open(folder / "reviews.csv", "w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *([text, name if generator.random() > 1 / 6 else "bad"]
+                                               for text, name in rows[1:])])
+    overrides = [f"output_dir={folder / 'runs'}", f"data_config.dataset={folder / 'reviews.csv'}",
+                 "data_config.text_column=review", "data_config.label_column=verdict",
+                 "data_config.split=[0.6,0.2,0.2]", "log_config.wandb_mode=disabled"]
+    train_here(*overrides, mode="baseline")
+    train_here(*overrides, *ENCODER, "run_name=encoder-seed7", "train_config.seed=7",
+               f"model_config.model_name={encoder_folder('bert')}")
+    return overrides, [folder / "runs" / "bag-of-words", folder / "runs" / "encoder-seed7"]
+
+
+@pytest.fixture(scope="module")
+def stacked(members):
+    """The run folder of their stack."""
+    output = members[1][0].parent / "stack"
+    stack_runs(members[1], output)
+    return output
+
+
+def by_hand(folders, split: str, names: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """The log-odds against the first class, member by member, and the labels, from the members' files."""
+    columns = []
+    for folder in folders:
+        rows = rows_of(folder / f"{split}_predictions.csv")
+        columns += [[np.log(max(float(row[f"probability_{name}"]), 1e-9) / max(float(row[f"probability_{names[0]}"]),
+                                                                               1e-9)) for row in rows]
+                    for name in names[1:]]
+    return np.array(columns).T, np.array([names.index(row["label"]) for row in rows])
+
+
+def saved(folder, split: str, names: tuple) -> np.ndarray:
+    return np.array([[float(row[f"probability_{name}"]) for name in names]
+                     for row in rows_of(folder / f"{split}_predictions.csv")])
+
+
+def is_fit_by_hand(folders, output, names) -> None:
+    regression = LogisticRegression(max_iter=1000)
+    features, labels = by_hand(folders, "valid", names)
+    crossed = cross_val_predict(regression, features, labels, method="predict_proba",
+                                cv=StratifiedKFold(5, shuffle=True, random_state=0))
+    np.testing.assert_allclose(saved(output, "valid", names), crossed, atol=1e-6)
+    regression.fit(features, labels)
+    values = json.loads((output / "best" / "config.json").read_text())
+    np.testing.assert_allclose(values["weights"], regression.coef_, atol=1e-6)
+    np.testing.assert_allclose(values["intercept"], regression.intercept_, atol=1e-6)
+    tested, labels = by_hand(folders, "test", names)
+    np.testing.assert_allclose(saved(output, "test", names), regression.predict_proba(tested), atol=1e-6)
+    assert metrics_of(output)["test"]["accuracy"] == regression.score(tested, labels)
+    assert metrics_of(output)["valid"]["accuracy"] == np.mean(crossed.argmax(axis=1) == by_hand(
+        folders, "valid", names)[1])
+
+
+def test_the_weights_are_those_of_a_fit_by_hand(members, stacked):
+    is_fit_by_hand(members[1], stacked, ("bad", "good"))
+    assert len(json.loads((stacked / "best" / "config.json").read_text())["weights"][0]) == 2  # and a bias
+
+
+def test_three_classes_and_two_bags_of_words(tmp_path):
+    names = ("bad", "fair", "good")
+    write_reviews(tmp_path / "reviews.csv", names=names)
+    for line_breaks in ("keep", "space"):
+        train_here(f"output_dir={tmp_path}", f"data_config.dataset={tmp_path / 'reviews.csv'}", "log_config.wandb_mode="
+                   "disabled", "data_config.text_column=review", "data_config.label_column=verdict",
+                   "model_config.num_labels=3", f"run_name={line_breaks}", f"data_config.line_breaks={line_breaks}",
+                   mode="baseline")
+    stack_runs([tmp_path / "keep", tmp_path / "space"], tmp_path / "stack")
+    is_fit_by_hand([tmp_path / "keep", tmp_path / "space"], tmp_path / "stack", names)
+    expect(0, run_here(mode="predict", model=str(tmp_path / "stack"), text="good"))
+
+
+def test_it_labels_as_it_was_tested_without_its_members_folders(members, stacked, tmp_path):
+    overrides, _ = members
+    shutil.copytree(stacked, tmp_path / "elsewhere")
+    for number, model in enumerate((tmp_path / "elsewhere", tmp_path / "elsewhere" / "best")):
+        output = tmp_path / f"{number}.csv"
+        expect(0, run_here(*overrides, "train_config.mixed_precision=no", "output_dir=gone", mode="predict",
+                           input=str(stacked.parent.parent / "reviews.csv"), output=str(output), model=str(model)))
+        labelled = rows_of(output)
+        for row in rows_of(stacked / "test_predictions.csv"):
+            found = labelled[int(row["id"])]
+            assert found["predicted"] == row["predicted"]
+            assert float(found["probability_good"]) == pytest.approx(float(row["probability_good"]), abs=1e-6)
+
+
+def test_it_is_a_run_like_any_other(members, stacked):
+    overrides, folders = members
+    config = read_saved_config(stacked / "config.yaml")
+    assert (config.model_config.model_name, config.train_config.seed) == ("stack of bag-of-words, encoder", 7)
+    measured = metrics_of(stacked)
+    costs = [metrics_of(folder)["train"]["seconds"] for folder in folders]
+    assert sum(costs) < measured["train"]["seconds"] < sum(costs) + 5
+    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json", "best.sha256",
+                 "best/member-2/model.safetensors"):
+        assert (stacked / name).is_file(), name
+    wrong = rows_of(stacked / "misclassified.csv")
+    reviews = rows_of(stacked.parent.parent / "reviews.csv")
+    assert wrong
+    assert all(row["text"] == reviews[int(row["id"])]["review"] for row in wrong)
+    assert [setting.label for setting in group([read_result(folder) for folder in (*folders, stacked)])] == [
+        "bag-of-words", read_saved_config(folders[1] / "config.yaml").model_config.model_name.rpartition("/")[2],
+        "stack of bag-of-words, encoder"]
+    train_here(*overrides, "run_name=stack", mode="test")
+    assert metrics_of(stacked)["test"]["accuracy"] == measured["test"]["accuracy"]
+    assert metrics_of(stacked)["test"]["loss"] == pytest.approx(measured["test"]["loss"], abs=1e-6)
+    assert "but not be explained or exported" in error_of(run_here(*overrides, "run_name=stack", mode="export"))
+
+
+def test_a_stack_can_be_stacked_again(members, stacked, tmp_path):
+    stack_runs([stacked, members[1][0]], tmp_path / "again")
+    assert expect(0, run_here(mode="predict", model=str(tmp_path / "again"), text="gripping and moving")).stdout
+
+
+@pytest.mark.parametrize(("names", "seeds", "kinds", "expected"), [
+    (["bert-seed42", "bert-seed43"], [42, 43], ["bert", "bert"], ("stack of bert, bert", 42)),
+    (["words", "bert-len128-seed43"], [42, 43], ["bag-of-words", "bert"], ("stack of words, bert-len128", 43)),
+    (["DEMO-a_seed1", "b-seed1-x"], [1, 1], ["bert", "bert"], ("stack of DEMO-a, b-x", 1))])
+def test_a_stack_is_called_after_its_members(tmp_path, names, seeds, kinds, expected):
+    runs = []
+    for name, seed, kind in zip(names, seeds, kinds, strict=True):
+        config = load_config(PROJECT / "demo.yaml", [f"run_name={name}", f"train_config.seed={seed}",
+                                                     f"model_config.model_name={kind}"])
+        runs.append(SimpleNamespace(config=config, seed=seed))
+    config = stacking.configuration(runs, tmp_path / "stack")
+    assert (config.model_config.model_name, config.train_config.seed) == expected
+    assert config.demo_mark
+    assert without_encoder(config, "stack of others").demo_mark
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line of a stack that must not be."""
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda: stack_runs(*arguments))
+    assert left.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def unfinished(folder):
+    (folder / "metrics.json").unlink()
+
+
+def of_another_split(folder):
+    path = folder / "config.yaml"
+    path.write_text(path.read_text().replace("split_seed: 42", "split_seed: 43"))
+
+
+def of_other_data(folder):
+    path = folder / "best" / "config.json"
+    path.write_text(path.read_text().replace('"data_fingerprint": "', '"data_fingerprint": "0'))
+
+
+def without_validation(folder):
+    (folder / "valid_predictions.csv").unlink()
+
+
+def damaged_validation(folder):
+    path = folder / "valid_predictions.csv"
+    path.write_text(path.read_text()[:-20])
+
+
+def other_validation(folder):
+    path = folder / "valid_predictions.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *("9" + line for line in lines[1:])]))
+
+
+def without_model(folder):
+    shutil.rmtree(folder / "best")
+
+
+def damaged_model(folder):
+    (folder / "best" / "config.json").write_text((folder / "best" / "config.json").read_text() + " ")
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [
+    (unfinished, "holds no finished run"), (of_another_split, "data_config.split_seed: 42 and 43"),
+    (of_other_data, "with different contents"), (without_validation, "valid_predictions.csv is missing: train the run"),
+    (damaged_validation, "is damaged"), (other_validation, "not of the same reviews and classes"),
+    (without_model, "no trained model there"), (damaged_model, "it has changed since it was saved")])
+def test_runs_that_cannot_be_combined_are_refused_in_one_line(members, tmp_path, capsys, spoil, reason):
+    _, (words, encoder) = members
+    shutil.copytree(encoder, tmp_path / "spoiled")
+    spoil(tmp_path / "spoiled")
+    line = refusal(capsys, [words, tmp_path / "spoiled"], tmp_path / "stack")
+    assert reason in line
+    assert str(tmp_path / "spoiled") in line
+    assert not (tmp_path / "stack").exists()
+
+
+def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path, capsys, monkeypatch):
+    _, (words, encoder) = members
+    before = content_of(stacked)
+    assert f"{stacked} exists already" in refusal(capsys, [words, encoder], stacked)
+    assert content_of(stacked) == before
+    assert "is named twice" in refusal(capsys, [words, words.parent / "stack" / ".." / words.name], tmp_path / "new")
+    assert "use up to" in refusal(capsys, [words, encoder], tmp_path / ".hidden")
+    (tmp_path / "others").mkdir()
+    assert "exists already" in refusal(capsys, [words, encoder], tmp_path / "others")
+    dataset = words.parent.parent / "reviews.csv"
+    dataset.rename(dataset.with_name("moved.csv"))
+    assert "no such file" in refusal(capsys, [words, encoder], tmp_path / "new")
+    dataset.with_name("moved.csv").rename(dataset)
+    assert not (tmp_path / "new").exists()
+    result = run_script("ensemble.py", str(words))
+    assert (result.returncode, result.stderr) == (2, "error: command line: name two or more folders, as in "
+                                                  "checkpoints/NAME, and --output FOLDER; see --help\n")
+
+
+@pytest.mark.parametrize("place", ["replace_folder", "write_results"])
+def test_the_same_command_starts_again_after_a_kill(members, stacked, monkeypatch, tmp_path, place):
+    def killed(*arguments, **options):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stacking, place, killed)
+        with pytest.raises(SystemExit):
+            stack_runs(members[1], tmp_path / "stack")
+    stack_runs(members[1], tmp_path / "stack")
+    for name in ("valid_predictions.csv", "best/config.json", "history.jsonl"):
+        assert (tmp_path / "stack" / name).read_bytes() == (stacked / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", [
+    {"weights": [[1.0]]}, {"weights": [[1.0, float("nan")]]}, {"intercept": []}, {"members": None},
+    {"id2label": {"0": "good", "1": "bad"}}, {"weights": "many"}])
+def test_a_senseless_stack_is_refused_in_one_line(stacked, tmp_path, change):
+    folder = tmp_path / "model"
+    shutil.copytree(stacked / "best", folder)
+    (folder / "manifest.json").unlink()  # nobody has sealed it
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert str(folder) in error_of(run_here(mode="predict", model=str(folder), text="good"))
