@@ -222,7 +222,7 @@ def damaged_model(folder):
 
 
 @pytest.mark.parametrize(("spoil", "reason"), [
-    (unfinished, "holds no finished run"), (untested, "was not measured on the test reviews"),
+    (unfinished, "holds no finished run"), (untested, "was not tested: test it with"),
     (of_another_split, "data_config.split_seed: 42 and 43"),
     (of_other_data, "with different contents"), (without_validation, "valid_predictions.csv is missing: train the run"),
     (damaged_validation, "is damaged"), (other_validation, "not of the same reviews and classes"),

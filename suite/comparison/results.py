@@ -22,7 +22,7 @@ from suite.common.run_folder import (
     shaping_values,
 )
 from suite.common.storage import read_json, regular
-from suite.training.evaluation import SPLITS, TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
+from suite.training.evaluation import TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
 from utils import Config, UserError, brief
 
 SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
@@ -99,9 +99,9 @@ def read_result(folder: Path, split: str = "test") -> Result:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
     metrics = read_metrics(folder)
-    if "train" in metrics and split not in metrics:
-        raise UserError(f"{folder} was not measured on the {SPLITS[split]} reviews: test it with python main.py --mode "
-                        f"test output_dir={folder.parent} run_name={folder.name}, or leave the run out")
+    if split == "test" and "train" in metrics and "test" not in metrics:
+        raise UserError(f"{folder} was not tested: test it with python main.py --mode test output_dir={folder.parent} "
+                        f"run_name={folder.name}, or leave it out")
     if not {"train", split} <= metrics.keys():
         raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
                         "run's command again to finish it, or leave the run out")
