@@ -182,6 +182,12 @@ def unfinished(folder):
     (folder / "metrics.json").unlink()
 
 
+def untested(folder):
+    metrics = metrics_of(folder)
+    del metrics["test"]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
 def of_another_split(folder):
     path = folder / "config.yaml"
     path.write_text(path.read_text().replace("split_seed: 42", "split_seed: 43"))
@@ -216,7 +222,8 @@ def damaged_model(folder):
 
 
 @pytest.mark.parametrize(("spoil", "reason"), [
-    (unfinished, "holds no finished run"), (of_another_split, "data_config.split_seed: 42 and 43"),
+    (unfinished, "holds no finished run"), (untested, "was not tested: test it with"),
+    (of_another_split, "data_config.split_seed: 42 and 43"),
     (of_other_data, "with different contents"), (without_validation, "valid_predictions.csv is missing: train the run"),
     (damaged_validation, "is damaged"), (other_validation, "not of the same reviews and classes"),
     (without_model, "no trained model there"), (damaged_model, "it has changed since it was saved")])

@@ -102,6 +102,9 @@ def read_result(folder: Path, split: str = "test") -> Result:
     metrics = read_metrics(folder)
     if (saved := folder / "config.yaml").exists() and read_saved_config(saved).pretrains:
         raise UserError(f"{folder} holds a pretraining run, which has no classes: compare the runs that start from it")
+    if split == "test" and "train" in metrics and "test" not in metrics:
+        raise UserError(f"{folder} was not tested: test it with python main.py --mode test output_dir={folder.parent} "
+                        f"run_name={folder.name}, or leave it out")
     if not {"train", split} <= metrics.keys():
         raise UserError(f"{folder} holds no finished run (metrics.json is missing or has no training in it): give the "
                         "run's command again to finish it, or leave the run out")

@@ -27,7 +27,7 @@ def baseline(config: Config, devices: Devices) -> None:
     """Fit, validate and test a bag of words. An earlier run's files are removed only when the fit has succeeded."""
     if show_finished(config):
         return
-    if config.run_folder.exists():
+    if is_there := config.run_folder.exists():
         claim_run_folder(config.run_folder)
     find_state(config)  # refuses a folder with another run; a bag of words has no saved states
     split = load_split(config)
@@ -38,8 +38,9 @@ def baseline(config: Config, devices: Devices) -> None:
     words, iterations = fit(texts, labels, names, config.data_config.line_breaks, split.fingerprint)
     seconds = time.perf_counter() - started
     say(f"{BAG_OF_WORDS}: {len(words.vocabulary):,} words and pairs of words")
-    claim_run_folder(config.run_folder)
-    find_state(config)  # another process may have begun a run meanwhile
+    if not is_there:
+        claim_run_folder(config.run_folder)
+        find_state(config)  # another process may have begun a run meanwhile
     begin_run(config)
     valid, folder = predict(words, split, "valid"), config.run_folder
     metrics, wandb = compute_metrics(valid), Wandb(config)
