@@ -28,7 +28,7 @@ from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
 from suite.reviews.sources import Reviews, load_reviews
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
-from utils import Config, DataConfig, num_processes, process_rank
+from utils import Config, DataConfig, num_processes, process_rank, say
 
 CPU_BATCH = 64
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
@@ -50,6 +50,8 @@ class IMDBDataset(torch.utils.data.Dataset):
     places of the reviews in `offsets` (None: each review is one window), and `texts`, the pooled data. A split has
     `rows` (n,), its places in `first_windows`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
     """
+
+    step_sampler = StepSampler
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, ids: np.ndarray,
                  pad_token_id: int, has_token_types: bool = False, texts: Dataset | None = None,
@@ -190,6 +192,11 @@ class Split:
     fingerprint: str  # of the reviews, their labels and the split
 
     @property
+    def held_out(self) -> np.ndarray:
+        """(valid and test reviews,) the digests of their texts."""
+        return self.digests[np.concatenate([self.ids_of["valid"], self.ids_of["test"]])]
+
+    @property
     def label_names(self) -> list[str]:
         return self.reviews.label_names
 
@@ -210,9 +217,11 @@ def load_split(config: Config) -> Split:
     digests = text_digests(reviews.table)
     refuse_contradictions(digests, reviews)
     ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
-    parts = (digests, reviews.labels, *ids_of.values())
-    fingerprint = hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
-    return Split(reviews, digests, ids_of, fingerprint)
+    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()))
+
+
+def fingerprint(*parts: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
 
 
 @dataclass
@@ -221,6 +230,7 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     label_names: list[str]
     fingerprint: str  # that of the Split
+    held_out: np.ndarray  # that of the Split
 
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
@@ -230,6 +240,8 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     """
     data_config, split = config.data_config, load_split(config)
     reviews, digests, ids_of = split.reviews, split.digests, split.ids_of
+    for part in reviews.unlabelled:
+        say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     if trained_model is None:
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks)
     else:
@@ -241,7 +253,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
               for name, ids in ids_of.items()}
-    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint)
+    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out)
 
 
 def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf
@@ -254,8 +266,9 @@ def get_dataloader(data: PreparedData, split: str, config: Config, device: torch
     dataset, rank, processes = data.splits[split], process_rank(), num_processes()
     if split == "train":
         train_config = config.train_config
-        sampler = StepSampler(dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size,
-                              train_config.seed, rank, processes, pass_tokens, dataset.windows)
+        sampler = dataset.step_sampler(
+            dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size, train_config.seed, rank,
+            processes, pass_tokens, dataset.windows)
     else:
         sampler = LengthSampler(dataset.lengths, eval_batch_size(config.data_config, device), rank, processes,
                                 pass_tokens, dataset.windows)

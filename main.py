@@ -4,6 +4,8 @@
     python main.py --config config.yaml --mode train                    BERT on IMDB: train, validate, test
     python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
     python main.py train_config.epochs=3 data_config.max_len=256        any key of config.yaml, see docs/settings.md
+    python main.py --mode pretrain                                      masked words first, without labels; then:
+    python main.py model_config.model_name=checkpoints/pretrain-bert-base-uncased-len128-bs64-seed42/best
     python main.py --mode test                                          evaluate the best model of that run again
     python main.py --mode predict --text "A wonderful film."            label a review with that model
     python main.py --mode predict --input FILE --output FILE            or all rows of a file
@@ -31,6 +33,7 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -50,6 +53,7 @@ from suite.inference.explain import explain
 from suite.inference.export import export
 from suite.inference.opening import open_classifier
 from suite.inference.predict import predict
+from suite.pretraining.run import PretrainingRun, masked_sums
 from suite.training.baseline import baseline
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
@@ -81,8 +85,9 @@ def train(run: Run) -> None:
                     stop_if_asked(devices)
                     if run.save_due():
                         run.save()
-            predictions = evaluate(run.model, run.valid_loader, devices, "validation")
-            run.end_epoch(predictions)  # records metrics, keeps the model if it is the best so far, saves the state
+            validate = evaluate_masked if run.config.pretrains else evaluate
+            predictions = validate(run.model, run.valid_loader, devices, "validation")
+            run.end_epoch(predictions)  # records their metrics, keeps the model if it is the best yet, saves the state
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], total_weight: float,
@@ -120,35 +125,46 @@ def stop_if_asked(devices: Devices) -> None:
 
 def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> Predictions:
     """The model's logits on every review of a split, each exactly once. Raises StopRequested between batches."""
-
-    def batches() -> Iterator[Batch]:
-        bar = ProgressBar(name, len(loader), unit="batch")
-        for batch in loader:
-            stop_if_asked(devices)
-            yield batch
-            bar.update()
-        bar.close()
-
     model.eval()
-    ids, labels, logits = compute_logits(model, batches(), sum(map(len, loader.sampler)), devices)
+    batches = watched(loader, devices, name)
+    ids, labels, logits = compute_logits(model, batches, sum(map(len, loader.sampler)), devices)
     model.train()
     counted = ids >= 0  # -1: a review that is there only to keep the processes in step
     return Predictions(*devices.gather(ids[counted], labels[counted], logits[counted]))
 
 
+def evaluate_masked(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> np.ndarray:
+    """The same for a pretraining run: [summed loss, hits, number] of the masked words."""
+    model.eval()
+    sums = masked_sums(model, watched(loader, devices, name), devices)
+    model.train()
+    return sums
+
+
+def watched(loader: DataLoader, devices: Devices, name: str) -> Iterator[Batch]:
+    """The batches, with a progress bar. Raises StopRequested between two of them."""
+    bar = ProgressBar(name, len(loader), unit="batch")
+    for batch in loader:
+        stop_if_asked(devices)
+        yield batch
+        bar.update()
+    bar.close()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The modes train and test
+# The modes train, pretrain and test
 
 
 def train_and_test(config: Config, devices: Devices) -> None:
-    """--mode train: a new run, or the rest of one that was interrupted."""
+    """--mode train, and --mode pretrain, which tests nothing: a new run, or the rest of one that was interrupted."""
     if show_finished(config):
         show_baseline(config)
         return
-    run = Run.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
-    say(f"{config.run_name}: {len(run.data.splits['train']):,} reviews to train on, "
+    # Data, model, optimizer and schedule; as they were saved, if a state is there
+    run = (PretrainingRun if config.pretrains else Run).open(config, devices)
+    say(f"{config.run_name}: {len(run.data.splits['train']):,} {run.unit} to train on, "
         f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
-        f"{run.sampler.effective_batch} reviews on {devices}")
+        f"{run.sampler.effective_batch} {run.unit} on {devices}")
     train(run)
     if not config.train_config.test:
         write_untested(config, devices, run.figures(), run.wandb)
@@ -212,7 +228,8 @@ def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> N
     devices = devices_class(config)
     if command.mode in cli.RUN_MODES:
         with room_for(config.run_folder):
-            {"train": train_and_test, "test": test_again, "baseline": baseline}[command.mode](config, devices)
+            modes = {"train": train_and_test, "pretrain": train_and_test, "test": test_again, "baseline": baseline}
+            modes[command.mode](config, devices)
     else:
         {"predict": predict, "export": export, "explain": explain}[command.mode](command, devices)
     devices.close()

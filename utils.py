@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import INPUTS, impossible_values, odd_yaml, shown
+from suite.common.checks import INPUTS, impossible_values, odd_yaml, short_name, shown
 
 PROJECT = Path(__file__).resolve().parent
 TRUNCATIONS = ("head", "tail", "head_tail", "windows")
@@ -100,6 +100,8 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     seed: int = option(42, "seed of the head's weights, dropout and review order", at_least=0, at_most=2**32 - 1)
+    objective: str = option("classification", "what is learned, classes or masked words; `--mode pretrain` sets it",
+                            choices=("classification", "masked_lm"))
     epochs: int = option(5, "passes over the training reviews", at_least=1)
     max_steps: int | None = option(None, "end after this many optimizer steps, if not before", at_least=1)
     optimizer: str = option("adam", "adam adds weight decay to the gradient (L2), adamw decouples it from the gradient",
@@ -146,7 +148,7 @@ class LogConfig:
 @dataclass
 class Config:
     run_name: str | None = option(None, "name of the run folder; null: `<model>-len<max_len>-bs<effective batch>-"
-                                  "seed<seed>`", shapes_result=False)
+                                  "seed<seed>`, after `pretrain-` for a pretraining run", shapes_result=False)
     output_dir: str = option("checkpoints", "folder that holds the run folders", shapes_result=False)
     model_config: ModelConfig = field(default_factory=ModelConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
@@ -156,6 +158,10 @@ class Config:
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir) / self.run_name
+
+    @property
+    def pretrains(self) -> bool:
+        return self.train_config.objective == "masked_lm"
 
     @property
     def is_demo(self) -> bool:
@@ -332,10 +338,10 @@ def _type_name(entry: Any) -> str:
 
 
 def _default_run_name(config: Config) -> str:
-    model = re.sub(r"[^\w.-]+", "-", Path(config.model_config.model_name).name) or "encoder"
+    model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
     model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
-    demo = "DEMO-" if config.is_demo else ""
+    kind = ("DEMO-" if config.is_demo else "") + ("pretrain-" if config.pretrains else "")
     if config.model_config.model_name == BAG_OF_WORDS:
-        return demo + BAG_OF_WORDS
-    return (f"{demo}{model}-len{config.data_config.max_len}-bs{config.train_config.effective_batch_size}"
-            f"-seed{config.train_config.seed}")
+        return kind + BAG_OF_WORDS
+    return (f"{kind}{model.removeprefix(kind)}-len{config.data_config.max_len}"
+            f"-bs{config.train_config.effective_batch_size}-seed{config.train_config.seed}")

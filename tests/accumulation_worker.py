@@ -60,6 +60,12 @@ def train_steps(model, optimizer, devices, dataset, effective_batch: int, micro_
     return sums
 
 
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Relative distance of all parameters, as one vector."""
+    difference = sum(((first[name] - second[name]).double() ** 2).sum() for name in first)
+    return float((difference / sum((value.double() ** 2).sum() for value in first.values())).sqrt())
+
+
 def main():
     folder, result, effective_batch, micro_batch = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5])
     class_weights = torch.tensor([float(weight) for weight in sys.argv[5:]]) if sys.argv[5:] else None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accumulation_worker import build_model, explicit_data, single_device, train_steps
+from accumulation_worker import build_model, distance, explicit_data, single_device, train_steps
 from conftest import PROJECT, free_port, run_here, run_script
 from safetensors.torch import load_file
 
@@ -26,12 +26,6 @@ def after(folder: str, micro_batch: int, steps: int | None = None, dtype: torch.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train_steps(model, optimizer, single_device(), explicit_data(), 64, micro_batch, steps, **settings)
     return model.state_dict()
-
-
-def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """Relative distance of all parameters, as one vector."""
-    difference = sum(((first[name] - second[name]).double() ** 2).sum() for name in first)
-    return float((difference / sum((value.double() ** 2).sum() for value in first.values())).sqrt())
 
 
 @pytest.mark.parametrize("micro_batch", [32, 8, 13])

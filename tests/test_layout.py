@@ -14,6 +14,7 @@ FLOORS = [
     ["suite.reviews", "suite.encoders"],
     ["data"],
     ["suite.training", "suite.inference"],
+    ["suite.pretraining"],
     ["suite.comparison"],
     ["main", "main_accumulation", "experiment", "compare", "ensemble"],
 ]

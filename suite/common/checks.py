@@ -109,6 +109,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+def short_name(path: str) -> str:
+    """The last part of a model's or dataset's name; of a run's `best` folder, the name of the run."""
+    return Path(path).absolute().parent.name if Path(path).name == "best" else Path(path).name
+
+
 def odd_yaml(text: str) -> str | None:
     """What is wrong with YAML that a parser takes: a number that YAML 1.1 reads as another one than most people, as in
     1:30 as 90 or 010 as 8, or brackets so deep that the parser would crash."""

@@ -17,10 +17,10 @@ from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
 from utils import BAG_OF_WORDS, Config, UserError, load_config, num_processes, printable
 
-MODES = {"train": (), "test": (), "baseline": (), "predict": ("model", "text", "input", "output"),
+MODES = {"train": (), "test": (), "baseline": (), "pretrain": (), "predict": ("model", "text", "input", "output"),
          "export": ("model", "output"),
          "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
-RUN_MODES = ("train", "test", "baseline")  # they write a run folder; the others need no more than a model's folder
+RUN_MODES = ("train", "test", "baseline", "pretrain")  # they write a run folder; the others need only a model's folder
 ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 
@@ -134,8 +134,14 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
             raise UserError("--mode baseline is the work of one process: start it with python main.py --mode baseline")
         named = load_config(path, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"])
         return without_encoder(named, BAG_OF_WORDS)
-    config = load_config(path, overrides)
-    if mode == "train" and not is_encoder(config):
+    if mode == "pretrain":
+        config = load_config(path, [*overrides, "train_config.objective=masked_lm", "train_config.test=false"],
+                             {"--mode pretrain": {"train_config.best_metric": "loss"}})
+    else:
+        config = load_config(path, overrides)
+    if mode == "train" and config.pretrains:
+        raise UserError("train_config.objective is 'masked_lm': leave it out and give --mode pretrain, which sets it")
+    if mode in ("train", "pretrain") and not is_encoder(config):
         raise UserError(f"model_config.model_name={config.model_config.model_name} is no encoder: make a bag of words "
                         "with --mode baseline, a stack with ensemble.py")
     saved = config.run_folder / "config.yaml"
@@ -162,7 +168,7 @@ def refuse_accumulation(mode: str, config: Config) -> None:
     if num_processes() > 1:
         raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py with "
                         "the same arguments, or unset WORLD_SIZE")
-    if mode == "train" and steps > 1:
+    if mode in ("train", "pretrain") and steps > 1:
         raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): main.py "
                         "trains on one micro-batch a step; run main_accumulation.py with the same arguments")
 

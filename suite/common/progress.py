@@ -10,7 +10,7 @@ from utils import process_rank, say
 
 
 class ProgressBar:
-    """A bar with the running loss, accuracy and reviews a second; plain lines where the output is no terminal."""
+    """A bar with the running loss, accuracy and speed; plain lines where the output is no terminal."""
 
     def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
         self.name, self.total, self.done, self.printed = name, total, done, done
@@ -22,8 +22,8 @@ class ProgressBar:
         self.done += 1
         self.bar.update()
 
-    def show(self, loss: float, accuracy: float, reviews_per_second: float) -> None:
-        text = f"loss {loss:.4f}, accuracy {accuracy:.4f}, {reviews_per_second:.1f} reviews/s"
+    def show(self, loss: float, accuracy: float, speed: str) -> None:
+        text = f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed}"
         self.bar.set_postfix_str(text)
         if self.bar.disable and (self.done - self.printed) * 10 >= self.total:  # about ten lines an epoch
             say(f"{self.name}, step {self.done}/{self.total}: {text}")

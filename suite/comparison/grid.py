@@ -37,7 +37,8 @@ from utils import Config, UserError, config_fields, leaves, load_config, read_ya
 
 SCRIPTS = ("main.py", "main_accumulation.py")
 KEYS = ("name", "question", "script", "config", "overrides", "grid", "settings", "seeds", "published")
-PER_CELL = {"train_config.seed": "list it under `seeds`", "run_name": "each run gets a name of its own"}
+PER_CELL = {"train_config.seed": "list it under `seeds`", "run_name": "each run gets a name of its own",
+            "train_config.objective": "an experiment tests classifiers"}
 # The default run_name names these already.
 NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")
 

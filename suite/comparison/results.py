@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from suite.common.checks import short_name
 from suite.common.run_folder import (
     WITHOUT_ENCODER,
     how_to_write_again,
@@ -99,6 +100,8 @@ def read_result(folder: Path, split: str = "test") -> Result:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name run folders such as checkpoints/NAME")
     metrics = read_metrics(folder)
+    if (saved := folder / "config.yaml").exists() and read_saved_config(saved).pretrains:
+        raise UserError(f"{folder} holds a pretraining run, which has no classes: compare the runs that start from it")
     if split == "test" and "train" in metrics and "test" not in metrics:
         raise UserError(f"{folder} was not tested: test it with python main.py --mode test output_dir={folder.parent} "
                         f"run_name={folder.name}, or leave it out")
@@ -228,7 +231,7 @@ def _label(values: dict[str, Any], keys: list[str]) -> str:
     parts = []
     for key in keys:
         if key in (NAME, "data_config.dataset"):
-            parts.append(Path(values[key]).name)  # the rest of a path means nothing on another machine
+            parts.append(short_name(values[key]))  # the rest of a path means nothing on another machine
         else:
             parts.append(f"{SHORT_NAMES.get(key, key.rpartition('.')[2])} {values[key]}")
     return ", ".join(parts)

@@ -57,7 +57,7 @@ AttentionMaskInterface.register("sdpa_cpu", sdpa_mask)  # of booleans: True wher
 
 
 def use_cpu_kernels(model: nn.Module) -> None:
-    """Let every dropout of `model` (an EncoderForClassification), those inside of attention included, use `drop`."""
+    """Let every dropout of `model`, those inside of the attention of `model.encoder` included, use `drop`."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is nn.Dropout:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from tokenizers import Regex, normalizers
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -40,6 +42,7 @@ from suite.encoders.refusals import (
 )
 from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief
 
+PRETRAINED_TEXTS = "pretraining_texts.npy"  # beside the weights that a pretraining run has saved
 STACK = "stack"  # the model_type of finished runs that were combined
 NO_ENCODERS = (BAG_OF_WORDS, STACK)
 LINE_BREAKS = r"(?i)(\s*<br\s*/?>\s*)+"
@@ -63,21 +66,7 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
         encoder_config = load_encoder_config(model_config)
     with explained("model_config.model_name", name, any_error=True):
         if model_config.pretrained:
-            # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
-            encoder, report = AutoModel.from_pretrained(
-                name, config=encoder_config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True, output_loading_info=True)
-            if mismatched := sorted(report["mismatched_keys"]):
-                key, stored, expected = mismatched[0]
-                raise UserError(f"model_config.model_name: the weights in {name} are not of the model in its "
-                                f"config.json ({key} is {list(stored)} instead of {list(expected)}): take a model "
-                                "whose files belong together")
-            # A missing weight would be drawn at random and train to a number that nobody can explain.
-            if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
-                raise UserError(f"model_config.model_name: {name} lacks {len(missing)} weights of its architecture "
-                                f"({missing[0]}, ...): take a complete model, or model_config.pretrained=false")
-            refuse_types(weight_files(model_folder(name)), encoder)
-            refuse_not_finite(encoder.named_parameters())
+            encoder, _ = load_weights(AutoModel, name, encoder_config)
         else:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
     names = label_names or [str(label) for label in range(model_config.num_labels)]
@@ -88,6 +77,40 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
         model = EncoderForClassification(config, encoder)
         refuse_broken(model)
     return model
+
+
+def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+    """(the model `name`, built by an Auto class of transformers, the weights of its head that the checkpoint lacks).
+
+    Raises UserError if the weights do not fit, or if some of the encoder's are missing.
+    """
+    # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
+    model, report = kind.from_pretrained(
+        name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+        ignore_mismatched_sizes=True, output_loading_info=True)
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, stored, expected = mismatched[0]
+        raise UserError(f"model_config.model_name: the weights in {name} are not of the model in its "
+                        f"config.json ({key} is {list(stored)} instead of {list(expected)}): take a model "
+                        "whose files belong together")
+    # A missing weight would be drawn at random and train to a number that nobody can explain.
+    of_encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lacking = sorted(report["missing_keys"])
+    if missing := [key for key in lacking if key.startswith(of_encoder) and not key.startswith("pooler.")]:
+        raise UserError(f"model_config.model_name: {name} lacks {len(missing)} weights of its architecture "
+                        f"({missing[0]}, ...): take a complete model, or model_config.pretrained=false")
+    refuse_types(weight_files(model_folder(name)), model)
+    refuse_not_finite(model.named_parameters())
+    return model, lacking
+
+
+def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
+    """The digests (texts,) of 16 bytes of what a pretraining run of this suite has read, if the encoder is from one."""
+    path = Path(model_config.model_name) / PRETRAINED_TEXTS
+    if not (model_config.pretrained and path.is_file()):
+        return np.empty(0, "V16")
+    with explained("model_config.model_name", str(path), any_error=True):
+        return np.load(path)
 
 
 def model_folder(name: str) -> Path:
@@ -105,6 +128,8 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
         raise UserError(f"model_config.model_name: no such folder: {name}")
     with explained("model_config.model_name", name, any_error=True):
         folder = model_folder(name)
+        if (folder / MANIFEST).exists():
+            refuse_damage(folder)
         read_config(folder / "config.json")
         files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
         encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -210,6 +235,9 @@ def load_model(folder: str | Path) -> nn.Module:
         refuse_damage(folder)
     try:
         values = read_config(folder / "config.json")
+        if str(values.get("architectures")).endswith("ForMaskedLM']"):
+            raise ValueError("it names masked words and knows no classes; fine-tune from it with "
+                             f"model_config.model_name={folder}")
         is_ours = values.pop("model_type") == ClassifierConfig.model_type
         config = ClassifierConfig(**values) if is_ours else AutoConfig.from_pretrained(folder, trust_remote_code=False)
         refuse_senseless(config)

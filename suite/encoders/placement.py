@@ -11,6 +11,7 @@ from torch import nn
 from model import EncoderForClassification, mean_over_windows
 from suite.common.protocols import Devices
 from suite.encoders.cpu_kernels import use_cpu_kernels
+from suite.encoders.masked_lm import MaskedLanguageModel
 from utils import UserError
 
 # `id` and `labels` (batch,); the model's inputs (windows, tokens); `windows` (batch,), unless each review is one window
@@ -24,11 +25,11 @@ PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 def place_model(model: nn.Module, device: torch.device, compiled: bool = False) -> None:
     """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled."""
     model.to(device)
-    if device.type == "cpu" and isinstance(model, EncoderForClassification) and not compiled:
+    if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
         use_cpu_kernels(model)
 
 
-def checkpoint_gradients(model: EncoderForClassification, name: str) -> None:
+def checkpoint_gradients(model: nn.Module, name: str) -> None:
     """Let the encoder keep no more than each layer's input, and compute the layer again when its gradient is due.
 
     The random generator is set back for it, so dropout is drawn as before. The last layer of the first-token fast path
@@ -45,7 +46,7 @@ def checkpoint_gradients(model: EncoderForClassification, name: str) -> None:
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The encoder's layers that multiply every token by a matrix, with their names."""
-    encoder = getattr(model, "encoder", model.base_model)
+    encoder = getattr(model, "encoder", None) or model.base_model
     return [(name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
 
 

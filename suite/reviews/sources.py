@@ -30,7 +30,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # a
 from suite.common.hub import explained, is_hub_name
 from suite.reviews.caches import cached, digest_of
 from suite.reviews.rows import Row, columns_of, read_rows
-from utils import DataConfig, UserError, say
+from utils import DataConfig, UserError
 
 FILE_TYPES = (".csv", ".jsonl", ".parquet")
 
@@ -44,6 +44,7 @@ class Reviews:
     label_names: list[str]
     split_names: np.ndarray  # (rows,) str: the dataset's own split of each row
     parts: list[Part]  # the tables that were pooled, in the order of their rows
+    unlabelled: list[Part]  # for pretraining alone; their texts are not checked yet
 
 
 @dataclass
@@ -72,24 +73,17 @@ def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
     """
     name = data_config.dataset
     columns = (data_config.text_column, data_config.label_column)
-    parts = []
+    parts, unlabelled = [], []
     for part in _load_parts(name, columns):
         part.table = _select(part.table, columns, part.place)
-        if _is_unlabelled(part):
-            say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
-        else:
-            parts.append(part)
+        (unlabelled if _is_unlabelled(part) else parts).append(part)
     if not any(len(part.table) for part in parts):
         raise UserError(f"data_config.dataset: {name} holds no labelled rows: name a file or folder with some")
-    for part in parts:
-        if not _is_text(kind := part.table.data.column("text").type):
-            raise UserError(f"{part.place}: the column {columns[0]!r} holds {kind}, not text: "
-                            "set data_config.text_column")
+    refuse_no_texts(parts, data_config.text_column)
     table = concatenate_datasets([part.table for part in parts])
-    _refuse_empty_texts(table, parts)
     labels, label_names = _encode_labels(table, name, parts, data_config.label_column, num_labels)
     split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
-    return Reviews(table, labels, label_names, split_names, parts)
+    return Reviews(table, labels, label_names, split_names, parts, unlabelled)
 
 
 def misfit(row: Row, columns: tuple[str, ...]) -> str | None:
@@ -230,14 +224,16 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _refuse_empty_texts(table: Dataset, parts: list[Part]) -> None:
-    start = 0
-    for texts in table.data.column("text").chunks:  # chunk by chunk, because trimming copies the texts
-        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
-        if (row := pc.index(empty, True).as_py()) >= 0:
-            place, row = locate(parts, start + row)
-            raise UserError(f"{place}: row {row} has no text: fill it or remove the row")
-        start += len(texts)
+def refuse_no_texts(parts: list[Part], column: str) -> None:
+    for part in parts:
+        if not _is_text(kind := part.table.data.column("text").type):
+            raise UserError(f"{part.place}: the column {column!r} holds {kind}, not text: set data_config.text_column")
+        start = 0
+        for texts in part.table.data.column("text").chunks:  # chunk by chunk, because trimming copies the texts
+            empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+            if (row := pc.index(empty, True).as_py()) >= 0:
+                raise UserError(f"{part.place}: row {start + row + 1} has no text: fill it or remove the row")
+            start += len(texts)
 
 
 def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int

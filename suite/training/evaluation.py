@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
@@ -83,6 +84,11 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "ece": Calibration(predictions).error,
         "n": n,
     }
+
+
+def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
+    """The larger, the better. Equal accuracies, which small validation splits often have, are decided by the loss."""
+    return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

@@ -23,16 +23,16 @@ class Meter:
         self.reviews = self.tokens = 0
         self.flops = self.executed_flops = 0.0  # of the whole model; of what is computed of it. Padding not counted
         self.seconds = 0.0  # of training, without evaluation and saving
-        self.reviews_at_last_reading = 0
-        self.total_weight = 0.0  # of the reviews since then, see `train_step`
+        self.judged, self.total_weight = 0, 0.0  # the predictions since then, and their weight, see `train_step`
         self._started: float | None = None  # None while the clock stands still
 
-    def add(self, loss: torch.Tensor, correct: torch.Tensor, total_weight: float, reviews: int, lengths: np.ndarray
-            ) -> None:
-        """Count an optimizer step: this process's summed loss and hits, the weight and number of all its reviews, and
-        the lengths of their windows in tokens."""
+    def add(self, loss: torch.Tensor, correct: torch.Tensor, total_weight: float, judged: int, reviews: int,
+            lengths: np.ndarray) -> None:
+        """Count an optimizer step: this process's summed loss and hits, the weight of all its predictions and their
+        number, the number of all its reviews, and the lengths of their windows in tokens."""
         self.sums += torch.stack([loss, correct])
         self.total_weight += total_weight
+        self.judged += judged
         self.reviews += reviews
         self.tokens += int(lengths.sum())
         self.flops += float(training_flops(self.work, lengths))
@@ -41,10 +41,9 @@ class Meter:
     def read(self) -> tuple[float, float, float]:
         """(mean loss and accuracy since the last reading, reviews a second so far). Waits for the device."""
         loss, correct = self.devices.total(self.sums).tolist()
-        accuracy = correct / (self.reviews - self.reviews_at_last_reading)
-        figures = loss / self.total_weight, accuracy, self.reviews / self.seconds
+        figures = loss / self.total_weight, correct / self.judged, self.reviews / self.seconds
         self.sums.zero_()
-        self.reviews_at_last_reading, self.total_weight = self.reviews, 0.0
+        self.judged, self.total_weight = 0, 0.0
         return figures
 
     def start_clock(self) -> None:
@@ -79,5 +78,4 @@ class Meter:
         self.sums = self.sums.to(self.devices.device)
 
 
-SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "reviews_at_last_reading",
-         "total_weight")
+SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "judged", "total_weight")

@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from suite.common.checks import short_name
 from suite.common.hub import is_hub_name
 from suite.common.run_folder import is_encoder
 from suite.common.storage import atomic_write
@@ -59,12 +60,12 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
 
     data, name = config.data_config, config.model_config.model_name
     # No path of this machine
-    dataset = printable(data.dataset if is_hub_name(data.dataset) else Path(data.dataset).name)
+    dataset = printable(data.dataset if is_hub_name(data.dataset) else short_name(data.dataset))
     origin = "fine-tuned" if config.model_config.pretrained else "trained from scratch"
     card = CARD.substitute(
         metadata=card_metadata(config, dataset, metrics["test"]).to_yaml(), run_name=plain(config.run_name),
         warning=f"> **{DEMO_WARNING}**\n\n" if config.is_demo else "",
-        model=plain(name if is_hub_name(name) else Path(name).name),
+        model=plain(name if is_hub_name(name) else short_name(name)),
         origin=origin if is_encoder(config) else "a logistic regression",
         classes=", ".join(map(plain, label_names)), table=metrics_table(metrics["test"]), dataset=plain(dataset),
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),

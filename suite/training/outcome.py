@@ -75,10 +75,16 @@ def show_finished(config: Config) -> bool:
 
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
     demo, split = config.demo_mark, "test" if "test" in metrics else "valid"
-    found, (low, high) = metrics[split], metrics[split]["accuracy_ci95"]
-    say(f"{demo}{SPLITS[split]} accuracy {found['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
-        f"{found['loss']:.4f}, F1 {found['f1']:.4f}, {found['n']:,} reviews")
+    found = metrics[split]
+    if config.pretrains:
+        say(f"{demo}masked words of the validation texts: loss {found['loss']:.4f}, perplexity "
+            f"{found['perplexity']:.2f}, accuracy {found['accuracy']:.4f}, {found['n']:,} words; fine-tuning starts "
+            f"from it with model_config.model_name={config.run_folder / 'best'}")
+    else:
+        low, high = found["accuracy_ci95"]
+        say(f"{demo}{SPLITS[split]} accuracy {found['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
+            f"{found['loss']:.4f}, F1 {found['f1']:.4f}, {found['n']:,} reviews")
     if train := metrics.get("train"):
         say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
-            f"{train['samples_per_second']:.1f} reviews a second")
+            f"{train['samples_per_second']:.1f} {'windows' if config.pretrains else 'reviews'} a second")
     say(f"{demo}everything about this run: {config.run_folder}")

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from data import PreparedData, get_dataloader, prepare_data
-from model import EncoderForClassification
-from suite.common.checks import position_limit, too_long
-from suite.common.hub import explained, say_what_was_cached
+from suite.common.hub import say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import identity
@@ -23,9 +22,9 @@ from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
 from suite.encoders.placement import Batch, checkpoint_gradients, pass_tokens, place_model
-from suite.encoders.refusals import largest_token, refuse_unknown_words
-from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
+from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
+from suite.training.misfit import refuse_misfit
 from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
 from suite.training.states import (
     KEPT_STATES,
@@ -35,6 +34,7 @@ from suite.training.states import (
     find_state,
     load_progress,
     lock_within,
+    other_version,
     random_state,
     refuse_other_data,
     save_state,
@@ -47,7 +47,31 @@ from utils import Config, UserError, process_rank, say
 
 
 class Run:
-    """What the loop in main.py works on."""
+    """What the loop in main.py works on. A PretrainingRun differs in the methods down to `judged`, and in `steps`."""
+
+    unit = "reviews"  # what a row of the data is
+    prepare_data, metrics_of = staticmethod(prepare_data), staticmethod(compute_metrics)
+
+    @staticmethod
+    def new_model(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> nn.Module:
+        model, read = new_model(config.model_config, data.label_names, encoder_config), config.data_config
+        model.config.update({"max_len": read.max_len, "truncation": read.truncation, "max_windows": read.max_windows,
+                             "data_fingerprint": data.fingerprint})
+        return model
+
+    def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        save_model(folder, self.model_config, weights, self.data.tokenizer)
+
+    def write_predictions(self, predictions: Predictions) -> None:
+        write_predictions(self.folder / VALID_PREDICTIONS, predictions, self.data.label_names)
+
+    def total_weight(self, rows: np.ndarray) -> float:
+        """What the loss of these reviews is divided by: their number or, with class weights, the sum of theirs."""
+        return float(self.review_weights[rows].sum())
+
+    def judged(self, rows: np.ndarray) -> int:
+        """How many predictions these rows ask for."""
+        return len(rows)
 
     @classmethod
     def open(cls, config: Config, devices: Devices) -> Run:
@@ -61,15 +85,12 @@ class Run:
         set_seed(config.train_config.seed)
         encoder_config = load_encoder_config(config.model_config)  # refuses what is no encoder before reviews are read
         with devices.main_process_first():
-            data = prepare_data(config)
+            data = cls.prepare_data(config)
         refuse_misfit(config, encoder_config, data)
-        model = new_model(config.model_config, data.label_names, encoder_config)
+        model = cls.new_model(config, encoder_config, data)
         if config.train_config.gradient_checkpointing:
             checkpoint_gradients(model, config.model_config.model_name)
         say_what_was_cached()
-        read = config.data_config
-        model.config.update({"max_len": read.max_len, "truncation": read.truncation, "max_windows": read.max_windows,
-                             "data_fingerprint": data.fingerprint})
         if not is_there:  # only now, so that wrong input leaves nothing behind, not even a lock
             claim_run_folder(config.run_folder)
             state = find_state(config)  # another process may have begun the run meanwhile
@@ -82,7 +103,7 @@ class Run:
             run.resume(state)
         return run
 
-    def __init__(self, config: Config, devices: Devices, data: PreparedData, model: EncoderForClassification):
+    def __init__(self, config: Config, devices: Devices, data: PreparedData, model: nn.Module):
         self.config, self.devices, self.data, self.folder = config, devices, data, config.run_folder
         train_config = config.train_config
         place_model(model, devices.device, compiled=train_config.compile)
@@ -140,7 +161,10 @@ class Run:
         self.devices.read_state(state, self.model, self.optimizer)
         loop = torch.load(own, map_location="cpu", weights_only=True)
         self.scheduler.load_state_dict(loop["scheduler"])
-        self.meter.load_state_dict(loop["meter"])
+        try:
+            self.meter.load_state_dict(loop["meter"])
+        except KeyError:
+            raise other_version(state) from None
         set_random_state(loop["random"])
         self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
         lock_within(self.folder)
@@ -166,7 +190,7 @@ class Run:
             yield progress.epoch
 
     def steps(self) -> Iterator[tuple[np.ndarray, list[Batch]]]:
-        """The optimizer steps that are left of this epoch: the reviews of the effective batch (reviews,), over all
+        """The optimizer steps that are left of this epoch: the rows of the effective batch (reviews,), over all
         processes, and this process's micro-batches of them.
 
         After an out-of-memory error, the same step comes again in smaller micro-batches.
@@ -209,16 +233,13 @@ class Run:
         if self.devices.device.type == "cuda":
             torch.cuda.empty_cache()
         say(f"out of memory at optimizer step {self.progress.step + 1}: continuing with micro-batches of "
-            f"{self.sampler.micro_batch} reviews, at the same {self.sampler.effective_batch} reviews an optimizer step")
-
-    def total_weight(self, rows: np.ndarray) -> float:
-        """What the loss of these reviews is divided by: their number or, with class weights, the sum of theirs."""
-        return float(self.review_weights[rows].sum())
+            f"{self.sampler.micro_batch} {self.unit}, at the same {self.sampler.effective_batch} {self.unit} an "
+            "optimizer step")
 
     def count(self, rows: np.ndarray, loss: torch.Tensor, correct: torch.Tensor) -> None:
         """An optimizer step is done: `loss` and `correct` are this process's sums over the reviews `rows`."""
         reviews = self.data.splits["train"]
-        self.meter.add(loss, correct, self.total_weight(rows), len(rows),
+        self.meter.add(loss, correct, self.total_weight(rows), self.judged(rows), len(rows),
                        reviews.window_lengths(reviews.windows_of(rows)))
         self.progress.step += 1
         self.progress.steps_in_epoch += 1
@@ -235,7 +256,7 @@ class Run:
         loss, accuracy, speed = self.meter.read()
         self.record({"train/loss": loss, "train/accuracy": accuracy,
                      "train/learning_rate": self.scheduler.get_last_lr()[0]}, {"train/samples_per_second": speed})
-        self.bar.show(loss=loss, accuracy=accuracy, reviews_per_second=speed)
+        self.bar.show(loss, accuracy, f"{speed:.1f} {self.unit}/s")
 
     def record(self, values: dict[str, float], speed: dict[str, float] | None = None) -> None:
         """To history.jsonl and wandb; the speed, which no two runs share, to wandb alone."""
@@ -266,11 +287,10 @@ class Run:
             f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
             f"at these reviews (last saved state: {kept})")
 
-    def end_epoch(self, predictions: Predictions) -> None:
-        """Record the metrics of these predictions on validation, keep the model if it is the best so far, save the
-        state."""
+    def end_epoch(self, predictions: Any) -> None:
+        """Record the metrics on validation, keep the model if it is the best so far, save the state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
-        metrics = compute_metrics(predictions)
+        metrics = self.metrics_of(predictions)
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
         progress.epoch, progress.steps_in_epoch = progress.epoch + 1, 0
         is_best = progress.best_epoch is None or (
@@ -280,7 +300,7 @@ class Run:
         if is_best:
             progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
             if self.devices.is_main:  # a kill between the two is mended on resuming, which ends this epoch again
-                write_predictions(self.folder / VALID_PREDICTIONS, predictions, self.data.label_names)
+                self.write_predictions(predictions)
             self.save_best()
         else:
             progress.epochs_without_improvement += 1
@@ -308,12 +328,9 @@ class Run:
         """Replace the best model by the present one."""
         weights = self.devices.state_dict(self.model)
 
-        def write(folder: Path) -> None:
-            save_model(folder, self.model_config, weights, self.data.tokenizer)
-
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
-                replace_folder(self.folder / "best", write, recorded=True)
+                replace_folder(self.folder / "best", lambda folder: self.write_model(folder, weights), recorded=True)
 
     @contextmanager
     def saved_when_stopped(self):
@@ -331,20 +348,3 @@ class Run:
         """What metrics.json says about training and validation."""
         return {"train": self.meter.figures() | {"optimizer_steps": self.progress.step},
                 "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
-
-
-def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
-    """The larger, the better. Equal accuracies, which small validation splits often have, are decided by the loss."""
-    return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
-
-
-def refuse_misfit(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> None:
-    """Raises UserError for reviews that the encoder or its tokenizer cannot read."""
-    name, tokens = config.model_config.model_name, data.splits["train"].tokens  # those of all splits
-    if problem := too_long(config.data_config.max_len, name, position_limit(encoder_config.to_dict())):
-        raise UserError(problem)
-    if (largest := largest_token(data.tokenizer, tokens)) >= encoder_config.vocab_size:
-        raise UserError(f"model_config.model_name: the tokenizer of {name} gives token {largest}, but its encoder only "
-                        f"knows {encoder_config.vocab_size}: they do not belong together")
-    with explained("model_config.model_name", name):
-        refuse_unknown_words(data.tokenizer, tokens)

@@ -234,12 +234,16 @@ def load_progress(state: Path, run: str) -> Progress:
         if wrong := [name for name, kind in get_type_hints(Progress).items() if not isinstance(values[name], kind)]:
             raise TypeError(wrong)
     except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
-                        "start it afresh with train_config.resume=never") from None
+        raise other_version(state) from None
     if progress.run != run:
         raise UserError(f"{state} was saved by another run: put back this run's own last/, or start it afresh with "
                         "train_config.resume=never")
     return progress
+
+
+def other_version(state: Path) -> UserError:
+    return UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
+                     "start it afresh with train_config.resume=never")
 
 
 def set_seed(seed: int) -> None:

@@ -1,0 +1,70 @@
+"""A pretraining run: the run of main.py's loop with masked words for labels, and windows of all texts for reviews."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from suite.common.protocols import Devices
+from suite.encoders.loading import PRETRAINED_TEXTS
+from suite.encoders.masked_lm import new_masked_lm
+from suite.encoders.placement import Batch, to_device
+from suite.pretraining.card import write_card
+from suite.pretraining.texts import PretrainingData, prepare_texts
+from suite.training.run import Run
+from utils import Config
+
+
+def metrics_of(sums: np.ndarray) -> dict[str, Any]:
+    """`sums`: what `masked_sums` returns."""
+    loss, hits, count = sums
+    return {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700)), "accuracy": hits / count,
+            "n": int(count)}
+
+
+class PretrainingRun(Run):
+    unit = "windows"
+    prepare_data, metrics_of = staticmethod(prepare_texts), staticmethod(metrics_of)
+
+    @staticmethod
+    def new_model(config: Config, encoder_config: PreTrainedConfig, data: PretrainingData) -> nn.Module:
+        return new_masked_lm(config.model_config, encoder_config)
+
+    def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        self.devices.unwrap(self.model).save(folder, weights, self.data.tokenizer)
+        np.save(folder / PRETRAINED_TEXTS, self.data.digests)
+        write_card(folder, self.config, self.progress.best_metrics, self.progress.step)
+
+    def write_predictions(self, predictions: np.ndarray) -> None:
+        pass  # there is no review to predict
+
+    def total_weight(self, rows: np.ndarray) -> float:
+        return max(1, self.masked_tokens)  # a last effective batch of one short window may have none
+
+    def judged(self, rows: np.ndarray) -> int:
+        return max(1, self.masked_tokens)
+
+    def steps(self) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+        for rows, (self.masked_tokens, micro_batches) in super().steps():
+            yield rows, micro_batches
+
+
+@torch.inference_mode()
+def masked_sums(model: nn.Module, batches: Iterable[Batch], devices: Devices) -> np.ndarray:
+    """[summed loss, hits, number] of the masked tokens of these batches, over all processes; float64."""
+    sums = []  # on the device, because reading them would wait for each batch
+    for batch in batches:
+        _, labels, inputs = to_device(batch, devices.device)
+        with devices.autocast():
+            output = model(**inputs, labels=labels, reduction="sum")
+        hits = (output.logits.argmax(dim=1) == labels).sum()
+        sums.append(torch.stack([output.loss, hits, torch.tensor(len(labels), device=devices.device)]))
+    found, = devices.gather(torch.stack(sums).cpu().double().numpy())
+    return found.sum(axis=0)
