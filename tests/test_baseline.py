@@ -235,3 +235,12 @@ def test_its_figure_stands_beside_the_encoder_s(finished, encoder_folder, tmp_pa
     path = runs / "words" / "test_predictions.csv"
     path.write_text(path.read_text()[:-30])  # a damaged sibling fails no training run
     assert "beside it" not in train_here(*encoder).stdout
+
+
+def test_it_can_leave_the_test_split_alone_until_later(finished):
+    overrides, folder = finished
+    untested, arguments = folder.with_name("untested"), [*overrides, "run_name=untested"]
+    assert "validation accuracy" in train_here(*arguments, "train_config.test=false", mode="baseline").stdout
+    assert metrics_of(untested).keys() == {"train", "valid", "environment"}
+    assert "test accuracy" in train_here(*arguments, mode="baseline").stdout
+    assert metrics_of(untested)["test"] == metrics_of(folder)["test"]

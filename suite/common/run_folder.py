@@ -121,7 +121,7 @@ def without_encoder(config: Config, model_name: str) -> Config:
         config.run_name, config.output_dir, ModelConfig(model_name, num_labels=config.model_config.num_labels),
         DataConfig(**{key: getattr(data, key) for key in REVIEWS}),
         TrainConfig(train.seed, effective_batch_size=DataConfig.batch_size, device="cpu", mixed_precision="no",
-                    resume=train.resume, overwrite=train.overwrite), config.log_config)
+                    test=train.test, resume=train.resume, overwrite=train.overwrite), config.log_config)
 
 
 def identity(run_folder: Path) -> str:

@@ -17,7 +17,7 @@ from suite.common.storage import replace_folder
 from suite.encoders.bag_of_words import BagOfWords, fit
 from suite.training.efficiency import peak_memory_mb
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
-from suite.training.outcome import show_finished, write_results
+from suite.training.outcome import show_finished, write_results, write_untested
 from suite.training.states import begin_run, claim_run_folder, find_state
 from suite.training.tracking import History, Wandb
 from utils import BAG_OF_WORDS, Config, say
@@ -53,7 +53,10 @@ def baseline(config: Config, devices: Devices) -> None:
     figures = {"train": {"samples_per_second": len(texts) / seconds, "seconds": seconds,
                          "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
                "valid": metrics | {"epoch": 1}}
-    write_results(config, devices, predict(words, split, "test"), names, split.text, figures, wandb)
+    if config.train_config.test:
+        write_results(config, devices, predict(words, split, "test"), names, split.text, figures, wandb)
+    else:
+        write_untested(config, devices, figures, wandb)
 
 
 def predict(words: BagOfWords, split: Split, name: str) -> Predictions:
