@@ -212,9 +212,10 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
 def kind_of(folder: Path) -> str | None:
     """The model_type in a model folder's config.json; None if it cannot be read."""
     try:
-        return read_json(folder / "config.json").get("model_type")
+        kind = read_json(folder / "config.json").get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
+    return kind if isinstance(kind, str) else None
 
 
 def load_model(folder: str | Path) -> nn.Module:
