@@ -191,14 +191,14 @@ def test_again(config: Config, devices: Devices) -> None:
         claim_run_folder(folder)
     devices.barrier()
     best = best_model(folder)
+    # With another split, the model would be tested on reviews that it was trained on.
+    refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
     if is_encoder(config):
         model = load_model(best)
         fingerprint, names = model.config.data_fingerprint, list(model.config.id2label.values())
     else:
         model = open_classifier(best, config, devices)
         fingerprint, names = model.data_fingerprint, model.label_names
-    # With another split, the model would be tested on reviews that it was trained on.
-    refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
     with devices.main_process_first():
         data = prepare_data(config, trained_model=str(best)) if is_encoder(config) else load_split(config)
     say_what_was_cached()

@@ -340,8 +340,8 @@ def _type_name(entry: Any) -> str:
 def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
     model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
-    kind = ("DEMO-" if config.is_demo else "") + ("pretrain-" if config.pretrains else "")
+    demo, kind = "DEMO-" if config.is_demo else "", "pretrain-" if config.pretrains else ""
     if config.model_config.model_name == BAG_OF_WORDS:
-        return kind + BAG_OF_WORDS
-    return (f"{kind}{model.removeprefix(kind)}-len{config.data_config.max_len}"
+        return demo + BAG_OF_WORDS
+    return (f"{demo}{kind}{model.removeprefix(demo)}-len{config.data_config.max_len}"
             f"-bs{config.train_config.effective_batch_size}-seed{config.train_config.seed}")

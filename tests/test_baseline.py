@@ -4,6 +4,7 @@ starts again after a kill, and stands beside the figure of an encoder at the end
 
 import csv
 import json
+import os
 import shutil
 
 import numpy as np
@@ -132,6 +133,10 @@ def test_it_labels_as_it_was_tested(finished, tmp_path, named):
     ("train", ["run_name=bag-of-words"], {}, "model_config.model_name: bag-of-words -> bert-base-uncased"),
     ("train", ["model_config.model_name=bag-of-words"], {}, "with --mode baseline"),
     ("test", ["run_name=bag-of-words", "data_config.split_seed=43"], {}, "data_config.split_seed: 42 -> 43"),
+    ("test", ["run_name=bag-of-words", "model_config.model_name=x"], {}, "model_config.model_name: bag-of-words -> x"),
+    ("train", ["run_name=new", "model_config.model_name={}/best"], {}, "a bag-of-words model, not a text encoder"),
+    ("train", ["run_name=new", "model_config.model_name={}"], {}, "is a run folder: name the model in it"),
+    ("baseline", ["run_name=new", "output_dir={}/best"], {}, "a model or a state that a run has saved"),
     ("baseline", ["data_config.line_breaks=space"], {}, "data_config.line_breaks: keep -> space"),
     ("baseline", ["run_name=new", "train_config.resume=must"], {}, "no saved state to go on from"),
     ("baseline", ["run_name=new", "data_config.text_column=verdict", "data_config.label_column=review",
@@ -139,7 +144,7 @@ def test_it_labels_as_it_was_tested(finished, tmp_path, named):
 def test_what_cannot_be_is_refused_in_one_line(finished, mode, more, options, reason):
     overrides, folder = finished
     before = content_of(folder.parent)
-    line = error_of(run_here(*overrides, *more, mode=mode, **options))
+    line = error_of(run_here(*overrides, *(item.format(folder) for item in more), mode=mode, **options))
     assert reason in line
     assert content_of(folder.parent) == before
 
@@ -180,6 +185,8 @@ def spoil_json(name, change):
     spoil_json("config.json", lambda config: config | {"id2label": {"0": "a", "1": "a"}}),
     spoil_json("config.json", lambda config: config | {"id2label": {"0": "a"}}),
     lambda folder: (folder / "words.safetensors").write_bytes(b"no tensors"),
+    spoil_json("config.json", lambda config: {key: config[key] for key in config if key != "data_fingerprint"}),
+    lambda folder: ((folder / "words.safetensors").unlink(), os.mkfifo(folder / "words.safetensors")),
     lambda folder: (folder / "vocabulary.json").unlink()])
 def test_a_damaged_or_senseless_model_is_refused_in_one_line(finished, tmp_path, spoil):
     folder = tmp_path / "model"

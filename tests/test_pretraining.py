@@ -25,7 +25,7 @@ from suite.reviews.sources import load_reviews
 from suite.reviews.splitting import text_digests
 from suite.training.devices import SingleDevice
 from suite.training.meter import Meter
-from utils import Config, ModelConfig, UserError, load_config
+from utils import Config, DataConfig, ModelConfig, UserError, load_config
 
 SMALL = ENCODERS["bert"].to_dict()
 SMALL = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -276,6 +276,37 @@ def test_fine_tuning_starts_with_its_weights(overrides, finished):
     assert "texts that are validated or tested on here" in other_split.stderr
     assert other_split.returncode == 2
     assert not (finished[1].with_name("other_split")).exists()
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path, digests: np.save(path, np.arange(5)), lambda path, digests: np.save(path, digests.view("V8")),
+    lambda path, digests: np.save(path, digests[0]), lambda path, digests: (path.unlink(), path.mkdir())])
+def test_senseless_digests_are_refused_not_passed_by(overrides, finished, tmp_path, spoil):
+    best = shutil.copytree(finished[1] / "best", tmp_path / "best")
+    (best / "manifest.json").unlink()  # nobody has sealed it
+    spoil(best / "pretraining_texts.npy", np.load(best / "pretraining_texts.npy"))
+    result = run_here(*overrides, f"model_config.model_name={best}", "run_name=x", "data_config.split_seed=1")
+    assert (result.returncode, "pretraining_texts.npy cannot be loaded" in result.stderr) == (2, True), result.stderr
+
+
+def test_fine_tuning_and_pretraining_again_have_different_names(overrides, finished):
+    again = [*overrides, f"model_config.model_name={finished[1].with_name('pretrain-x') / 'best'}"]
+    names = {cli.config_for(mode, PROJECT / "config.yaml", again).run_name for mode in ("train", "pretrain")}
+    assert names == {"pretrain-x-len14-bs32-seed42", "pretrain-pretrain-x-len14-bs32-seed42"}
+
+
+@pytest.mark.parametrize(("kind", "label"), [("csv", "-1"), ("csv", " "), ("jsonl", "-1"), ("jsonl", "null")])
+def test_a_split_without_labels_is_unlabelled_whatever_its_name(tmp_path, kind, label):
+    rows = {"train": [(f"labelled {row}", row % 2) for row in range(30)],
+            "extra": [(f"unlabelled {row}", label) for row in range(5)]}
+    for name, of_split in rows.items():
+        (tmp_path / f"{name}.{kind}").write_text("text,label\n" * (kind == "csv") + "".join(
+            f"{text},{value}\n" if kind == "csv" else f'{{"text": "{text}", "label": {value}}}\n'
+            for text, value in of_split))
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
+        f"  - split: {name}\n    path: {name}.{kind}\n" for name in rows) + "---\n")
+    reviews = load_reviews(DataConfig(dataset=str(tmp_path)), 2)
+    assert (len(reviews.table), [len(part.table) for part in reviews.unlabelled]) == (30, [5])
 
 
 @pytest.mark.parametrize(("mode", "more", "words"), [

@@ -242,7 +242,11 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
     before = content_of(stacked)
     assert f"{stacked} exists already" in refusal(capsys, [words, encoder], stacked)
     assert content_of(stacked) == before
-    assert "is named twice" in refusal(capsys, [words, words.parent / "stack" / ".." / words.name], tmp_path / "new")
+    shutil.copytree(words, tmp_path / "copy")
+    for same in (words.parent / "stack" / ".." / words.name, tmp_path / "copy"):
+        assert "is named twice" in refusal(capsys, [words, same], tmp_path / "new")
+    assert "lies in" in refusal(capsys, [words, encoder], words / "best" / "stack")  # would damage the member
+    assert not list((words / "best").glob(".*"))
     assert "use up to" in refusal(capsys, [words, encoder], tmp_path / ".hidden")
     (tmp_path / "others").mkdir()
     assert "exists already" in refusal(capsys, [words, encoder], tmp_path / "others")
@@ -265,6 +269,12 @@ def test_the_same_command_starts_again_after_a_kill(members, stacked, monkeypatc
         patch.setattr(stacking, place, killed)
         with pytest.raises(SystemExit):
             stack_runs(members[1], tmp_path / "stack")
+    (tmp_path / "begun").mkdir()  # a kill between the lock and the first file
+    (tmp_path / "begun" / ".lock").touch()
+    monkeypatch.setattr(stacking, "begin_run", killed)
+    with pytest.raises(SystemExit):
+        stack_runs(members[1], tmp_path / "begun")
+    monkeypatch.undo()
     stack_runs(members[1], tmp_path / "stack")
     for name in ("valid_predictions.csv", "best/config.json", "history.jsonl"):
         assert (tmp_path / "stack" / name).read_bytes() == (stacked / name).read_bytes()

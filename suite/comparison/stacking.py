@@ -45,11 +45,13 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     Raises UserError if they are not finished runs of one split, have no validation predictions, or `output` exists.
     """
     quiet_libraries()
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("command line: the same folder is named twice: name different runs")
     runs = [read_result(folder) for folder in folders]
     refuse_different_tests(runs)
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
+    sums = [sha256_of(model / MANIFEST) for model in models]
+    if twin := next((place for place, found in enumerate(sums) if found in sums[:place]), None):
+        raise UserError(f"{folders[sums.index(sums[twin])]} and {folders[twin]}: the same model is named twice: "
+                        "name different runs")
     valid = read_valid(runs)
     config = configuration(runs, output)
     refuse_existing_output(config)
@@ -111,7 +113,10 @@ def refuse_existing_output(config: Config) -> None:
     """Raises UserError if the output is there, unless it is what the same command left when it was killed."""
     folder = config.run_folder
     path = folder / "config.yaml"
-    if os.path.lexists(folder) and (not path.is_file() or read_metrics(folder) or differences(path, config)):
+    # A kill may have come after the lock and before the first file.
+    is_begun = (folder / ".lock").exists() and all(there.name.startswith(".") for there in folder.iterdir())
+    if os.path.lexists(folder) and not is_begun and (
+            not path.is_file() or read_metrics(folder) or differences(path, config)):
         raise UserError(f"--output: {folder} exists already: choose another name, or remove it")
 
 

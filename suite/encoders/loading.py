@@ -5,6 +5,7 @@ Weights are read and written as safetensors only: no pickle is loaded, and no co
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,7 +29,16 @@ from transformers.utils import cached_file
 
 from model import ClassifierConfig, EncoderForClassification
 from suite.common.hub import explained, is_hub_name
-from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, refuse_foreign, room_for, write_json
+from suite.common.storage import (
+    MANIFEST,
+    atomic_write,
+    read_json,
+    refuse_damage,
+    refuse_foreign,
+    regular,
+    room_for,
+    write_json,
+)
 from suite.encoders.refusals import (
     WEIGHTS,
     build_on_meta,
@@ -107,10 +117,13 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
 def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
     """The digests (texts,) of 16 bytes of what a pretraining run of this suite has read, if the encoder is from one."""
     path = Path(model_config.model_name) / PRETRAINED_TEXTS
-    if not (model_config.pretrained and path.is_file()):
+    if not (model_config.pretrained and os.path.lexists(path)):
         return np.empty(0, "V16")
     with explained("model_config.model_name", str(path), any_error=True):
-        return np.load(path)
+        digests = np.load(regular(path))  # no pickle is read
+        if not isinstance(digests, np.ndarray) or digests.dtype != "V16" or digests.ndim != 1:
+            raise ValueError("it holds no digests of texts")
+    return digests
 
 
 def model_folder(name: str) -> Path:
@@ -126,6 +139,11 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
     name = model_config.model_name
     if not is_hub_name(name) and not Path(name).is_dir():
         raise UserError(f"model_config.model_name: no such folder: {name}")
+    if (kind := kind_of(Path(name))) in NO_ENCODERS:
+        raise UserError(f"model_config.model_name: {name} holds a {kind} model, not a text encoder: take one such as "
+                        "bert-base-uncased or answerdotai/ModernBERT-base")
+    if (Path(name) / "best" / "config.json").is_file() and not (Path(name) / "config.json").exists():
+        raise UserError(f"model_config.model_name: {name} is a run folder: name the model in it, {Path(name) / 'best'}")
     with explained("model_config.model_name", name, any_error=True):
         folder = model_folder(name)
         if (folder / MANIFEST).exists():

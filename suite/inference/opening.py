@@ -32,7 +32,7 @@ class Words(Labeller):
 
     def __init__(self, folder: Path, config: Config, devices: Devices):
         self.folder, self.devices, self.words = folder, devices, load_bag_of_words(folder)
-        self.label_names, self.data_fingerprint = self.words.label_names, self.words.config["data_fingerprint"]
+        self.label_names, self.data_fingerprint = self.words.label_names, self.words.data_fingerprint
         self.logits = self.words.logits
 
 

@@ -215,9 +215,13 @@ def _is_unlabelled(part: Part) -> bool:
     if part.split == "unsupervised":
         return True
     labels = part.table.data.column("label")
-    if labels.null_count == len(labels):
-        return True
-    return pa.types.is_integer(labels.type) and pc.max(labels).as_py() < 0
+    if _is_text(labels.type):  # those of a .csv or .jsonl file are texts, too
+        without = pc.match_substring_regex(labels, r"^\s*(-[0-9]+)?\s*$")
+    elif pa.types.is_integer(labels.type):
+        without = pc.less(labels, 0)
+    else:
+        return labels.null_count == len(labels)
+    return pc.all(pc.fill_null(without, True)).as_py()
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -25,6 +25,7 @@ import torch
 from suite.common.locks import confirm, lock
 from suite.common.run_folder import FOLDERS, differences, identity, read_metrics, refuse_wrong_kinds, save_config
 from suite.common.storage import (
+    MANIFEST,
     PARTIAL,
     RECORD,
     damage,
@@ -68,6 +69,10 @@ def claim_run_folder(folder: Path) -> None:
     if folder.is_dir() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written: give yourself the right to, or copy it and set output_dir")
     refuse_wrong_kinds(folder)
+    for parent in folder.absolute().parents:
+        if (parent / MANIFEST).exists() and damage(parent) is None:  # one file more, and it would count as damaged
+            raise UserError(f"{folder} lies in {parent}, a model or a state that a run has saved: set output_dir to "
+                            "a folder outside")
     lock(folder)
     if process_rank() == 0:
         restore(folder / "best")
