@@ -179,8 +179,8 @@ def refuse_different_tests(results: Sequence[Result]) -> None:
             reasons.append(f"classes: {first.label_names} and {other.label_names}")
         elif not (np.array_equal(first.predictions.ids, other.predictions.ids)
                   and np.array_equal(first.predictions.labels, other.predictions.labels)) and not reasons:
-            reasons.append(f"{first.split}_predictions.csv: {len(first.predictions.ids):,} and {len(other.predictions.ids):,} "
-                           "reviews, not the same ids with the same labels")
+            reasons.append(f"{first.split}_predictions.csv: {len(first.predictions.ids):,} and "
+                           f"{len(other.predictions.ids):,} reviews, not the same ids with the same labels")
         if reasons:
             raise UserError(f"{first.folder} and {other.folder} were not tested on the same reviews "
                             f"({'; '.join(reasons)}): name runs of one split")
