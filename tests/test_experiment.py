@@ -15,7 +15,7 @@ import pytest
 from conftest import PROJECT, SHARED, run_script, write_reviews
 from test_compare import write_run
 
-from experiment import list_cells, read_command
+from experiment import list_cells, read_command, write_report
 from suite.common.run_folder import shaping_values
 from suite.common.stopping import SIGNALS
 from suite.comparison.grid import read_experiment
@@ -101,6 +101,7 @@ BAD_FILES = [
     ({"overrides": {"train_config.learning_rate": 1}}, "stands in grid and in overrides"),
     ({"overrides": ["train_config.epochs=3"]}, "overrides must hold section.key: value"),
     ({"overrides": {"run_name": "mine"}}, "run_name cannot be set for an experiment"),
+    ({"grid": {"data_config.split": [[0.8, 0.1, 0.1], [0.6, 0.2, 0.2]]}}, "data_config.split varies: runs on other"),
     ({"seeds": None}, "seeds must be a list such as [42, 43, 44], got nothing"),
     ({"seeds": []}, "seeds must be a list"),
     ({"seeds": [1, -1, "two", True]}, "seeds: -1, 'two', True: use integers from 0"),
@@ -129,6 +130,16 @@ def test_settings_can_be_listed_one_by_one(tmp_path):
     found = [(cell.seed, cell.config.model_config.pooling, cell.config.model_config.dropout_rate) for cell in cells]
     assert found == [(seed, *rest) for seed in (1, 2) for rest in (("mean", 0.3), ("cls", 0.3), ("cls", 0.2))]
     assert len({cell.folder for cell in cells}) == 6
+
+
+def test_a_report_without_the_first_setting_names_the_others_by_it(tmp_path, capsys):
+    settings = [{}, {"train_config.learning_rate": 0.1, "train_config.optimizer": "sgd"},
+                {"model_config.pooling": "cls", "data_config.max_len": 32, "train_config.learning_rate": 0.2}]
+    experiment, _ = finished_experiment(tmp_path, grid=None, settings=settings, seeds=[1])
+    experiment.cells[0].is_finished = False
+    write_report(experiment, {})
+    found = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert found == ["optimizer sgd, learning_rate 0.1", "pooling cls, len 32, learning_rate 0.2"]
 
 
 @pytest.mark.parametrize(("overrides", "problem"), [

@@ -215,8 +215,9 @@ def test_an_exported_model_s_windows_are_averaged_as_the_documentation_says(run,
     documented = {"numpy": np, "session": onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx"),
                   "config": json.loads((tmp_path / "onnx" / "config.json").read_text()),
                   "tokenizer": Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))}
+    documented["tokenizer"].enable_truncation(12)  # as the documentation does for truncation: head
     documentation = (PROJECT / "docs" / "inference.md").read_text(encoding="utf-8")
-    exec(re.search(r"^def logits_of.*?(?=^```)", documentation, re.MULTILINE | re.DOTALL)[0], documented)
+    exec(re.search(r"^tokenizer.no_truncation.*?(?=^```)", documentation, re.MULTILINE | re.DOTALL)[0], documented)
     texts = ["dull " * 60, "a gripping film", "moving and delightful with some people " * 3]
     expected = Classifier(run[1] / "best", config, devices).probabilities(texts)
     found = np.concatenate([documented["logits_of"](text) for text in texts])

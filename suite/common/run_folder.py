@@ -27,6 +27,7 @@ FIGURES = {"train": ("seconds", "samples_per_second", "optimizer_steps"), "valid
 REVIEWS = ("dataset", "text_column", "label_column", "split", "split_seed", "drop_duplicates", "limit", "line_breaks")
 WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
                    *(f"data_config.{key}" for key in REVIEWS))
+SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.common.checks import LONGEST_RUN_NAME
-from suite.common.run_folder import read_metrics, read_saved_config, shaping_values
+from suite.common.run_folder import SAME_TEST, read_metrics, read_saved_config, shaping_values
 from utils import Config, UserError, config_fields, leaves, load_config, read_yaml, suggest
 
 SCRIPTS = ("main.py", "main_accumulation.py")
@@ -183,6 +183,8 @@ def _varied_problems(varied: dict[str, Any], fixed: dict[str, Any], overrides: S
                  for key in varied if key in given]
     problems += [f"{key} cannot be set for an experiment: {fix}" for key, fix in PER_CELL.items()
                  if key in varied or key in fixed or key in given]
+    problems += [f"{key} varies: runs on other reviews cannot be compared: set it under overrides"
+                 for key in varied if key in SAME_TEST]
     if "output_dir" in varied:
         problems.append("output_dir varies: set it under overrides; all runs of an experiment lie together")
     return problems

@@ -15,20 +15,21 @@ from suite.comparison.report_page import write_page
 from suite.comparison.results import Setting, group, read_results, refuse_different_tests, texts
 from suite.comparison.summary import LEGEND, PUBLISHED, counts, hard_reviews, published_table, settings_table, summarize
 from suite.training.tracking import try_plots
-from utils import DEMO_WARNING, say
+from utils import DEMO_WARNING, Config, say
 
 
 def compare_runs(folders: Sequence[Path], output: Path, title: str, question: str = "", notes: Sequence[str] = (),
-                 published: Mapping[Path, dict[str, float]] | None = None) -> None:
+                 published: Mapping[Path, dict[str, float]] | None = None, base: Config | None = None) -> None:
     """Compare the runs in these folders, print the summary, and write the report into the folder `output`.
 
-    `published`: {run folder: {source: accuracy}}, figures of others to show beside a run's setting.
-    Raises UserError if the runs are not finished or cannot be compared, or if `output` holds other files.
+    `published`: {run folder: {source: accuracy}}, figures of others to show beside a run's setting. `base`: the
+    configuration of an experiment's first setting. Raises UserError if the runs are not finished or cannot be compared,
+    or if `output` holds other files.
     """
     refuse_foreign_report(output)
     runs = read_results(folders)
     refuse_different_tests(runs)
-    settings = group(runs)
+    settings = group(runs, base)
     for setting in settings:
         setting.published = (published or {}).get(setting.runs[0].folder, {})
     summary = summarize(settings, title, question, notes)

@@ -13,6 +13,7 @@ import numpy as np
 
 from suite.common.checks import short_name
 from suite.common.run_folder import (
+    SAME_TEST,
     WITHOUT_ENCODER,
     how_to_write_again,
     is_encoder,
@@ -26,8 +27,6 @@ from suite.common.storage import read_json, regular
 from suite.training.evaluation import TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
 from utils import Config, UserError, brief
 
-SAME_TEST = tuple(f"data_config.{key}" for key in ("text_column", "label_column", "split", "split_seed",
-                                                   "drop_duplicates", "limit"))
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
 MOST_NAMED = 3  # keys that a setting's name has room for
 SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
@@ -111,7 +110,8 @@ def read_result(folder: Path, split: str = "test") -> Result:
     config = read_saved_config(folder / "config.yaml")
     path, again = folder / TEST_PREDICTIONS, how_to_write_again(folder)
     if split == "valid":
-        path, again = folder / VALID_PREDICTIONS, "train this run again, or leave it out"
+        path = folder / VALID_PREDICTIONS
+        again = "train this run again with train_config.resume=never train_config.overwrite=true, or leave it out"
     names, predictions, predicted = read_predictions(path, metrics[split], again)
     return Result(folder, config, metrics, names, predictions, predicted, _fingerprint(folder), split)
 
@@ -179,17 +179,17 @@ def refuse_different_tests(results: Sequence[Result]) -> None:
             reasons.append(f"classes: {first.label_names} and {other.label_names}")
         elif not (np.array_equal(first.predictions.ids, other.predictions.ids)
                   and np.array_equal(first.predictions.labels, other.predictions.labels)) and not reasons:
-            reasons.append(f"test_predictions.csv: {len(first.predictions.ids):,} and {len(other.predictions.ids):,} "
-                           "reviews, not the same ids with the same labels")
+            reasons.append(f"{first.split}_predictions.csv: {len(first.predictions.ids):,} and "
+                           f"{len(other.predictions.ids):,} reviews, not the same ids with the same labels")
         if reasons:
             raise UserError(f"{first.folder} and {other.folder} were not tested on the same reviews "
                             f"({'; '.join(reasons)}): name runs of one split")
 
 
-def group(results: Sequence[Result]) -> list[Setting]:
+def group(results: Sequence[Result], base: Config | None = None) -> list[Setting]:
     """The settings in the order of their first runs, each named by the values in which it differs from the others.
 
-    Raises UserError if two runs have the same setting and the same seed.
+    `base`: see `_labels`. Raises UserError if two runs have the same setting and the same seed.
     """
     grouped: dict[str, list[Result]] = {}
     for result in results:
@@ -198,16 +198,16 @@ def group(results: Sequence[Result]) -> list[Setting]:
             raise UserError(f"{twin.folder} and {result.folder} are the same setting with the same seed {result.seed}: "
                             "leave one out")
         runs.append(result)
-    labels = _labels([runs[0].values for runs in grouped.values()])
+    labels = _labels([runs[0].values for runs in grouped.values()], shaping_values(base) if base else {})
     return [Setting(label, sorted(runs, key=lambda run: run.seed))
             for label, runs in zip(labels, grouped.values(), strict=True)]
 
 
-def _labels(settings: list[dict[str, Any]]) -> list[str]:
+def _labels(settings: list[dict[str, Any]], base: dict[str, Any]) -> list[str]:
     """A name for each setting, of the values in which the settings differ.
 
-    Where more than MOST_NAMED keys differ, the first setting is the `base`, and the others are named by what they have
-    in place of its values.
+    Where more than MOST_NAMED keys differ, a setting is named by what it has in place of the values of `base`, the
+    first setting of an experiment, whose run may not be finished yet. If `base` is {}, the first of `settings` is it.
     """
     implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
     if all(values.get(STEPS, 1) == 1 for values in settings):
@@ -219,7 +219,8 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
         if STEPS not in values or not varying:
             varying = list(dict.fromkeys([NAME, *varying]))
         if len(varying) > MOST_NAMED:
-            varying = [key for key in varying if values[key] != alike[0][key]]
+            first = alike[0] | base
+            varying = [key for key in values if key not in implied and values[key] != first[key]]
         labels.append(_label(values, varying) or "base")
     if len(set(labels)) < len(labels):  # two paths end in the same name
         labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
