@@ -21,6 +21,7 @@ from test_accumulation import launch
 from test_training import expect, train_here
 from transformers import BertForSequenceClassification
 
+from suite.common import cli
 from suite.encoders.loading import load_tokenizer
 from suite.inference import classifier, labelling, parts
 from suite.training.devices import SingleDevice
@@ -164,6 +165,17 @@ def test_broken_json_lines(predicting, tmp_path):
                                  "not UTF-8", "not JSON", "nests more", "has a column 'predicted'"), strict=True):
         assert word in row["problem"]
     assert aside[2]["content"] == '{"text": "y"}'
+
+
+def test_the_run_s_text_column_is_read(trained):
+    overrides, folder = trained
+    without = [item for item in overrides if "text_column" not in item]
+    named = [item for item in without if "output_dir" not in item and "run_name" not in item]
+    for arguments, model in ((without, None), (named, str(folder))):
+        config = cli.config_for("predict", PROJECT / "config.yaml", arguments, model)
+        assert config.data_config.text_column == "review"
+    chosen = cli.config_for("predict", PROJECT / "config.yaml", [*without, "data_config.text_column=body"])
+    assert chosen.data_config.text_column == "body"
 
 
 def test_a_file_without_the_column_or_with_the_added_ones_is_refused(predicting, tmp_path):

@@ -43,7 +43,7 @@ def read_command(description: str, accumulates: bool) -> Command:
     given = parse(description)
     try:
         check_options(given)
-        config = config_for(given.mode, given.config, given.overrides)
+        config = config_for(given.mode, given.config, given.overrides, given.model)
         if not accumulates:
             refuse_accumulation(given.mode, config)
     except UserError as error:
@@ -122,12 +122,12 @@ def parse(description: str) -> argparse.Namespace:
     return given
 
 
-def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
+def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str | None = None) -> Config:
     """The configuration of a command: that of `path` with the overrides applied.
 
     `--mode baseline` takes only what shapes a bag of words. `--mode test` takes the one that the run has saved, so
     nobody has to repeat what the run was trained with. Overrides still apply; the test itself refuses those that
-    contradict the run.
+    contradict the run. `--mode predict` takes the text column of the run, or of the run folder `model`.
     """
     if mode == "baseline":
         if num_processes() > 1:
@@ -144,7 +144,10 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str]) -> Config:
     if mode in ("train", "pretrain") and not is_encoder(config):
         raise UserError(f"model_config.model_name={config.model_config.model_name} is no encoder: make a bag of words "
                         "with --mode baseline, a stack with ensemble.py")
-    saved = config.run_folder / "config.yaml"
+    saved = (Path(model) if model else config.run_folder) / "config.yaml"
+    if mode == "predict" and saved.exists() and not any(item.startswith("data_config.text_column=")
+                                                        for item in overrides):
+        config.data_config.text_column = read_saved_config(saved).data_config.text_column
     if mode != "test" or not saved.exists():
         return config
     # A relative path may have been found from another folder. Then what the given configuration says is looked at.

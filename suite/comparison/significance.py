@@ -161,8 +161,11 @@ def sentence(pair: Pair) -> str:
     reason = ""
     if pair.p_holm < 1 - LEVEL:
         reason = " These trained models differ, but with other seeds they might not."
+    elif low > 0 or high < 0:
+        reason = " The interval does not contain 0, but the test does not exclude chance."
     return (f"{pair.first} and {pair.second}: no difference shown at {basis}; {100 * pair.detectable:.1f} points would "
-            f"be needed, {points:+.1f} were seen (95 % interval {low:+.1f} to {high:+.1f}; {test}).{reason}")
+            f"be needed, {points:+.1f} for the second were seen (95 % interval {low:+.1f} to {high:+.1f}; {test})."
+            f"{reason}")
 
 
 def _p(value: float) -> str:

@@ -117,8 +117,11 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
 def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
     """The digests (texts,) of 16 bytes of what a pretraining run of this suite has read, if the encoder is from one."""
     path = Path(model_config.model_name) / PRETRAINED_TEXTS
-    if not (model_config.pretrained and os.path.lexists(path)):
+    if not os.path.lexists(path):
         return np.empty(0, "V16")
+    if not model_config.pretrained:
+        raise UserError(f"model_config.pretrained is false, so nothing that {path.parent} has learned would be used: "
+                        "set model_config.pretrained=true")
     with explained("model_config.model_name", str(path), any_error=True):
         digests = np.load(regular(path))  # no pickle is read
         if not isinstance(digests, np.ndarray) or digests.dtype != "V16" or digests.ndim != 1:

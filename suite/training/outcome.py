@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from suite.common.protocols import Devices
-from suite.common.run_folder import identity, read_history
+from suite.common.run_folder import identity, is_encoder, read_history
 from suite.common.storage import write_json
 from suite.training.efficiency import environment
 from suite.training.evaluation import (
@@ -79,12 +79,15 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
     if config.pretrains:
         say(f"{demo}masked words of the validation texts: loss {found['loss']:.4f}, perplexity "
             f"{found['perplexity']:.2f}, accuracy {found['accuracy']:.4f}, {found['n']:,} words; fine-tuning starts "
-            f"from it with model_config.model_name={config.run_folder / 'best'}")
+            f"from it with model_config.model_name={config.run_folder / 'best'}"
+            + ("" if config.model_config.pretrained else " model_config.pretrained=true"))
     else:
         low, high = found["accuracy_ci95"]
         say(f"{demo}{SPLITS[split]} accuracy {found['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
             f"{found['loss']:.4f}, F1 {found['f1']:.4f}, {found['n']:,} reviews")
-    if train := metrics.get("train"):
+    if (train := metrics.get("train")) and not is_encoder(config):
+        say(f"{demo}{train['seconds']:.1f} s of training")
+    elif train:
         say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
             f"{train['samples_per_second']:.1f} {'windows' if config.pretrains else 'reviews'} a second")
     say(f"{demo}everything about this run: {config.run_folder}")
