@@ -75,8 +75,8 @@ def flip(path: Path):
 
 
 DAMAGE = [flip, lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: os.truncate(path, 0), os.remove]
-PARTS = ["reviews-*/**/*.arrow", "reviews-*/**/dataset_info.json", "reviews-*/**/sums.json", "tokens-*/tokens.arrow",
-         "tokens-*/sums.json"]
+PARTS = ["reviews-*/**/*.arrow", "reviews-*/**/dataset_info.json", "reviews-*/**/sums.json", "windows-*/tokens.arrow",
+         "windows-*/sums.json"]
 
 
 @pytest.mark.parametrize("write", KINDS)

@@ -43,6 +43,7 @@ from suite.common import cli, locks, storage
 from suite.common.stopping import SIGNALS
 from suite.inference import labelling
 from suite.reviews.rows import columns_of
+from suite.training import outcome
 
 SECONDS, SEED = float(os.environ.get("FUZZ_SECONDS", "4")), int(os.environ.get("FUZZ_SEED", "12"))
 BATCH = 25  # examples that one seed draws. Hypothesis itself has no limit of time.
@@ -130,7 +131,7 @@ class Bench:
             patch.setattr(SIGNALS, "install", lambda: None)
             patch.setattr(labelling, "CHUNK_ROWS", 8)
             if SECONDS < 60:
-                patch.setattr(main, "try_plots", lambda *arguments: [])  # they take most of a tiny run's time
+                patch.setattr(outcome, "try_plots", lambda *arguments: [])  # they take most of a tiny run's time
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
                     cli.run(lambda: main.main(cli.read_command("", accumulates=False)))
