@@ -193,27 +193,22 @@ def test_again(config: Config, devices: Devices) -> None:
     best = best_model(folder)
     # With another split, the model would be tested on reviews that it was trained on.
     refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
-    if is_encoder(config):
-        model = load_model(best)
-        fingerprint, names = model.config.data_fingerprint, list(model.config.id2label.values())
-    else:
-        model = open_classifier(best, config, devices)
-        fingerprint, names = model.data_fingerprint, model.label_names
+    trained = open_classifier(best, config, devices)
     with devices.main_process_first():
         data = prepare_data(config, trained_model=str(best)) if is_encoder(config) else load_split(config)
     say_what_was_cached()
-    refuse_other_data(config, fingerprint, data.fingerprint)
-    if data.label_names != names:
+    refuse_other_data(config, trained.data_fingerprint, data.fingerprint)
+    if data.label_names != trained.label_names:
         raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {best} was trained on "
-                        f"{names}: test it on the data of its training")
+                        f"{trained.label_names}: test it on the data of its training")
     lock_within(folder)
     figures, wandb = read_metrics(folder), Wandb(config, job_type="test")
     if is_encoder(config):
-        test(config, devices, model, data, figures, wandb)
+        test(config, devices, trained.model, data, figures, wandb)
     elif devices.is_main:
         texts, labels = data.texts_and_labels("test")
-        predictions = Predictions(data.ids_of["test"], labels, model.logits(texts))
-        write_results(config, devices, predictions, names, data.text, figures, wandb)
+        predictions = Predictions(data.ids_of["test"], labels, trained.logits(texts))
+        write_results(config, devices, predictions, data.label_names, data.text, figures, wandb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,16 @@ from utils import Config, UserError
 
 
 class Labeller:
-    """What labels texts, whatever kind of model it is. `folder`: the model's; `label_names`: its classes."""
+    """What labels texts, whatever kind of model it is."""
 
     folder: Path
     devices: Devices
     label_names: list[str]
+    data_fingerprint: str | None  # of the reviews and the split that it was trained on; None if it does not say so
+    logits: Callable[[list[str]], np.ndarray]  # (texts, classes) float64
 
     def cast_weights(self) -> None:
         """Make the model ready for many texts."""
-
-    def logits(self, texts: list[str]) -> np.ndarray:
-        """(texts, classes) float64."""
-        raise NotImplementedError
 
     def probabilities(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64."""
@@ -52,9 +51,7 @@ class Labeller:
 
 
 class Classifier(Labeller):
-    """A trained encoder.
-
-    Raises UserError if the folder holds no trained classifier whose files belong together."""
+    """A trained encoder. Raises UserError if the folder holds no trained classifier whose files belong together."""
 
     def __init__(self, folder: Path, config: Config, devices: Devices):
         self.folder, self.devices = folder, devices
@@ -74,6 +71,7 @@ class Classifier(Labeller):
                             f"{encoder.vocab_size}: they do not belong together")
         self.knows_words = False  # until the first reviews have shown it
         self.label_names = [str(own.id2label[label]) for label in range(len(own.id2label))]
+        self.data_fingerprint = getattr(own, "data_fingerprint", None)
         self.batch_size = eval_batch_size(config.data_config, devices.device)
         self.pass_tokens = pass_tokens(self.model, devices.device)
         place_model(self.model, devices.device, compiled=config.train_config.compile)
