@@ -54,7 +54,7 @@ from suite.inference.export import export
 from suite.inference.opening import open_classifier
 from suite.inference.predict import predict
 from suite.pretraining.run import PretrainingRun, masked_sums
-from suite.training.baseline import baseline
+from suite.training.baseline import baseline, predictions_of
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
 from suite.training.outcome import show_finished, write_results, write_untested
@@ -206,9 +206,8 @@ def test_again(config: Config, devices: Devices) -> None:
     if is_encoder(config):
         test(config, devices, trained.model, data, figures, wandb)
     elif devices.is_main:
-        texts, labels = data.texts_and_labels("test")
-        predictions = Predictions(data.ids_of["test"], labels, trained.logits(texts))
-        write_results(config, devices, predictions, data.label_names, data.text, figures, wandb)
+        write_results(config, devices, predictions_of(trained.logits, data, "test"), data.label_names, data.text,
+                      figures, wandb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -145,8 +145,8 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
         raise UserError(f"model_config.model_name={config.model_config.model_name} is no encoder: make a bag of words "
                         "with --mode baseline, a stack with ensemble.py")
     saved = (Path(model) if model else config.run_folder) / "config.yaml"
-    if mode == "predict" and saved.exists() and not any(item.startswith("data_config.text_column=")
-                                                        for item in overrides):
+    given = {item.partition("=")[0] for item in overrides}
+    if mode == "predict" and saved.exists() and "data_config.text_column" not in given:
         config.data_config.text_column = read_saved_config(saved).data_config.text_column
     if mode != "test" or not saved.exists():
         return config
@@ -160,7 +160,7 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
     config = load_config(saved, overrides, {str(path): gone | {
         "output_dir": config.output_dir, "run_name": config.run_name, "train_config.auto_micro_batch": False,
         "train_config.effective_batch_size": None, "train_config.gradient_accumulation_steps": 1}})
-    if not any(item.startswith("train_config.effective_batch_size=") for item in overrides):
+    if "train_config.effective_batch_size" not in given:
         config.train_config.effective_batch_size = kept.train_config.effective_batch_size
     return config
 

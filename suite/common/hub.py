@@ -12,8 +12,9 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+from suite.common.run_folder import is_encoder
 from suite.common.storage import chain, room_for
-from utils import BAG_OF_WORDS, Config, UserError, brief, say
+from utils import Config, UserError, brief, say
 
 PROBE_SECONDS = 6  # the libraries themselves would retry for minutes before they give up
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
@@ -38,8 +39,8 @@ def check_hub(config: Config) -> None:
     Offline, the libraries use what the local cache holds and fail at once for the rest. Call this before any loading,
     and `say_what_was_cached` after it.
     """
-    names = [name for name in (config.model_config.model_name, config.data_config.dataset)
-             if is_hub_name(name) and name != BAG_OF_WORDS]
+    encoder = [config.model_config.model_name] if is_encoder(config) else []
+    names = [name for name in (*encoder, config.data_config.dataset) if is_hub_name(name)]
     if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or answers(
             os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return

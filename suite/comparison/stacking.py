@@ -29,10 +29,10 @@ from suite.encoders.bag_of_words import class_logits
 from suite.encoders.loading import STACK, best_model
 from suite.inference.opening import log_odds, member_name
 from suite.training.devices import SingleDevice
-from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
-from suite.training.outcome import write_results
+from suite.training.evaluation import VALID_PREDICTIONS, Predictions
+from suite.training.outcome import write_results, write_validation
 from suite.training.states import begin_run, claim_run_folder, refuse_other_data
-from suite.training.tracking import History, Wandb
+from suite.training.tracking import Wandb
 from utils import Config, UserError, config_fields, say
 
 MOST_ITERATIONS = 1000  # of the logistic regression, which is scikit-learn's with its default penalty, L2 with C = 1
@@ -71,7 +71,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
                   fix="make room or choose another --output"):
         begin_run(config)
         iterations = int(regression.n_iter_.max())
-        metrics = record_validation(config, Predictions(valid[0].ids, labels, crossed), names, iterations)
+        metrics, _ = write_validation(config, Predictions(valid[0].ids, labels, crossed), names, iterations)
         replace_folder(output / "best", lambda folder: write_stack(folder, runs, models, regression), recorded=True)
         tested = log_odds([run.predictions.probabilities for run in runs])
         predictions = Predictions(runs[0].predictions.ids, runs[0].predictions.labels,
@@ -134,16 +134,6 @@ def cross_fit(features: np.ndarray, labels: np.ndarray, label_names: list[str]) 
     folds = StratifiedKFold(min(FOLDS, counts.min()), shuffle=True, random_state=0)
     scores = cross_val_predict(new_regression(), features, labels, cv=folds, method="decision_function")
     return class_logits(scores.reshape(len(labels), -1))
-
-
-def record_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
-                      ) -> dict[str, Any]:
-    """Write the validation predictions and the only record of the history; returns the metrics."""
-    metrics = compute_metrics(predictions)
-    write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
-    History(config.run_folder / "history.jsonl").log({"step": iterations, "epoch": 1.0} | {
-        f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
-    return metrics
 
 
 def write_stack(folder: Path, runs: Sequence[Result], models: Sequence[Path], regression: LogisticRegression) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from data import pad, truncate
+from model import mean_over_windows
 from suite.inference.classifier import Classifier
 
 FEWEST_STEPS, MOST_STEPS = 16, 512  # points on the path; a fine-tuned MiniLM needs 16
@@ -130,7 +131,8 @@ class Windows:
         """(copies, num_labels): the means over the windows of as many copies of the review."""
         repeated = {name: part.repeat(copies, 1) for name, part in
                     (("input_ids", self.input_ids), ("attention_mask", self.mask)) if part is not None}
-        return self.model(**repeated).logits.unflatten(0, (copies, -1)).mean(dim=1)
+        windows = torch.full((copies,), len(self.input_ids), device=self.input_ids.device)
+        return mean_over_windows(self.model(**repeated).logits, windows)
 
 
 def integrated_gradients(review: Windows, baseline: torch.Tensor, predicted: int

@@ -7,6 +7,7 @@ starts again.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,12 +15,12 @@ from data import Split, load_split
 from suite.common.hub import say_what_was_cached
 from suite.common.protocols import Devices
 from suite.common.storage import replace_folder
-from suite.encoders.bag_of_words import BagOfWords, fit
+from suite.encoders.bag_of_words import fit
 from suite.training.efficiency import peak_memory_mb
-from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, write_predictions
-from suite.training.outcome import show_finished, write_results, write_untested
+from suite.training.evaluation import Predictions
+from suite.training.outcome import show_finished, write_results, write_untested, write_validation
 from suite.training.states import begin_run, claim_run_folder, find_state
-from suite.training.tracking import History, Wandb
+from suite.training.tracking import Wandb
 from utils import BAG_OF_WORDS, Config, say
 
 
@@ -42,23 +43,21 @@ def baseline(config: Config, devices: Devices) -> None:
         claim_run_folder(config.run_folder)
         find_state(config)  # another process may have begun a run meanwhile
     begin_run(config)
-    valid, folder = predict(words, split, "valid"), config.run_folder
-    metrics, wandb = compute_metrics(valid), Wandb(config)
-    record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
-                                                   if isinstance(value, float)}
-    History(folder / "history.jsonl").log(record)
+    valid, folder = predictions_of(words.logits, split, "valid"), config.run_folder
+    metrics, record = write_validation(config, valid, names, iterations)
+    wandb = Wandb(config)
     wandb.log(record)
-    write_predictions(folder / VALID_PREDICTIONS, valid, names)
     replace_folder(folder / "best", words.save, recorded=True)
     figures = {"train": {"samples_per_second": len(texts) / seconds, "seconds": seconds,
                          "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
                "valid": metrics | {"epoch": 1}}
     if config.train_config.test:
-        write_results(config, devices, predict(words, split, "test"), names, split.text, figures, wandb)
+        write_results(config, devices, predictions_of(words.logits, split, "test"), names, split.text, figures, wandb)
     else:
         write_untested(config, devices, figures, wandb)
 
 
-def predict(words: BagOfWords, split: Split, name: str) -> Predictions:
+def predictions_of(logits: Callable[[list[str]], np.ndarray], split: Split, name: str) -> Predictions:
+    """The predictions for one of the three splits, of a model that gives `logits` (texts, classes) of texts."""
     texts, labels = split.texts_and_labels(name)
-    return Predictions(np.asarray(split.ids_of[name]), labels, words.logits(texts))
+    return Predictions(split.ids_of[name], labels, logits(texts))

@@ -12,6 +12,7 @@ from suite.training.efficiency import environment
 from suite.training.evaluation import (
     SPLITS,
     TEST_PREDICTIONS,
+    VALID_PREDICTIONS,
     Predictions,
     compute_metrics,
     mistakes,
@@ -20,7 +21,7 @@ from suite.training.evaluation import (
 )
 from suite.training.model_card import write_model_card
 from suite.training.states import finished_metrics
-from suite.training.tracking import Wandb, try_plots
+from suite.training.tracking import History, Wandb, try_plots
 from utils import Config, say
 
 
@@ -43,6 +44,18 @@ def write_results(config: Config, devices: Devices, predictions: Predictions, la
                   for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
     print_results(config, metrics)
     wandb.finish()
+
+
+def write_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
+                     ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a model that a solver has fitted in one go: write its predictions for the validation reviews, and the only
+    record of its history. Returns (metrics, the record)."""
+    metrics = compute_metrics(predictions)
+    record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
+                                                   if isinstance(value, float)}
+    write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
+    History(config.run_folder / "history.jsonl").log(record)
+    return metrics, record
 
 
 def write_untested(config: Config, devices: Devices, figures: dict[str, Any], wandb: Wandb) -> None:
