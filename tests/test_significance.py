@@ -1,5 +1,6 @@
-"""The statistics against known cases: intervals cover at the promised rate, the bootstrap meets closed forms, McNemar's
-test and Holm's correction give statsmodels' values, false claims stay below 5 %, and the detectable difference is one.
+"""The statistics against known cases: intervals cover at the promised rate, the bootstrap meets closed forms, the
+paired test and Holm's correction give scipy's and statsmodels' values, false claims stay below 5 %, and the detectable
+difference is one.
 
 Settings are simulated as a latent score, the sum of a review's ease, a seed's luck and chance of its own, which is
 right where it is above zero. The true accuracy is then the normal distribution's value at mean / spread.
@@ -7,7 +8,7 @@ right where it is above zero. The true accuracy is then the normal distribution'
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t, ttest_ind
+from scipy.stats import norm, permutation_test, t, ttest_ind
 
 from suite.comparison.significance import (
     accuracy_interval,
@@ -15,7 +16,7 @@ from suite.comparison.significance import (
     compare,
     detectable_difference,
     holm,
-    mcnemar,
+    paired_test,
     sentence,
 )
 
@@ -88,11 +89,27 @@ def from_table(table: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     ([[50, 1], [9, 40]], 0.021484375), ([[10, 5], [5, 2]], 1.0), ([[4000, 0], [3, 900]], 0.25)])
 def test_mcnemars_exact_test(table, p_value):
     first, second = from_table(table)
-    better_on, found = mcnemar(first, second)
+    better_on, found = paired_test(first, second)
     assert better_on == (table[0][1], table[1][0])
     assert found == pytest.approx(p_value, rel=1e-9)
     # The same answers with any number of seeds are the same evidence: reviews are counted, not answers.
-    assert mcnemar(first.repeat(3, axis=0), second.repeat(2, axis=0)) == (better_on, found)
+    assert paired_test(first.repeat(3, axis=0), second.repeat(2, axis=0)) == (better_on, pytest.approx(found))
+
+
+@pytest.mark.parametrize("seeds", [(1, 3), (2, 2), (3, 2)])
+def test_the_randomization_test_meets_scipys(seeds):
+    """scipy's `permutation_test` tries all exchanges of the two settings on 12 reviews."""
+    generator = np.random.default_rng(6)
+    first, second = (runs[:count] for runs, count in zip(simulate(generator, [0, 0.8], 3, 12, 0.0), seeds, strict=True))
+    expected = permutation_test((first.mean(axis=0), second.mean(axis=0)), lambda a, b: (b - a).mean().round(9),
+                                permutation_type="samples", n_resamples=np.inf)
+    assert 0 < expected.pvalue < 1
+    assert paired_test(first, second)[1] == pytest.approx(expected.pvalue, rel=1e-9)
+
+
+def test_a_probability_as_small_as_it_is():
+    right, wrong = np.ones((1, 300), dtype=bool), np.zeros((3, 300), dtype=bool)
+    assert paired_test(right, wrong)[1] == pytest.approx(2 * 0.5**300, rel=1e-9)
 
 
 @pytest.mark.parametrize(("p_values", "corrected"), [  # statsmodels 0.15.0, multipletests(p_values, method="holm")
@@ -102,12 +119,25 @@ def test_holms_correction(p_values, corrected):
     assert holm(p_values) == pytest.approx(corrected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("seeds", "luck"), [(1, 0.0), (3, 0.05)])
+@pytest.mark.parametrize(("seeds", "luck"), [((1, 1, 1), 0.0), ((3, 3, 3), 0.05), ((1, 3, 3), 0.0)])
 def test_false_claims_among_equal_settings_stay_below_five_percent(seeds, luck):
     generator = np.random.default_rng(4)
-    claims = sum(any(pair.is_shown for pair in compare("ABC", simulate(generator, [1.2] * 3, seeds, 300, luck), 500))
-                 for _ in range(SIMULATIONS))
+    claims = 0
+    for _ in range(SIMULATIONS):
+        settings = simulate(generator, [1.2] * 3, 3, 300, luck)
+        correct = [runs[:count] for runs, count in zip(settings, seeds, strict=True)]
+        claims += any(pair.is_shown for pair in compare("ABC", correct, 500))
     assert claims / SIMULATIONS <= 0.05
+
+
+def test_one_run_is_not_favoured_over_the_mean_of_three():
+    """Equally good settings: p should be as often above 0.5 as below, and below 0.05 in one of twenty comparisons."""
+    generator = np.random.default_rng(7)
+    found = []
+    for _ in range(SIMULATIONS):
+        first, second = simulate(generator, [1.2, 1.2], 3, 2000, 0.0)
+        found.append(paired_test(first[:1], second)[1])
+    assert 0.03 < np.mean(np.array(found) < 0.05) < 0.07
 
 
 def test_the_detectable_difference_is_shown_in_four_of_five_comparisons():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, norm
 
 from suite.training.evaluation import wilson_interval
 
@@ -31,13 +31,13 @@ class Pair:
     difference: float  # mean accuracy of the second minus that of the first
     interval: tuple[float, float]  # see `bootstrap_interval`
     better_on: tuple[int, int]  # on how many reviews the first, and the second, is right more often than the other
-    p_value: float  # see `mcnemar`
+    p_value: float  # see `paired_test`
     p_holm: float  # corrected for the number of pairs, see `holm`
     detectable: float  # see `detectable_difference`
 
     @property
     def is_shown(self) -> bool:
-        """Both must agree: McNemar's test is about these trained models only, the interval also about other seeds."""
+        """Both must agree: the test is about these trained models only, the interval also about other seeds."""
         low, high = self.interval
         return self.p_holm < 1 - LEVEL and not low <= 0 <= high
 
@@ -45,7 +45,7 @@ class Pair:
 def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DRAWS) -> list[Pair]:
     """Compare every pair of settings; `names` and `correct` have one entry for each setting."""
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    tests = [mcnemar(correct[i], correct[j]) for i, j in pairs]
+    tests = [paired_test(correct[i], correct[j]) for i, j in pairs]
     corrected = holm([p_value for _, p_value in tests])
     result = []
     for (i, j), (better_on, p_value), p_holm in zip(pairs, tests, corrected, strict=True):
@@ -109,18 +109,24 @@ def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
     return bootstrap_interval(correct)
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], float]:
-    """McNemar's exact test: ((reviews on which the first is right more often, those of the second), two-sided p).
+def paired_test(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], float]:
+    """Fisher's exact randomization test: ((reviews that the first gets right more often, the second), two-sided p).
 
-    With one seed each, this is McNemar's test (1947) in its exact form: of the reviews that only one of the two models
-    gets right, half should be those of each model if neither is better. With several seeds, a review counts for the
-    setting whose seeds get it right in the larger share. The reviews remain independent, as the binomial test requires.
+    If neither setting is better, the names of the two might as well be exchanged, on each review independently (Fisher
+    1935, chapter 3). p is the probability that the leads of the second then add up to as much as they do, or more, in
+    either direction. A lead is the difference between the shares of seeds that get the review right. With one seed
+    each, this is McNemar's test (1947) in its exact form.
     """
-    lead = (second.mean(axis=0) - first.mean(axis=0)).round(12)
-    only_first, only_second = int((lead < 0).sum()), int((lead > 0).sum())
-    if only_first + only_second == 0:
-        return (0, 0), 1.0
-    return (only_first, only_second), float(binomtest(only_second, only_first + only_second).pvalue)
+    # In units of 1 / (seeds of the first x seeds of the second), the leads are integers.
+    leads = second.sum(axis=0) * len(first) - first.sum(axis=0) * len(second)
+    better_on = int((leads < 0).sum()), int((leads > 0).sum())
+    chances = np.ones(1)  # of each possible sum of leads, from the least to the greatest
+    for lead, count in zip(*np.unique(np.abs(leads[leads != 0]), return_counts=True), strict=True):
+        of_these = np.zeros(2 * lead * count + 1)
+        of_these[::2 * lead] = binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, of_these)
+    sums = np.arange(len(chances)) - len(chances) // 2
+    return better_on, float(min(1.0, chances[np.abs(sums) >= abs(leads.sum())].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -148,7 +154,8 @@ def sentence(pair: Pair) -> str:
     seeds = f"{pair.seeds[0]}" if pair.seeds[0] == pair.seeds[1] else f"{pair.seeds[0]} and {pair.seeds[1]}"
     basis = f"{pair.reviews:,} reviews and {seeds} seed{'' if pair.seeds == (1, 1) else 's'}"
     basis += " each" if pair.seeds[0] == pair.seeds[1] else ""
-    test = f"McNemar's exact test p = {_p(pair.p_value)}"
+    test = "McNemar's exact test" if pair.seeds == (1, 1) else "exact randomization test"
+    test += f" p = {_p(pair.p_value)}"
     if pair.p_holm != pair.p_value:
         test += f", corrected {_p(pair.p_holm)}"
     if sum(pair.better_on) == 0:
