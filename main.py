@@ -10,7 +10,8 @@
     python main.py --mode predict --text "A wonderful film."            label a review with that model
     python main.py --mode predict --input FILE --output FILE            or all rows of a file
     python main.py --mode explain --text "A wonderful film."            the words that the decision rests on
-    python main.py --mode export                                        that model as ONNX
+    python main.py --mode export                                        that model as ONNX or for transformers
+    python main.py --mode publish OWNER/NAME                            that model on the Hub; --yes sends it
     python main.py --mode baseline                                      a bag of words on the same split, in seconds
     python main_accumulation.py data_config.batch_size=64 train_config.gradient_accumulation_steps=4
                                                                         large batches: gradient accumulation
@@ -53,6 +54,7 @@ from suite.inference.explain import explain
 from suite.inference.export import export
 from suite.inference.opening import open_classifier
 from suite.inference.predict import predict
+from suite.inference.publish import publish
 from suite.pretraining.run import PretrainingRun, masked_sums
 from suite.training.baseline import baseline, predictions_of
 from suite.training.devices import SingleDevice, make_deterministic
@@ -225,7 +227,8 @@ def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> N
             modes = {"train": train_and_test, "pretrain": train_and_test, "test": test_again, "baseline": baseline}
             modes[command.mode](config, devices)
     else:
-        {"predict": predict, "export": export, "explain": explain}[command.mode](command, devices)
+        modes = {"predict": predict, "export": export, "explain": explain, "publish": publish}
+        modes[command.mode](command, devices)
     devices.close()
 
 

@@ -8,9 +8,10 @@ Random reviews of exactly 128 tokens, random weights, on the CPU, with torch's n
 OMP_NUM_THREADS). The contenders run in turn, each for some seconds a round, after calls that are not counted. Printed
 is a Markdown table: medians of the rounds, ratios round by round, with the least and the most.
 
-    pytorch         fp32
-    pytorch-bf16    under autocast, where the CPU computes in bf16
-    onnxruntime     the file of --mode export, fp32
+    pytorch             fp32
+    pytorch-bf16        under autocast, where the CPU computes in bf16
+    onnxruntime         the file of --mode export, fp32
+    onnxruntime-int8    that of --mode export --int8
 """
 
 import statistics
@@ -25,7 +26,8 @@ from transformers import BertConfig, ModernBertConfig
 from benchmarks.workload import SHAPES, describe_machine, new_parser
 from model import ClassifierConfig, EncoderForClassification
 from suite.encoders.placement import place_model
-from suite.inference.export import session, write_onnx
+from suite.inference.onnx_file import OnnxModel, write_onnx
+from suite.inference.quantize import quantize
 from suite.training.devices import pick_precision
 
 CPU = torch.device("cpu")
@@ -40,7 +42,7 @@ def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], o
     model = EncoderForClassification(ClassifierConfig(encoder))
     place_model(model.eval(), CPU)
     write_onnx(model, folder / "model.onnx")
-    exported = session(folder / "model.onnx")
+    exported = OnnxModel(folder / "model.onnx", model.config)
 
     def in_bf16(input_ids: torch.Tensor) -> object:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -49,8 +51,9 @@ def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], o
     found = {"pytorch": model}
     if pick_precision("auto", CPU) == "bf16":
         found["pytorch-bf16"] = in_bf16
-    return found | {"onnxruntime": lambda input_ids: exported.run(["logits"], {
-        "input_ids": input_ids.numpy(), "attention_mask": torch.ones_like(input_ids).numpy()})}
+    quantize(folder / "model.onnx", folder / "model_quantized.onnx", model)
+    return found | {"onnxruntime": exported,
+                    "onnxruntime-int8": OnnxModel(folder / "model_quantized.onnx", model.config)}
 
 
 @torch.inference_mode()

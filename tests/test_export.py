@@ -17,7 +17,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 import main
 from suite.common import cli
 from suite.encoders.loading import load_tokenizer, new_model, save_model
-from suite.inference import export
+from suite.inference import export, onnx_file
 from suite.inference.classifier import Classifier
 from suite.training.devices import SingleDevice
 from utils import ModelConfig, UserError, load_config
@@ -62,16 +62,17 @@ def test_a_program_without_pytorch_computes_the_same(encoder_folder, tmp_path, n
     printed = capfd.readouterr()
     assert printed.err == ""  # none of the exporter's remarks
     assert len(printed.out.splitlines()) == 2
-    folder = tmp_path / "model-onnx"
+    folder = tmp_path / "model-export"
     config = json.loads((folder / "config.json").read_text())
-    assert config == {"id2label": {"0": "bad", "1": "good"}, "truncation": "head", "max_len": 40,
-                      "max_windows": 1}
-    assert len(list(folder.glob("model.onnx*"))) == 1  # the weights are in it
+    expected = {"id2label": {"0": "bad", "1": "good"}, "truncation": "head", "max_len": 40, "max_windows": 1}
+    assert {key: config[key] for key in expected} == expected
+    assert config["model_type"] == ENCODERS[name].model_type  # by which transformers.js finds its class
+    assert [path.name for path in (folder / "onnx").iterdir()] == ["model.onnx"]  # the weights are in it
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(TEXTS, truncation=True, max_length=config["max_len"], padding=True, return_tensors="np")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert inputs["input_ids"].shape == (3, 40)
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
     assert [axis.shape for axis in session.get_inputs()] == [["batch", "tokens"]] * 2
     logits, = session.run(["logits"], inputs)
     with torch.no_grad():
@@ -81,7 +82,7 @@ def test_a_program_without_pytorch_computes_the_same(encoder_folder, tmp_path, n
 
 
 def test_a_model_that_differs_gets_no_name(bert, monkeypatch):
-    session = export.session
+    session = onnx_file.session
 
     class Drifting:
         def __init__(self, path):
@@ -90,7 +91,7 @@ def test_a_model_that_differs_gets_no_name(bert, monkeypatch):
         def run(self, names, inputs):  # right for everything but long inputs
             return [logits + 2e-4 * (inputs["input_ids"].shape[1] == 40) for logits in self.session.run(names, inputs)]
 
-    monkeypatch.setattr(export, "session", Drifting)
+    monkeypatch.setattr(onnx_file, "session", Drifting)
     before = sorted(bert.parent.rglob("*"))
     with pytest.raises(RuntimeError, match="differs from PyTorch's by 2.0e-04 in a logit.* x 40 tokens"):
         run_export(bert)
@@ -122,8 +123,8 @@ def test_a_full_disk_is_named_by_the_output(bert, tmp_path, monkeypatch):
 def test_what_cannot_be_exported_is_one_line(bert, tmp_path, monkeypatch, problem):
     output = None
     if problem == "exists":
-        (tmp_path / "model-onnx").mkdir()
-        expected = "model-onnx exists already: remove it, or choose another folder with --output"
+        (tmp_path / "model-export").mkdir()
+        expected = "model-export exists already: remove it, or choose another folder with --output"
     elif problem == "parent is a file":
         output, expected = bert / "config.json" / "onnx", "cannot be made .*: choose another folder with --output"
     elif problem == "no packages":

@@ -211,10 +211,10 @@ def test_an_exported_model_s_windows_are_averaged_as_the_documentation_says(run,
     pytest.importorskip("onnxscript")
     config = load_config(PROJECT / "config.yaml", [*run[0], "train_config.mixed_precision=no"])
     devices = SingleDevice(config)
-    main.main(main.cli.Command("export", config, str(run[1] / "best"), output=str(tmp_path / "onnx")))
-    documented = {"numpy": np, "session": onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx"),
-                  "config": json.loads((tmp_path / "onnx" / "config.json").read_text()),
-                  "tokenizer": Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))}
+    main.main(main.cli.Command("export", config, str(run[1] / "best"), output=str(tmp_path / "export")))
+    documented = {"numpy": np, "session": onnxruntime.InferenceSession(tmp_path / "export" / "onnx" / "model.onnx"),
+                  "config": json.loads((tmp_path / "export" / "config.json").read_text()),
+                  "tokenizer": Tokenizer.from_file(str(tmp_path / "export" / "tokenizer.json"))}
     documented["tokenizer"].enable_truncation(12)  # as the documentation does for truncation: head
     documentation = (PROJECT / "docs" / "inference.md").read_text(encoding="utf-8")
     exec(re.search(r"^tokenizer.no_truncation.*?(?=^```)", documentation, re.MULTILINE | re.DOTALL)[0], documented)

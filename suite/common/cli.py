@@ -18,9 +18,10 @@ from suite.common.storage import PARTIAL, refuse_existing, refuse_long
 from utils import BAG_OF_WORDS, Config, UserError, load_config, num_processes, printable
 
 MODES = {"train": (), "test": (), "baseline": (), "pretrain": (), "predict": ("model", "text", "input", "output"),
-         "export": ("model", "output"),
-         "explain": ("model", "text", "output")}  # and the options that each one takes besides the configuration
+         "export": ("model", "output", "format", "int8"), "explain": ("model", "text", "output"),
+         "publish": ("model", "public", "license", "yes")}  # and the options that each takes besides the configuration
 RUN_MODES = ("train", "test", "baseline", "pretrain")  # they write a run folder; the others need only a model's folder
+FORMATS = ("onnx", "transformers")  # of --mode export
 ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 
@@ -32,6 +33,12 @@ class Command:
     text: str | None = None
     input: str | None = None  # a file, or - for standard input
     output: str | None = None  # a file or folder; None: standard output, or where the mode writes by default
+    formats: tuple[str, ...] = FORMATS[:1]
+    int8: bool = False
+    repo: str = ""  # OWNER/NAME on the Hub
+    public: bool = False
+    license: str | None = None
+    yes: bool = False  # send what would be sent
 
 
 def read_command(description: str, accumulates: bool) -> Command:
@@ -43,7 +50,7 @@ def read_command(description: str, accumulates: bool) -> Command:
     given = parse(description)
     try:
         check_options(given)
-        config = config_for(given.mode, given.config, given.overrides, given.model)
+        config = config_for(given.mode, given.config, given.overrides, given.model, bool(given.int8))
         if not accumulates:
             refuse_accumulation(given.mode, config)
     except UserError as error:
@@ -55,7 +62,8 @@ def read_command(description: str, accumulates: bool) -> Command:
         LAST_NET.doing, LAST_NET.folder = f"--mode {given.mode} of {config.run_folder}", config.run_folder
         usable_cache()
     return Command(given.mode, config, given.model, given.text, given.input,
-                   output=None if given.output == "-" else given.output)
+                   None if given.output == "-" else given.output, given.formats, bool(given.int8), given.repo,
+                   bool(given.public), given.license, bool(given.yes))
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
@@ -108,26 +116,39 @@ def parse(description: str) -> argparse.Namespace:
     parser = new_parser(description)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
     parser.add_argument("--mode", default="train", metavar="{" + ",".join(MODES) + "}", help="default: train")
-    parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain: a trained model, or its run "
-                        "(default: the best one of the run)")
+    parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain, publish: a trained model, or its "
+                        "run (default: the best one of the run)")
     parser.add_argument("--text", metavar="TEXT", help="predict, explain: one review")
     parser.add_argument("--input", metavar="FILE", help="predict: reviews in a .csv, .jsonl, .parquet or .txt file "
                         "(one review per line), or - for lines from standard input")
     parser.add_argument("--output", metavar="FILE", help="predict: a .csv or .jsonl file, or .parquet if the input is "
                         "one (default: standard output); export: a folder; explain: an .html file")
+    parser.add_argument("--format", metavar="{" + ",".join(FORMATS) + "}", help="export: one or both of them, with a "
+                        "comma between (default: onnx)")
+    parser.add_argument("--int8", action="store_true", default=None, help="export: the ONNX in 8 bits, too")
+    parser.add_argument("--yes", action="store_true", default=None, help="publish: send to the Hub what is listed "
+                        "without it")
+    parser.add_argument("--public", action="store_true", default=None, help="publish: for everybody (default: private)")
+    parser.add_argument("--license", metavar="NAME", help="publish: the licence, such as apache-2.0 (default: none)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="replaces a value of the configuration; docs/settings.md lists them all")
     given, unknown = parser.parse_known_intermixed_args()
     given.overrides = [*unknown, *given.overrides]
+    names = [item for item in given.overrides if given.mode == "publish" and "=" not in item and item[0] != "-"]
+    given.repo = names[0] if names else ""
+    given.overrides = [item for item in given.overrides if item != given.repo]
+    given.formats = tuple((given.format or FORMATS[0]).split(","))
     return given
 
 
-def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str | None = None) -> Config:
+def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str | None = None,
+               int8: bool = False) -> Config:
     """The configuration of a command: that of `path` with the overrides applied.
 
     `--mode baseline` takes only what shapes a bag of words. `--mode test` takes the one that the run has saved, so
     nobody has to repeat what the run was trained with. Overrides still apply; the test itself refuses those that
-    contradict the run. `--mode predict` takes the text column of the run, or of the run folder `model`.
+    contradict the run, and so does the check of `int8`, which reads the run's reviews. `--mode predict` takes the text
+    column of the run, or of the run folder `model`.
     """
     if mode == "baseline":
         if num_processes() > 1:
@@ -148,7 +169,12 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
     given = {item.partition("=")[0] for item in overrides}
     if mode == "predict" and saved.exists() and "data_config.text_column" not in given:
         config.data_config.text_column = read_saved_config(saved).data_config.text_column
-    if mode != "test" or not saved.exists():
+    if int8 and model and not saved.exists():
+        saved = Path(model).resolve().parent / "config.yaml"  # `model` is the best model in a run's folder
+    if int8 and not saved.exists():
+        raise UserError(f"--int8 is checked on the validation reviews of the model's run, and {saved} is missing: name "
+                        "the run, or its best model")
+    if not (mode == "test" or int8) or not saved.exists():
         return config
     # A relative path may have been found from another folder. Then what the given configuration says is looked at.
     kept = read_saved_config(saved)
@@ -180,7 +206,7 @@ def check_options(given: argparse.Namespace) -> None:
     """Raises UserError for an option that cannot work in this mode, before anything is loaded."""
     if given.mode not in MODES:
         raise UserError(f"--mode {given.mode}: choose one of {', '.join(MODES)}")
-    for option in ("model", "text", "input", "output"):
+    for option in ("model", "text", "input", "output", "format", "int8", "public", "license", "yes"):
         modes = [mode for mode in MODES if option in MODES[mode]]
         if getattr(given, option) is not None and given.mode not in modes:
             hint = "name the run with run_name=" if option == "model" else "leave it out"
@@ -195,6 +221,13 @@ def check_options(given: argparse.Namespace) -> None:
                             "an --output")
         if isinstance(sys.stdout, Console):
             sys.stdout.is_result = True
+    if wrong := [name for name in given.formats if name not in FORMATS or given.formats.count(name) > 1]:
+        raise UserError(f"--format {','.join(given.formats)}: {wrong[0]!r} is not one of {', '.join(FORMATS)}, each at "
+                        "most once")
+    if given.int8 and "onnx" not in given.formats:
+        raise UserError("--int8 is made of the ONNX: give --format onnx,transformers for both")
+    if given.mode == "publish":
+        check_publishing(given)
     if given.mode == "predict":
         check_prediction(given)
     elif given.output is not None:
@@ -202,6 +235,14 @@ def check_options(given: argparse.Namespace) -> None:
         refuse_long(given.output + PARTIAL)
         if given.mode == "explain" and Path(given.output).suffix != ".html":
             raise UserError(f"--output: {given.output}: the file must end in .html")
+
+
+def check_publishing(given: argparse.Namespace) -> None:
+    """Raises UserError for options of `--mode publish` that cannot be right."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given.repo, re.ASCII):
+        raise UserError(f"--mode publish: {given.repo or 'no repository'}: name one on the Hub, as OWNER/NAME")
+    if given.license is not None and not re.fullmatch("[a-z0-9][a-z0-9.-]*", given.license):
+        raise UserError(f"--license {given.license}: give the Hub's short name of one, such as apache-2.0 or mit")
 
 
 def check_prediction(given: argparse.Namespace) -> None:

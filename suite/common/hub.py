@@ -131,7 +131,7 @@ def explained(key: str, name: str, any_error: bool = False):
         # datasets wraps every error of the code that reads the rows, bugs included, in a DatasetGenerationError
         culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
         reason = brief(causes[-1])
-        if not _is_about_input(culprit):
+        if not is_about_input(culprit):
             if not any_error:
                 raise
             reason = f"{type(error).__name__}: {reason}"
@@ -160,7 +160,8 @@ def _hub_problem(name: str, causes: list[BaseException]) -> str | None:
     return None
 
 
-def _is_about_input(error: BaseException) -> bool:
+def is_about_input(error: BaseException) -> bool:
+    """Whether an error comes from what a library was given or could not reach, rather than from a bug."""
     return (isinstance(error, OSError | ValueError | ImportError)  # ImportError: "... requires the ... library"
             or type(error) is Exception  # tokenizers raises nothing more specific
             or type(error).__module__.partition(".")[0] in LIBRARIES)

@@ -20,7 +20,8 @@ from utils import BAG_OF_WORDS, Config, DataConfig, ModelConfig, TrainConfig, Us
 
 FILES = ("config.yaml", "metrics.json", "history.jsonl", "valid_predictions.csv", "test_predictions.csv",
          "misclassified.csv", "misclassified.html", "best" + RECORD)
-FOLDERS = ("best", "best" + PARTIAL, "best" + OLD, "last", "plots", "onnx")
+FOLDERS = ("best", "best" + PARTIAL, "best" + OLD, "last", "plots", "export",
+           "onnx")  # what earlier versions have exported
 FIGURES = {"train": ("seconds", "samples_per_second", "optimizer_steps"), "valid": (),  # what each part must have
            "test": ("accuracy", "accuracy_ci95", "loss", "f1", "n")}
 

@@ -225,6 +225,10 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
         "architectures": [EncoderForClassification.__name__], "dtype": "float32",
         "auto_map": {"AutoConfig": f"model.{ClassifierConfig.__name__}",
                      "AutoModelForSequenceClassification": f"model.{EncoderForClassification.__name__}"}})
+    save_weights(folder, weights)
+
+
+def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_write(folder / WEIGHTS, "wb") as file:
         file.write(safetensors.torch.save(weights, metadata={"format": "pt"}))
@@ -283,14 +287,21 @@ def refuse_senseless(config: PreTrainedConfig) -> None:
     "".join(names.values()).encode()  # a UnicodeEncodeError is a ValueError
     if config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"problem_type is {config.problem_type!r}: one class of a review must be right")
-    if not isinstance(config, ClassifierConfig):
+    if isinstance(config, ClassifierConfig) and config.pooling not in ("cls", "mean"):
+        raise ValueError(f"pooling is {config.pooling!r}, not cls or mean")
+    if not says_how_to_cut(config):
         return
-    if config.pooling not in ("cls", "mean") or config.truncation not in TRUNCATIONS:
-        raise ValueError(f"pooling is {config.pooling!r} and truncation {config.truncation!r}")
+    if config.truncation not in TRUNCATIONS:
+        raise ValueError(f"truncation is {config.truncation!r}, not one of {', '.join(TRUNCATIONS)}")
     if not isinstance(config.max_windows, int) or config.max_windows < 1:
         raise ValueError(f"max_windows is {config.max_windows!r}, not a number of windows from 1")
     if config.max_len is not None and not (isinstance(config.max_len, int) and config.max_len >= 4):
         raise ValueError(f"max_len is {config.max_len!r}, not a number of tokens from 4")
+
+
+def says_how_to_cut(config: PreTrainedConfig) -> bool:
+    """Whether a classifier's configuration tells how its reviews were cut: all of this suite do, exported ones, too."""
+    return {"max_len", "truncation", "max_windows"} <= vars(config).keys()
 
 
 def _load_ours(files: list[Path], config: ClassifierConfig) -> nn.Module:

@@ -16,7 +16,7 @@ from data import Encode, IMDBDataset, eval_batch_size
 from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
 from suite.common.protocols import Devices
-from suite.encoders.loading import load_model, load_tokenizer
+from suite.encoders.loading import load_model, load_tokenizer, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.refusals import largest_token, refuse_unknown_words
 from suite.reviews.sampling import LengthSampler
@@ -57,10 +57,8 @@ class Classifier(Labeller):
         self.folder, self.devices = folder, devices
         self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder), "--model")
         own = self.model.config
-        if isinstance(own, ClassifierConfig):
-            encoder, cut_by = own.encoder, own
-        else:  # a model of others does not say how reviews are cut
-            encoder, cut_by = own, config.data_config
+        encoder = own.encoder if isinstance(own, ClassifierConfig) else own
+        cut_by = own if says_how_to_cut(own) else config.data_config  # a model of others does not say it
         max_len = cut_by.max_len or config.data_config.max_len
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)

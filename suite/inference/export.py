@@ -1,69 +1,80 @@
-"""--mode export: writes a trained model as ONNX, for programs without PyTorch.
+"""--mode export: writes a trained model for programs that do not know this project.
 
-    checkpoints/my-run/onnx/
-        model.onnx      input_ids, attention_mask: (batch, tokens) int64  ->  logits: (batch, num_labels) float32;
-                        for windows, (windows, tokens) -> (windows, num_labels), of which the reader takes the mean
-        tokenizer.json  and the tokenizer's other files, copied from the model's folder
-        config.json     id2label, max_len (tokens, special tokens included), truncation, max_windows
-        manifest.json   the SHA-256 sums of these files
+    checkpoints/my-run/export/
+        onnx/model.onnx             --format onnx, the default: see `suite/inference/onnx_file.py`
+        onnx/model_quantized.onnx   --int8: see `suite/inference/quantize.py`
+        model.safetensors           --format transformers: a classifier of transformers' own, without code
+        config.json                 that classifier's configuration; max_len, truncation and max_windows say how reviews
+                                    were cut (tokens, special tokens included)
+        tokenizer.json              and the tokenizer's other files, copied from the model's folder
+        sentence_bert_config.json   the length, where text-embeddings-inference looks for it
+        README.md                   the model card, with what was checked
+        manifest.json               the SHA-256 sums of these files
 
-The folder gets its name only after ONNX Runtime has computed the same logits as PyTorch on inputs of many lengths. So
-every model.onnx has been checked, unless its folder still ends in `.partial`.
+The folder gets its name only after each model in it, read back from its file, has computed the same logits as PyTorch
+on inputs of many lengths. So every model has been checked, unless its folder still ends in `.partial`.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import itertools
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from data import Encode, pad
+from model import EncoderForClassification
 from suite.common.cli import Command
 from suite.common.protocols import Devices
 from suite.common.storage import replace_folder, room_for, write_json
+from suite.encoders.loading import save_weights
+from suite.encoders.native_heads import native_config, native_model, problem_of
 from suite.encoders.refusals import weight_files
 from suite.inference.classifier import Classifier
+from suite.inference.export_card import TRUNCATION_NOTES, write_export_card
+from suite.inference.onnx_file import OnnxModel, refuse_missing_packages, write_onnx
 from suite.inference.predict import model_folder
-from utils import PROJECT, UserError, brief, say
+from suite.inference.quantize import Validation, load_validation, write_int8
+from utils import PROJECT, UserError, say
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-MODEL = "model.onnx"
+ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_quantized.onnx")  # where transformers.js looks for them
 TOLERANCE = 1e-4  # the largest allowed difference between two logits, absolute
 BATCHES = (1, 2, 7, 33)  # reviews
 MOST_SCORES = 1 << 23  # batch x tokens x tokens of a checked batch: 32 MB of attention scores for every head
 
 
 def export(command: Command, devices: Devices) -> None:
-    """Write the model of `command` to the folder `command.output`, or to `onnx` in the run folder.
+    """Write the model of `command` to the folder `command.output`, or to `export` in the run folder.
 
-    Raises UserError if packages are missing, the folder exists or the architecture cannot be exported, and RuntimeError
-    if the exported model's logits differ from PyTorch's. In each case it leaves nothing behind.
+    Raises UserError if packages are missing, the folder exists, or the model cannot be written in one of
+    `command.formats`, and RuntimeError if the written model's logits differ from PyTorch's. In each case it leaves
+    nothing behind.
     """
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--mode export needs {', '.join(missing)}: pip install -r requirements-onnx.txt")
+    if "onnx" in command.formats:
+        refuse_missing_packages()
     folder = model_folder(command)
     target = output_folder(command)
     if not devices.is_main:
         return
     classifier = Classifier(folder, command.config, devices)
     classifier.model.cpu()
-    size = sum(path.stat().st_size for path in weight_files(folder))
+    if "transformers" in command.formats and (problem := problem_of(classifier.model)):
+        raise UserError(f"{folder}: {problem}: export it with --format onnx")
+    validation = load_validation(command.config, classifier) if command.int8 else None
+    size = sum(path.stat().st_size for path in weight_files(folder)) * (len(command.formats) + command.int8)
     with room_for(target.parent, size, fix="make room or choose another --output"):
-        replace_folder(target, lambda partial: write_export(partial, folder, classifier))
-    size = sum(path.stat().st_size for path in target.glob(MODEL + "*"))
-    say(f"exported: {target / MODEL} ({size / 1e6:,.1f} MB), its tokenizer beside it")
+        replace_folder(target, lambda partial: write_export(partial, folder, classifier, command.formats, validation))
+    for name in (ONNX, INT8, Path("model.safetensors")):
+        if (size := sum(path.stat().st_size for path in (target / name).parent.glob(name.name + "*"))):
+            say(f"exported: {target / name} ({size / 1e6:,.1f} MB)")
 
 
 def output_folder(command: Command) -> Path:
@@ -72,9 +83,9 @@ def output_folder(command: Command) -> Path:
         target = Path(command.output)
     elif command.model:
         target = Path(command.model).resolve()
-        target = target.with_name(target.name + "-onnx")
+        target = target.with_name(target.name + "-export")
     else:
-        target = command.config.run_folder / "onnx"
+        target = command.config.run_folder / "export"
     if os.path.lexists(target):
         raise UserError(f"{target} exists already: remove it, or choose another folder with --output")
     try:
@@ -85,80 +96,73 @@ def output_folder(command: Command) -> Path:
     return target
 
 
-def write_export(folder: Path, source: Path, classifier: Classifier) -> None:
-    """Write model, tokenizer and config.json into `folder`, and check the model."""
-    tokenizer = classifier.tokenizer
+def write_export(folder: Path, source: Path, classifier: Classifier, formats: tuple[str, ...],
+                 validation: Validation | None) -> None:
+    """Write the files of an export into `folder`, and check each model in it."""
+    checks: dict[str, str] = {}
+    tokenizer, encode = classifier.tokenizer, classifier.encode
     for name in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                  *tokenizer.vocab_files_names.values()}:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    encode = classifier.encode
-    write_json(folder / "config.json", {
-        "id2label": dict(enumerate(classifier.label_names)), "truncation": encode.truncation,
-        "max_len": len(encode.prefix) + encode.room + len(encode.suffix), "max_windows": encode.max_windows})
-    write_onnx(classifier.model, folder / MODEL)
-    largest, batches = check(classifier.model, folder / MODEL, encode)
-    say(f"checked: on {batches} batches of 1 to {max(BATCHES)} reviews, of 1 to {encode.room} tokens and the special "
-        f"ones, the logits differ from PyTorch's by at most {largest:.1e}")
+    if "transformers" in formats:
+        native = native_model(classifier.model)
+        save_weights(folder, native.state_dict())
+    write_config(folder, classifier)
+    if "transformers" in formats:
+        reloaded = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
+        checks["model.safetensors"] = check(classifier.model, reloaded, encode)
+    if "onnx" in formats:
+        (folder / ONNX).parent.mkdir()
+        write_onnx(classifier.model, folder / ONNX)
+        checks[str(ONNX)] = check(classifier.model, OnnxModel(folder / ONNX, classifier.model.config), encode)
+    if validation is not None:
+        checks[str(INT8)] = write_int8(folder / ONNX, folder / INT8, classifier, validation)
+    for name, result in checks.items():
+        say(f"checked: {name}: {result}")
+    if note := TRUNCATION_NOTES.get(encode.truncation):
+        say(f"please note: {note}")
+    write_export_card(folder, source, encode, checks)
 
 
-def write_onnx(model: nn.Module, path: Path) -> None:
-    """Write an eval-mode classifier that is on the CPU in float32. Raises UserError if torch cannot export it.
-
-    The weights are in the same file, unless it would exceed the 2 GB that protobuf allows.
-    """
-    input_ids = torch.ones(2, 8, dtype=torch.int64)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    axes = {0: "batch", 1: "tokens"}
-    with quiet():
-        try:
-            program = torch.onnx.export(model, kwargs=inputs, dynamo=True, input_names=list(inputs),
-                                        output_names=["logits"], dynamic_shapes=dict.fromkeys(inputs, axes),
-                                        verbose=False)
-        except torch.onnx.OnnxExporterError as error:
-            kind = getattr(model.config, "encoder", model.config).model_type
-            raise UserError(f"torch {torch.__version__} cannot export a {kind} model "
-                            f"({brief(error.__cause__ or error)}): use it in PyTorch, or train another "
-                            "encoder") from error
-        program.save(path)
+def write_config(folder: Path, classifier: Classifier) -> None:
+    """config.json as transformers and text-embeddings-inference read it, and the latter's file for the length."""
+    encode, config = classifier.encode, native_config(classifier.model)
+    max_len = len(encode.prefix) + encode.room + len(encode.suffix)
+    values = config.to_dict() | {"dtype": "float32", "max_len": max_len, "truncation": encode.truncation,
+                                 "max_windows": encode.max_windows, "num_labels": len(classifier.label_names)}
+    if isinstance(classifier.model, EncoderForClassification) and config.model_type == "modernbert":
+        values |= modernbert_keys(values)
+    write_json(folder / "config.json", values)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_len, "do_lower_case": False})
 
 
-@contextmanager
-def quiet():
-    """Hide the exporter's remarks about its own deprecations and about operators that are not used here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-def session(path: Path) -> Any:
-    """An onnxruntime.InferenceSession on the CPU, with as many threads as torch."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def modernbert_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Under their old names, which text-embeddings-inference needs: ModernBERT's rotary bases and its layers' order."""
+    layers = values["layer_types"]
+    is_global = [place for place, kind in enumerate(layers) if kind == "full_attention"]
+    every = is_global[1] if len(is_global) > 1 else len(layers)
+    if is_global != list(range(0, len(layers), every)):
+        return {}  # no such number describes these layers
+    bases = {kind: values["rope_parameters"][kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")}
+    return {"global_attn_every_n_layers": every, "global_rope_theta": bases["full_attention"],
+            "local_rope_theta": bases["sliding_attention"]}
 
 
 @torch.inference_mode()
-def check(model: nn.Module, path: Path, encode: Encode) -> tuple[float, int]:
-    """(largest difference between a logit and PyTorch's, number of batches). Raises RuntimeError above TOLERANCE."""
-    onnx, largest, batches = session(path), 0.0, 0
+def check(model: nn.Module, written: nn.Module, encode: Encode) -> str:
+    """What the comparison of a written model with its original found. Raises RuntimeError above TOLERANCE."""
+    largest, batches = 0.0, 0
     for rows in check_batches(encode):
         input_ids, mask = pad(rows, encode.tokenizer.pad_token_id)
-        logits, = onnx.run(["logits"], {"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()})
-        expected = model(input_ids=input_ids, attention_mask=mask).logits.numpy()
-        difference = float(np.abs(logits - expected).max())
+        logits, expected = (each(input_ids=input_ids, attention_mask=mask).logits for each in (written, model))
+        difference = float((logits - expected).abs().max())
         if not difference <= TOLERANCE:  # true for NaN, too
             raise RuntimeError(f"the exported model differs from PyTorch's by {difference:.1e} in a logit, more than "
                                f"{TOLERANCE:g}, on a batch of {' x '.join(map(str, input_ids.shape))} tokens")
         largest, batches = max(largest, difference), batches + 1
-    return largest, batches
+    return (f"on {batches} batches of 1 to {max(BATCHES)} reviews, of 1 to {encode.room} tokens and the special ones, "
+            f"the logits differ from PyTorch's by at most {largest:.1e}")
 
 
 def check_batches(encode: Encode) -> Iterator[list[list[int]]]:

@@ -1,0 +1,118 @@
+"""--mode publish: sends a trained model and its card to the Hugging Face Hub, or says what would be sent.
+
+    python main.py --mode publish OWNER/NAME                    prints files, sizes, visibility and card; sends nothing
+    python main.py --mode publish OWNER/NAME --yes              sends them, to a private repository
+    python main.py --mode publish OWNER/NAME --model checkpoints/RUN/export --public --license apache-2.0 --yes
+
+The files on a fixed list are sent, in one commit. Nothing else of a run is: no configuration, paths, reviews,
+predictions or optimizer state. The login is the library's own (`hf auth login`, or HF_TOKEN).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from suite.common.cli import Command
+from suite.common.hub import is_about_input
+from suite.common.protocols import Devices
+from suite.common.run_folder import read_metrics, read_saved_config
+from suite.common.storage import CARD, MANIFEST, refuse_damage
+from suite.encoders.loading import NO_ENCODERS, kind_of
+from suite.inference.predict import model_folder
+from utils import DEMO_WARNING, UserError, brief, say
+
+FILES = ("README.md", "config.json", "model.safetensors", "model.py", "sentence_bert_config.json", "onnx/model.onnx",
+         "onnx/model.onnx.data", "onnx/model_quantized.onnx", "tokenizer.json", "tokenizer_config.json",
+         "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spm.model",
+         "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+
+
+def publish(command: Command, devices: Devices) -> None:
+    """Send the folder of `command` to the repository `command.repo` if `command.yes`, else print what would be sent.
+
+    Raises UserError for a model that must not be published, and if the Hub refuses it.
+    """
+    if not devices.is_main:
+        return
+    folder = model_folder(command)
+    refuse_unpublishable(folder)
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    card = fit_card((folder / CARD).read_text(encoding="utf-8"), command.repo, command.license)
+    show_plan(command, folder, files, card)
+    if command.yes:
+        send(command, folder, files, card)
+    else:
+        say("Nothing was sent. To send it, give the same command with --yes.")
+
+
+def refuse_unpublishable(folder: Path) -> None:
+    """Raises UserError for what is damaged, unfinished, a demo's, or no encoder."""
+    if (kind := kind_of(folder)) in NO_ENCODERS:
+        raise UserError(f"{folder} holds a {kind} model, which no program but this one reads: publish an encoder")
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} has no {MANIFEST}, so nothing tells whether its files are whole: name a run, its "
+                        "best model or an export of it")
+    refuse_damage(folder)
+    run = folder.resolve().parent
+    if (run / "config.yaml").is_file():
+        if "test" not in read_metrics(run):
+            raise UserError(f"{run} is not finished, or not tested: give its training command again, or --mode test")
+        is_demo = read_saved_config(run / "config.yaml").is_demo
+    else:
+        is_demo = False
+    if not (folder / CARD).is_file():
+        raise UserError(f"{folder} has no {CARD}, its model card: test the run, or write one")
+    if is_demo or DEMO_WARNING in (folder / CARD).read_text(encoding="utf-8"):
+        raise UserError(f"{folder} is a DEMO, trained on generated reviews: it is of no use to others. Publish a model "
+                        "that was trained on real ones")
+
+
+def fit_card(card: str, repo: str, license_name: str | None) -> str:
+    """The model card with the repository's name in its examples, and a licence if one is given."""
+    from huggingface_hub import ModelCard
+
+    fitted = ModelCard(card.replace('"FOLDER"', f'"{repo}"'), ignore_metadata_errors=True)
+    if license_name is not None:
+        fitted.data.license = license_name
+    return str(fitted)
+
+
+def show_plan(command: Command, folder: Path, files: list[Path], card: str) -> None:
+    left = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+                  - {str(path.relative_to(folder)) for path in files})
+    say(f"{command.repo}: a {'public' if command.public else 'private'} repository, "
+        f"{f'licence {command.license}' if command.license else 'no licence given'}")
+    for path in files:
+        size = len(card.encode()) if path.name == CARD else path.stat().st_size
+        say(f"  {path.relative_to(folder)}  {size / 1e6:,.3f} MB")
+    say(f"not sent: {', '.join(left)}\n\n{CARD}:\n{card.rstrip()}\n")
+
+
+def send(command: Command, folder: Path, files: list[Path], card: str) -> None:
+    """One commit with all files. Raises UserError if the Hub cannot be reached or refuses it."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+
+    api, private = HfApi(), not command.public
+    try:
+        api.whoami()
+        try:
+            there = api.repo_info(command.repo)
+        except RepositoryNotFoundError:
+            there = None
+        if there is None:
+            api.create_repo(command.repo, private=private)
+        elif there.private != private:
+            raise UserError(f"{command.repo} exists already and is {'private' if there.private else 'public'}: "
+                            f"{'leave out' if there.private else 'give'} --public, or choose another name")
+        commit = api.create_commit(command.repo, commit_message="Add a trained classifier and its card", operations=[
+            CommitOperationAdd(str(path.relative_to(folder)), card.encode() if path.name == CARD else path)
+            for path in files])
+    except LocalTokenNotFoundError:
+        raise UserError("the Hub does not know you here: log in with hf auth login, or set HF_TOKEN") from None
+    except Exception as error:
+        if not is_about_input(error):
+            raise
+        raise UserError(f"{command.repo} was not sent ({brief(error)}): mend that and give the same command again; all "
+                        "files arrive together or not at all") from error
+    say(f"sent: {commit.commit_url}")

@@ -1,0 +1,208 @@
+"""Publishing: nothing is sent unasked, a fixed list of files arrives whole, and what is not for others is refused."""
+
+import os
+import shutil
+
+import huggingface_hub
+import pytest
+from conftest import PROJECT, content_of, run_here, run_script, write_reviews
+from upload_hub import TOKEN, upload_hub
+
+from suite.common import cli
+from suite.common.storage import seal
+from suite.encoders.loading import load_model
+from suite.inference.publish import FILES
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, encoder_folder):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("published")
+    reviews = write_reviews(folder / "secret-place.csv", rows=120)
+    result = run_here(f"output_dir={folder}", "run_name=run", f"model_config.model_name={encoder_folder('bert')}",
+                      f"data_config.dataset={reviews}", "data_config.text_column=review",
+                      "data_config.label_column=verdict", "data_config.max_len=32", "data_config.batch_size=16",
+                      "train_config.epochs=1", "train_config.device=cpu", "log_config.wandb_mode=disabled")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "runs" / "run")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The stand-in, with its address and a login where the library looks for them."""
+    with upload_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+def publish(run, repo="owner/name", **options):
+    return run_here(f"output_dir={run.parent}", f"run_name={run.name}", mode="publish", repo=repo, **options)
+
+
+def test_without_yes_nothing_is_sent_and_nothing_asked(run, hub):
+    before = content_of(run)
+    result = publish(run, license="mit")
+    assert result.returncode == 0, result.stderr
+    assert hub.requests == []
+    assert content_of(run) == before
+    lines = result.stdout.splitlines()
+    assert lines[0] == "owner/name: a private repository, licence mit"
+    assert any(line.startswith("  model.safetensors  ") and line.endswith(" MB") for line in lines)
+    assert "not sent: manifest.json" in lines
+    assert "license: mit" in lines
+    assert 'model="owner/name"' in result.stdout  # the card's example works as it is printed
+    assert lines[-1] == "Nothing was sent. To send it, give the same command with --yes."
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_model_arrives_whole_and_nothing_else_does(run, hub, tmp_path, public):
+    result = publish(run, yes=True, public=public)
+    assert result.returncode == 0, result.stderr
+    assert hub.private == {"owner/name": not public}
+    sent, best = hub.files["owner/name"], content_of(run / "best")
+    assert set(sent) == set(best) - {"manifest.json"} <= set(FILES)
+    assert {name for name in sent if sent[name] != best[name]} <= {"README.md"}
+    assert not any(b"secret-place" in content and name != "README.md" for name, content in sent.items())
+    assert not any(str(tmp_path.parent).encode() in content for content in sent.values())  # no path of this machine
+    assert b"license" not in sent["README.md"].partition(b"\n---\n")[0]
+    for name, content in sent.items():
+        (tmp_path / "there").mkdir(exist_ok=True)
+        (tmp_path / "there" / name).write_bytes(content)
+    assert load_model(tmp_path / "there").config.id2label == {0: "bad", 1: "good"}
+
+
+def test_an_export_is_published_with_its_folders(run, hub):
+    exported = run_here(f"output_dir={run.parent}", "run_name=run", mode="export", formats=("transformers",))
+    assert exported.returncode == 0, exported.stderr
+    (run / "export" / "onnx").mkdir()
+    (run / "export" / "onnx" / "model.onnx").write_bytes(b"a graph")
+    (run / "export" / "notes.txt").write_text("mine")
+    seal(run / "export")
+    result = run_here(mode="publish", repo="owner/name", model=str(run / "export"), yes=True)
+    assert result.returncode == 0, result.stderr
+    sent = hub.files["owner/name"]
+    assert {"onnx/model.onnx", "model.safetensors", "sentence_bert_config.json"} < set(sent)
+    assert not {"notes.txt", "model.py", "manifest.json"} & set(sent)
+
+
+def test_publishing_again_replaces_the_files(run, hub):
+    assert publish(run, yes=True).returncode == 0
+    hub.files["owner/name"]["config.json"] = b"old"
+    assert publish(run, yes=True).returncode == 0
+    assert hub.files["owner/name"]["config.json"] == (run / "best" / "config.json").read_bytes()
+
+
+def refused(result, *parts: str) -> None:
+    assert result.returncode == 2, result.stderr
+    [line] = result.stderr.splitlines()
+    assert all(part in line for part in parts), line
+
+
+def test_a_repository_of_other_visibility_is_left_alone(run, hub):
+    hub.private["owner/name"], hub.files["owner/name"] = False, {"README.md": b"theirs"}
+    refused(publish(run, yes=True), "owner/name exists already and is public: give --public, or choose another name")
+    hub.private["owner/name"] = True
+    refused(publish(run, yes=True, public=True), "is private: leave out --public")
+    assert hub.files["owner/name"] == {"README.md": b"theirs"}
+
+
+def test_what_the_hub_refuses_is_one_line(run, hub, monkeypatch):
+    hub.fails = True
+    refused(publish(run, yes=True), "owner/name was not sent", "507", "all files arrive together or not at all")
+    assert hub.files["owner/name"] == {}
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    refused(publish(run, yes=True), "owner/name was not sent", "Invalid user token")
+    monkeypatch.delenv("HF_TOKEN")
+    refused(publish(run, yes=True), "log in with hf auth login, or set HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    refused(publish(run, yes=True), "owner/name was not sent", "offline")
+
+
+def test_a_damaged_model_is_refused(run, hub):
+    weights = run / "best" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused(publish(run, yes=True), "model.safetensors is damaged")
+    assert hub.requests == []
+
+
+def test_an_unfinished_run_is_refused(run, hub):
+    (run / "metrics.json").unlink()
+    refused(publish(run, yes=True), "is not finished, or not tested")
+    assert hub.requests == []
+
+
+def test_a_folder_without_sums_or_card_is_refused(run, hub):
+    shutil.copytree(run / "best", run.parent / "copy")
+    (run.parent / "copy" / "README.md").unlink()
+    refused(run_here(mode="publish", repo="owner/name", model=str(run.parent / "copy")), "its model card")
+    (run.parent / "copy" / "manifest.json").unlink()
+    refused(run_here(mode="publish", repo="owner/name", model=str(run.parent / "copy")), "has no manifest.json")
+
+
+def test_a_demo_is_refused_wherever_it_is(run, hub):
+    text = (run / "config.yaml").read_text()
+    dataset = next(line for line in text.splitlines() if line.strip().startswith("dataset:"))
+    (run / "config.yaml").write_text(text.replace(dataset, f"  dataset: {PROJECT / 'demo' / 'reviews.csv'}"))
+    refused(publish(run, yes=True), "is a DEMO")
+    copy = shutil.copytree(run / "best", run.parent / "copy")
+    (copy / "README.md").write_text("> **DEMO: generated reviews and small encoders from scratch. These figures say "
+                                    "nothing about IMDB.**")
+    refused(run_here(mode="publish", repo="owner/name", model=str(copy), yes=True), "is a DEMO")
+    assert hub.requests == []
+
+
+def test_a_bag_of_words_is_refused(tmp_path, hub):
+    write_reviews(tmp_path / "reviews.csv")
+    arguments = (f"output_dir={tmp_path}", f"data_config.dataset={tmp_path / 'reviews.csv'}", "run_name=words",
+                 "data_config.text_column=review", "data_config.label_column=verdict", "log_config.wandb_mode=disabled")
+    assert run_here(*arguments, mode="baseline").returncode == 0
+    refused(publish(tmp_path / "words", yes=True), "holds a bag-of-words model", "publish an encoder")
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--mode", "publish"], "no repository: name one on the Hub, as OWNER/NAME"),
+    (["--mode", "publish", "name"], "name: name one on the Hub, as OWNER/NAME"),
+    (["--mode", "publish", "a/b", "--license", "My Licence"], "give the Hub's short name"),
+    (["--mode", "export", "--yes"], "--yes is for --mode publish, not for export: leave it out"),
+    (["--mode", "publish", "a/b", "c/d"], "c/d"),
+])
+def test_wrong_options_are_one_line(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["main.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.read_command("", accumulates=False)
+    assert left.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_the_command_itself(run):
+    """As a user gives it, in a process of its own."""
+    with upload_hub() as hub:
+        environment = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
+                       "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        result = run_script("main.py", "--mode", "publish", "owner/name", "--model", str(run), "--public", "--yes",
+                            "--license", "apache-2.0", environment=environment)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.splitlines()[-1] == f"sent: {hub.address}/owner/name/commit/{'0' * 40}"
+        assert hub.private == {"owner/name": False}
+        assert b"license: apache-2.0" in hub.files["owner/name"]["README.md"]
+
+
+def test_a_bug_keeps_its_traceback(run, hub, monkeypatch):
+    def bug(self):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", bug)
+    with pytest.raises(TypeError, match="a bug"):
+        publish(run, yes=True)
