@@ -31,9 +31,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from main import main
 from suite.common.stopping import SIGNALS
+from suite.encoders.placement import layer_classes
 from suite.training.devices import FiniteGuard, SingleDevice, pick_device, pick_precision
 from utils import Config, UserError, brief, num_processes
 
@@ -64,6 +66,11 @@ class AcceleratedDevices(SingleDevice):
         # Flags travel over the network, not over the GPUs, which would first have to finish what they are doing.
         self.flags = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None
         self.guard = FiniteGuard(self.device)
+        if (plugin := self.accelerator.state.deepspeed_plugin) is not None:
+            plugin.deepspeed_config |= {  # its engine clips by itself, and asks for a micro-batch size that it ignores
+                "gradient_clipping": config.train_config.max_grad_norm or 0.0,
+                "train_micro_batch_size_per_gpu": config.data_config.batch_size}
+            unset_hf_deepspeed_config()  # or, with ZeRO 3, transformers would build the model in shards
 
     def __str__(self) -> str:
         sharding = f", {self.accelerator.distributed_type.value}" if self.is_sharded else ""
@@ -73,6 +80,9 @@ class AcceleratedDevices(SingleDevice):
         return self.accelerator.local_main_process_first()  # of each machine: its caches may be on a disk of its own
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            # FSDP2 shards these classes. transformers names BERT's embeddings, too, which Accelerate shards by itself.
+            model._no_split_modules = layer_classes(model)
         return self.accelerator.prepare(model, optimizer)
 
     def autocast(self):

@@ -1,20 +1,17 @@
 """main_accumulation.py under FSDP2 on CPU processes, which Accelerate itself only starts on GPUs.
 
-    torchrun --nproc_per_node 2 tests/fsdp_worker.py [main_accumulation.py's arguments]
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 2 tests/fsdp_worker.py [its arguments]
 
 The weights are sharded by the same `fully_shard`, gathered over gloo, and saved and loaded by Accelerate.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-os.environ["ACCELERATE_USE_FSDP"] = "true"
-
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
 import main
@@ -23,10 +20,7 @@ from suite.common import cli
 
 
 def sharding_accelerator(mixed_precision: str, cpu: bool) -> Accelerator:
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["BertLayer"],
-        state_dict_type="SHARDED_STATE_DICT", reshard_after_forward=True)
-    return Accelerator(mixed_precision=mixed_precision, fsdp_plugin=plugin)
+    return Accelerator(mixed_precision=mixed_precision)  # the launcher's environment says how to shard
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """An optimizer step is the mean loss over its effective batch, however that is cut and whoever computes it."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -145,22 +146,58 @@ def test_two_processes_stopped_and_started_again_end_with_the_same_bits(override
         assert (saved.parent / name).read_bytes() == (tmp_path / "runs" / "whole" / name).read_bytes(), name
 
 
-def test_fsdp2_on_two_processes_gives_the_weights_of_ddp(overrides, tmp_path):
-    arguments = [*overrides, "data_config.batch_size=8", "model_config.dropout_rate=0",
+ZERO = [pytest.param("deepspeed", ["--zero_stage", stage], marks=pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")) for stage in "123"]
+
+
+@pytest.mark.parametrize(("kind", "more"), [("fsdp2", []), *ZERO])
+def test_a_sharded_model_gets_the_weights_of_one_process(overrides, tmp_path, kind, more):
+    """With the launcher's file from launch/, accumulated gradients and clipping."""
+    arguments = [*overrides, "data_config.batch_size=4", "train_config.effective_batch_size=16",
+                 "train_config.optimizer=sgd", "train_config.max_grad_norm=0.2", "model_config.dropout_rate=0",
                  "model_config.encoder_dropout=0"]
-    for name, script in (("ddp", "main_accumulation.py"), ("fsdp", "tests/fsdp_worker.py")):
-        result = launch(2, script, *arguments, f"run_name={name}")
+
+    def sharded():
+        worker = "tests/fsdp_worker.py" if kind == "fsdp2" else "tests/deepspeed_worker.py"
+        return run_script("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", f"launch/{kind}.yaml",
+                          "--num_processes", "2", "--main_process_port", str(free_port()), *more, worker, *arguments,
+                          "run_name=sharded", timeout=300)
+
+    for result in (run_script("main_accumulation.py", *arguments, "run_name=one"), sharded()):
         assert result.returncode == 0, result.stderr
-    assert "FSDP" in result.stdout
-    folders = [tmp_path / "runs" / name for name in ("ddp", "fsdp")]
-    assert distance(*(load_file(folder / "best/model.safetensors") for folder in folders)) < 1e-6
+    assert {"fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[kind] in result.stdout
+    folders = [tmp_path / "runs" / name for name in ("one", "sharded")]
+    unclipped = run_here(*arguments, "run_name=unclipped", "train_config.max_grad_norm=null",
+                         "data_config.batch_size=16")
+    assert unclipped.returncode == 0, unclipped.stderr
+    weights = [load_file(folder / "best/model.safetensors") for folder in (*folders, tmp_path / "runs" / "unclipped")]
+    assert distance(weights[0], weights[1]) < 1e-6
+    assert distance(weights[0], weights[2]) > 1e-4  # clipping did shape the result
     # Going on from the sharded state: only the test is left to do, and it comes out the same.
     predictions = (folders[1] / "test_predictions.csv").read_bytes()
     for name in ("metrics.json", "test_predictions.csv"):
         (folders[1] / name).unlink()
-    again = launch(2, "tests/fsdp_worker.py", *arguments, "run_name=fsdp")
+    again = sharded()
     assert "continuing from" in again.stdout, again.stderr
     assert (folders[1] / "test_predictions.csv").read_bytes() == predictions
+
+
+def test_two_machines_give_the_weights_of_one_process(overrides, tmp_path):
+    """Two launchers on this machine. Without GPUs, --multi_gpu asks for the launcher that GPUs would get."""
+    arguments = [*overrides, "data_config.batch_size=8", "train_config.optimizer=sgd", "model_config.dropout_rate=0",
+                 "model_config.encoder_dropout=0"]
+    assert run_here(*arguments, "run_name=one", "data_config.batch_size=16").returncode == 0
+    port = str(free_port())
+    machines = [subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "2",
+         "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--num_processes",
+         "2", "main_accumulation.py", *arguments, "run_name=two"],
+        cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
+    assert "on 2 x cpu" in outputs[0]
+    weights = [load_file(tmp_path / "runs" / name / "best/model.safetensors") for name in ("one", "two")]
+    assert distance(*weights) < 1e-6
 
 
 def test_both_scripts_give_the_same_bits_on_the_demo(tmp_path):

@@ -50,6 +50,13 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
 
 
+def layer_classes(model: nn.Module) -> list[str]:
+    """The names of the classes of the encoder's layers, such as BertLayer. A family that shares its layers has none."""
+    depth = model.encoder.config.num_hidden_layers
+    return sorted({type(layer).__name__ for layers in model.encoder.modules()
+                   if isinstance(layers, nn.ModuleList) and len(layers) == depth for layer in layers})
+
+
 def pass_tokens(model: nn.Module, device: torch.device) -> float:
     """How many tokens cost as much as starting one more forward and backward pass: see `PASS_FLOPS`."""
     weights = sum(layer.weight.numel() for _, layer in linear_layers(model))
