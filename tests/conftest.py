@@ -57,7 +57,8 @@ def pytest_addoption(parser):
 
 # From the longest to the shortest: files that come last should be short, so that no process waits for the other.
 LONGEST_FILES = ["test_training", "test_accumulation", "test_outside", "test_hub", "test_experiment", "test_kills",
-                 "test_fuzz", "test_demo", "test_model", "test_predict", "test_data", "test_processes"]
+                 "test_native_heads", "test_publish", "test_fuzz", "test_demo", "test_model", "test_predict",
+                 "test_data", "test_processes"]
 
 
 def pytest_collection_modifyitems(config, items):
