@@ -68,7 +68,7 @@ def main() -> None:
         if (run / "export" / path).is_file():
             model = OnnxModel(run / "export" / path, classifier.model.config)
             found[f"`{path}`"] = probabilities_of(model, classifier, texts)
-    print(f"| {len(texts)} test reviews, against the suite in float32 | other labels | largest change of a probability |")
+    print(f"| {len(texts)} reviews, against the suite in float32 | other labels | largest change of a probability |")
     print("| --- | --- | --- |")
     for name, probabilities in found.items():
         print(f"| {name} | {(probabilities.argmax(axis=1) != exact.argmax(axis=1)).sum()} | "

@@ -58,13 +58,14 @@ def run(tmp_path_factory, encoder_folder):
                  f"data_config.dataset={write_reviews(folder / 'reviews.csv', rows=1200)}",
                  "data_config.text_column=review", "data_config.label_column=verdict", "data_config.max_len=64",
                  "data_config.split=[0.4,0.45,0.15]", "train_config.learning_rate=0.01", "train_config.epochs=2",
-                 "model_config.pooling=mean",
-                 "train_config.mixed_precision=no", "train_config.device=cpu", "log_config.wandb_mode=disabled"]
+                 "data_config.line_breaks=space", "model_config.pooling=mean", "train_config.mixed_precision=no",
+                 "train_config.device=cpu", "log_config.wandb_mode=disabled"]
     for options in ({}, {"mode": "export", "int8": True}):
         result = run_here(*overrides, **options)
         assert result.returncode == 0, result.stderr
     words = "gripping moving delightful dull dreary pointless".split()
-    texts = [f"The film: {' '.join(words[number % 4:number % 7])}, nº {number} – café!" for number in range(20)]
+    texts = [f"The film: {' '.join(words[number % 4:number % 7])},<BR /><br>nº {number} – café!"
+             for number in range(20)]
     config = load_config(PROJECT / "config.yaml", overrides)
     return folder / "run", Classifier(folder / "run" / "best", config, SingleDevice(config)), texts
 

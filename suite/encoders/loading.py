@@ -55,7 +55,7 @@ from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, br
 PRETRAINED_TEXTS = "pretraining_texts.npy"  # beside the weights that a pretraining run has saved
 STACK = "stack"  # the model_type of finished runs that were combined
 NO_ENCODERS = (BAG_OF_WORDS, STACK)
-LINE_BREAKS = r"(?i)(\s*<br\s*/?>\s*)+"
+LINE_BREAKS = r"(\s*<[bB][rR]\s*/?>\s*)+"  # for JavaScript, too, which knows no (?i)
 
 AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig)  # here, transformers needs no code from the folder
 AutoModelForSequenceClassification.register(ClassifierConfig, EncoderForClassification)

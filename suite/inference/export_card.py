@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data import Encode
-from suite.common.storage import CARD, regular, write_text
+from suite.common.storage import CARD, write_text
 
 USE = "## How to use it"  # from here on, the card of the trained model speaks of its own folder
 TRUNCATION_NOTES = {
@@ -32,7 +32,7 @@ console.log(await classify("A film to remember."));
 def write_export_card(folder: Path, source: Path, encode: Encode, checks: dict[str, str]) -> None:
     """README.md of an exported folder. `checks`: what was found about each of its models, by their files' names."""
     card = source / CARD
-    before = regular(card).read_text(encoding="utf-8").partition(USE)[0].rstrip() if card.is_file() else (
+    before = card.read_text(encoding="utf-8", errors="replace").partition(USE)[0].rstrip() if card.is_file() else (
         "---\npipeline_tag: text-classification\n---\n\n# A text classifier, not tested yet")
     parts = [before, USE, "`FOLDER` is the folder of this file. No code is in it, and none has to be trusted."]
     if "model.safetensors" in checks:

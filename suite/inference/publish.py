@@ -16,7 +16,7 @@ from suite.common.cli import Command
 from suite.common.hub import is_about_input
 from suite.common.protocols import Devices
 from suite.common.run_folder import read_metrics, read_saved_config
-from suite.common.storage import CARD, MANIFEST, refuse_damage
+from suite.common.storage import CARD, MANIFEST, refuse_damage, regular
 from suite.encoders.loading import NO_ENCODERS, kind_of
 from suite.inference.predict import model_folder
 from utils import DEMO_WARNING, UserError, brief, say
@@ -37,7 +37,7 @@ def publish(command: Command, devices: Devices) -> None:
     folder = model_folder(command)
     refuse_unpublishable(folder)
     files = [folder / name for name in FILES if (folder / name).is_file()]
-    card = fit_card((folder / CARD).read_text(encoding="utf-8"), command.repo, command.license)
+    card = fit_card(read_card(folder), command.repo, command.license)
     show_plan(command, folder, files, card)
     if command.yes:
         send(command, folder, files, card)
@@ -60,11 +60,19 @@ def refuse_unpublishable(folder: Path) -> None:
         is_demo = read_saved_config(run / "config.yaml").is_demo
     else:
         is_demo = False
-    if not (folder / CARD).is_file():
-        raise UserError(f"{folder} has no {CARD}, its model card: test the run, or write one")
-    if is_demo or DEMO_WARNING in (folder / CARD).read_text(encoding="utf-8"):
+    if is_demo or DEMO_WARNING in read_card(folder):
         raise UserError(f"{folder} is a DEMO, trained on generated reviews: it is of no use to others. Publish a model "
                         "that was trained on real ones")
+
+
+def read_card(folder: Path) -> str:
+    """README.md of a model's folder. Raises UserError if it is missing or not UTF-8."""
+    try:
+        return regular(folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {CARD}, its model card: test the run, or write one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CARD} cannot be read ({brief(error)}): save it as a text in UTF-8") from None
 
 
 def fit_card(card: str, repo: str, license_name: str | None) -> str:
