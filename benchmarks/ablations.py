@@ -2,6 +2,7 @@
 
     python -m benchmarks.ablations                                     MiniLM's shape at 128 tokens, on two CPU cores
     python -m benchmarks.ablations --shape modernbert-small --tokens 512
+    python -m benchmarks.ablations --only windows --rounds 6           one of the variants against the suite
     python -m benchmarks.ablations --shape bert-base --batch 64 --reviews 2000          for a GPU
 
 All variants train in one process, in turn, round after round. A ratio below 1 means that leaving the part out is
@@ -74,7 +75,8 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
     from suite.training.run import Run
 
     runs = {}
-    for number, (name, overrides, patch) in enumerate(VARIANTS):
+    variants = [variant for variant in VARIANTS if variant is VARIANTS[0] or arguments.only in variant[0]]
+    for number, (name, overrides, patch) in enumerate(variants):
         config = config_for(work, arguments.tokens, arguments.batch, f"run_name=variant-{number}", *overrides)
         with patch() if patch else nullcontext():
             runs[name] = Run.open(config, SingleDevice(config)), patch
@@ -91,7 +93,9 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    arguments = new_parser(__doc__, tokens=128, batch=32, reviews=96, rounds=3).parse_args()
+    parser = new_parser(__doc__, tokens=128, batch=32, reviews=96, rounds=3)
+    parser.add_argument("--only", default="", metavar="WORD", help="only variants whose names hold this word")
+    arguments = parser.parse_args()
     print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {arguments.reviews} reviews, "
           f"{arguments.rounds} rounds, {describe_machine()}", flush=True)
     with workload(arguments.shape, arguments.reviews) as work:
