@@ -217,7 +217,7 @@ def test_again(config: Config, devices: Devices) -> None:
 
 def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
     config = command.config
-    if command.mode in cli.RUN_MODES:
+    if command.mode in cli.RUN_MODES or command.int8:
         check_hub(config)
     quiet_libraries()
     make_deterministic()

@@ -57,6 +57,9 @@ class AcceleratedDevices(SingleDevice):
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"Accelerate cannot work as its environment variables say ({brief(error)}): correct them, "
                             "or start with accelerate launch") from error
+        if (asked := asked_sharding()) and not self.is_sharded:
+            raise UserError(f"{asked} is asked for, and Accelerate starts it on GPUs only: leave out the launcher's "
+                            "--config_file, and DDP runs on CPUs")
         self.device, self.scaler = self.accelerator.device, self.accelerator.scaler
         self.num_processes = self.accelerator.num_processes
         if self.num_processes != num_processes():  # MPI, for example, tells it by other variables
@@ -160,6 +163,12 @@ class AcceleratedDevices(SingleDevice):
             self.accelerator.load_state(str(folder / "accelerate"))
         else:
             super().read_state(folder, model, optimizer)
+
+
+def asked_sharding() -> str | None:
+    """What the launcher asks for, FSDP or DeepSpeed; None if neither."""
+    names = ("FSDP", "DEEPSPEED")
+    return next((name for name in names if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"), None)
 
 
 if __name__ == "__main__":

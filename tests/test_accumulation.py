@@ -305,3 +305,12 @@ def test_the_gradient_norm_benchmark_runs_and_this_suite_is_right():
     result = run_script("-m", "benchmarks.gradient_norm")
     assert result.returncode == 0, result.stderr
     assert "this suite's norm is right for every cut" in result.stdout
+
+
+def test_sharding_that_accelerate_would_leave_out_is_refused(overrides, tmp_path):
+    result = run_script("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "launch/fsdp2.yaml",
+                        "--num_processes", "2", "--main_process_port", str(free_port()), "main_accumulation.py",
+                        *overrides)
+    assert result.returncode != 0
+    assert "error: FSDP is asked for, and Accelerate starts it on GPUs only" in result.stderr
+    assert not (tmp_path / "runs").exists()

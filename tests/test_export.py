@@ -3,12 +3,13 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODERS
+from conftest import ENCODERS, PROJECT
 from transformers import AutoTokenizer
 
 pytest.importorskip("onnxscript")
@@ -16,6 +17,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 import main
 from suite.common import cli
+from suite.common.storage import seal
 from suite.encoders.loading import load_tokenizer, new_model, save_model
 from suite.inference import export, onnx_file
 from suite.inference.classifier import Classifier
@@ -68,6 +70,8 @@ def test_a_program_without_pytorch_computes_the_same(encoder_folder, tmp_path, n
     assert {key: config[key] for key in expected} == expected
     assert config["model_type"] == ENCODERS[name].model_type  # by which transformers.js finds its class
     assert [path.name for path in (folder / "onnx").iterdir()] == ["model.onnx"]  # the weights are in it
+    content = (folder / "onnx" / "model.onnx").read_bytes()
+    assert not any(str(path).encode() in content for path in (PROJECT, Path(torch.__file__).parent))  # for publishing
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(TEXTS, truncation=True, max_length=config["max_len"], padding=True, return_tensors="np")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -119,10 +123,23 @@ def test_a_full_disk_is_named_by_the_output(bert, tmp_path, monkeypatch):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-@pytest.mark.parametrize("problem", ["exists", "parent is a file", "no packages", "not exportable"])
+def test_what_lies_beside_an_export_stays(bert):
+    for ending in (".old", ".partial"):
+        (bert.parent / f"model-export{ending}").mkdir()
+        (bert.parent / f"model-export{ending}" / "precious").write_text("mine")
+    run_export(bert)
+    assert {path.name for path in bert.parent.iterdir()} == {
+        "model", "model-export", "model-export.old", "model-export.partial"}
+    assert len(list(bert.parent.glob("model-export.*/precious"))) == 2
+
+
+@pytest.mark.parametrize("problem", ["in a model", "exists", "parent is a file", "no packages", "not exportable"])
 def test_what_cannot_be_exported_is_one_line(bert, tmp_path, monkeypatch, problem):
     output = None
-    if problem == "exists":
+    if problem == "in a model":
+        seal(bert)
+        output, expected = bert / "deep" / "onnx", "a saved model's folder: choose another folder with --output"
+    elif problem == "exists":
         (tmp_path / "model-export").mkdir()
         expected = "model-export exists already: remove it, or choose another folder with --output"
     elif problem == "parent is a file":

@@ -119,7 +119,7 @@ def test_what_cannot_be_said_is_refused_with_another_way(tmp_path):
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
     assert "bert reads the first token, and this model the mean over all of them" in line
-    assert line.endswith("export it with --format onnx")
+    assert line.endswith("train it with model_config.pooling=cls; or export it with --format onnx")
     assert not (tmp_path / "model-export").exists()
 
 

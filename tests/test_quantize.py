@@ -41,7 +41,7 @@ def test_the_quantized_model_labels_as_the_original(run, tmp_path):
     card = (tmp_path / "export" / "README.md").read_text()
     assert "a probability changes by at most 0.0" in card
     assert "between a review alone and in a batch by at most 0.0" in card
-    assert 'dtype: "q8"' in card
+    assert 'dtype: "fp32" });    // "q8": in 8 bits' in card
     graph = onnx.load(small).graph
     assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 12  # six matrices in each of two layers
     heads = [weights for weights in graph.initializer if weights.name.startswith("head.weight")]
@@ -81,6 +81,12 @@ def test_too_few_or_other_reviews_are_refused(run, tmp_path):
         quantize.FEWEST = monkeypatched
     assert "checked on at least 541 validation reviews, and this run has 540" in result.stderr
     assert not (tmp_path / "export").exists()
+
+
+def test_an_export_knows_its_reviews_too(run):
+    assert run_here(*run[0], mode="export", formats=("transformers",)).returncode == 0
+    more = run_here(*run[0], "data_config.split_seed=7", mode="export", int8=True, model=str(run[1] / "export"))
+    assert (more.returncode, "is not what" in more.stderr) == (2, True), more.stderr
 
 
 def test_the_run_s_own_settings_are_read(run, monkeypatch):

@@ -44,6 +44,11 @@ class Handler(BaseHTTPRequestHandler):
         hub, content = self.server.hub, self.body()
         path = self.path.partition("?")[0]
         hub.requests.append(f"{self.command} {path}")
+        if hub.hangs_up_at and hub.hangs_up_at in path:
+            self.close_connection = True
+            return self.connection.close()
+        if hub.babbles_at and hub.babbles_at in path:
+            return self.reply([])
         if path.startswith("/lfs/"):
             oid = path.removeprefix("/lfs/")
             if hashlib.sha256(content).hexdigest() != oid:
@@ -88,10 +93,12 @@ class Handler(BaseHTTPRequestHandler):
                     hub.files[name][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     hub.files[name][value["path"]] = hub.stored[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del hub.files[name][value["path"]]
             return self.reply({"success": True, "commitOid": "0" * 40, "hookOutput": "",
                                "commitUrl": f"{hub.address}/{name}/commit/{'0' * 40}"})
         return self.reply({"_id": "0", "id": name, "modelId": name, "private": hub.private[name], "sha": "0" * 40,
-                           "siblings": [], "tags": []})
+                           "siblings": [{"rfilename": path} for path in hub.files[name]], "tags": []})
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_any
 
@@ -101,6 +108,7 @@ class UploadHub:
 
     def __init__(self, address: str):
         self.address, self.fails = address, False
+        self.hangs_up_at = self.babbles_at = None  # a part of the path of a request
         self.private: dict[str, bool] = {}
         self.files: dict[str, dict[str, bytes]] = {}
         self.stored: dict[str, bytes] = {}

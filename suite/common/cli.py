@@ -11,7 +11,14 @@ from pathlib import Path
 
 from suite.common.checks import INPUTS, encodes
 from suite.common.hub import usable_cache
-from suite.common.run_folder import is_encoder, is_same_place, read_saved_config, shaping_values, without_encoder
+from suite.common.run_folder import (
+    is_encoder,
+    is_same_place,
+    read_saved_config,
+    run_of,
+    shaping_values,
+    without_encoder,
+)
 from suite.common.start import CLOSED, LAST_NET, Console
 from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
@@ -134,10 +141,11 @@ def parse(description: str) -> argparse.Namespace:
                         help="replaces a value of the configuration; docs/settings.md lists them all")
     given, unknown = parser.parse_known_intermixed_args()
     given.overrides = [*unknown, *given.overrides]
-    names = [item for item in given.overrides if given.mode == "publish" and "=" not in item and item[0] != "-"]
-    given.repo = names[0] if names else ""
-    given.overrides = [item for item in given.overrides if item != given.repo]
-    given.formats = tuple((given.format or FORMATS[0]).split(","))
+    names = [item for item in given.overrides if "=" not in item and not item.startswith("-")]
+    given.repo = names[0] if given.mode == "publish" and names else ""
+    if given.mode == "publish" and names:
+        given.overrides.remove(given.repo)
+    given.formats = FORMATS[:1] if given.format is None else tuple(given.format.split(","))
     return given
 
 
@@ -169,8 +177,8 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
     given = {item.partition("=")[0] for item in overrides}
     if mode == "predict" and saved.exists() and "data_config.text_column" not in given:
         config.data_config.text_column = read_saved_config(saved).data_config.text_column
-    if int8 and model and not saved.exists():
-        saved = Path(model).resolve().parent / "config.yaml"  # `model` is the best model in a run's folder
+    if int8 and model and not saved.exists() and (run := run_of(Path(model))):
+        saved = run / "config.yaml"
     if int8 and not saved.exists():
         raise UserError(f"--int8 is checked on the validation reviews of the model's run, and {saved} is missing: name "
                         "the run, or its best model")
@@ -231,8 +239,10 @@ def check_options(given: argparse.Namespace) -> None:
     if given.mode == "predict":
         check_prediction(given)
     elif given.output is not None:
+        if given.output in ("", "-") and not (given.mode == "explain" and given.text):
+            raise UserError(f"--output {given.output!r}: give the name of a file or folder")
         refuse_existing(given.output)
-        refuse_long(given.output + PARTIAL)
+        refuse_long(given.output.rstrip("/") + PARTIAL)
         if given.mode == "explain" and Path(given.output).suffix != ".html":
             raise UserError(f"--output: {given.output}: the file must end in .html")
 

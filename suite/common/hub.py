@@ -22,8 +22,8 @@ WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file
 ANOTHER_DISK = "set HF_HOME to another disk"  # where a cache has no room
 UNREACHABLE = {"ConnectionError", "TransportError", "HfHubHTTPError", "TimeoutError", "LocalEntryNotFoundError"}
 NOT_FOUND = {"RepositoryNotFoundError", "DatasetNotFoundError"}
-LIBRARIES = {"datasets", "fsspec", "httpcore", "httpx", "huggingface_hub", "pyarrow", "safetensors", "tokenizers",
-             "transformers", "yaml"}
+LIBRARIES = {"datasets", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "pyarrow",
+             "safetensors", "tokenizers", "transformers", "yaml"}
 UNANSWERED: list[str] = []  # what this process asked the Hub for in vain
 
 
@@ -131,7 +131,7 @@ def explained(key: str, name: str, any_error: bool = False):
         # datasets wraps every error of the code that reads the rows, bugs included, in a DatasetGenerationError
         culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
         reason = brief(causes[-1])
-        if not is_about_input(culprit):
+        if not _is_about_input(culprit):
             if not any_error:
                 raise
             reason = f"{type(error).__name__}: {reason}"
@@ -160,8 +160,7 @@ def _hub_problem(name: str, causes: list[BaseException]) -> str | None:
     return None
 
 
-def is_about_input(error: BaseException) -> bool:
-    """Whether an error comes from what a library was given or could not reach, rather than from a bug."""
+def _is_about_input(error: BaseException) -> bool:
     return (isinstance(error, OSError | ValueError | ImportError)  # ImportError: "... requires the ... library"
             or type(error) is Exception  # tokenizers raises nothing more specific
             or type(error).__module__.partition(".")[0] in LIBRARIES)

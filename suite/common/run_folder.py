@@ -126,6 +126,12 @@ def without_encoder(config: Config, model_name: str) -> Config:
                     test=train.test, resume=train.resume, overwrite=train.overwrite), config.log_config)
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run whose model or export the folder is; None if it lies elsewhere."""
+    parent = folder.resolve().parent
+    return parent if (parent / "config.yaml").is_file() and (parent / "best").is_dir() else None
+
+
 def identity(run_folder: Path) -> str:
     """What tells a run's files from those of other runs: the SHA-256 sum of its config.yaml, which is written once."""
     return sha256_of(run_folder / "config.yaml")

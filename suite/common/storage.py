@@ -121,6 +121,26 @@ def replace_folder(folder: Path, write: Callable[[Path], None], recorded: bool =
         write_text(record, new)
 
 
+def new_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Seal what `write(path)` writes and give it the name `folder`, completely or not at all.
+
+    Raises UserError if there is such a folder by then. Nothing else in its parent is touched; a SIGKILL leaves a hidden
+    folder there, whose name ends in the number of this process.
+    """
+    partial = folder.with_name(f"{temporary_name(folder.name)}.{os.getpid()}")
+    remove(partial)
+    partial.mkdir()
+    try:
+        write(partial)
+        seal(partial)
+        refuse_existing(folder)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
 def _record_line(folder: Path, name: str) -> str:
     """A line that `sha256sum -c` understands; an empty text if there is no such folder yet."""
     manifest = folder / MANIFEST

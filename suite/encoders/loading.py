@@ -255,6 +255,9 @@ def load_model(folder: str | Path) -> nn.Module:
                         "exported: name an encoder's folder")
     with explained("--model", str(folder)):
         files = weight_files(folder)
+    if not files and (folder / "onnx").is_dir():
+        raise UserError(f"{folder} is an export without PyTorch's weights: name its run, or export it again with "
+                        "--format onnx,transformers")
     if lost := "config.json" if not (folder / "config.json").is_file() else None if files else WEIGHTS:
         raise UserError(f"{folder}: no {lost}; train this run first, or name a folder with a trained model")
     if (folder / MANIFEST).exists():

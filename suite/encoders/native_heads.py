@@ -49,7 +49,7 @@ def problem_of(model: nn.Module) -> str | None:
         return f"transformers has no classifier for {kind} whose head could compute this one's logits"
     if model.config.pooling == "mean" and kind != "modernbert":
         return (f"transformers' own classifier for {kind} reads the first token, and this model the mean over all of "
-                "them (model_config.pooling)")
+                "them: train it with model_config.pooling=cls")
     if HEADS[kind][0] != "tanh" and 2 * classes > width:
         return (f"transformers' own classifier for {kind} has room for {width // 2} classes, and this model has "
                 f"{classes}")

@@ -12,7 +12,7 @@
         manifest.json               the SHA-256 sums of these files
 
 The folder gets its name only after each model in it, read back from its file, has computed the same logits as PyTorch
-on inputs of many lengths. So every model has been checked, unless its folder still ends in `.partial`.
+on inputs of many lengths. So every model in a folder of that name has been checked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from data import Encode, pad
 from model import EncoderForClassification
 from suite.common.cli import Command
 from suite.common.protocols import Devices
-from suite.common.storage import replace_folder, room_for, write_json
+from suite.common.storage import MANIFEST, new_folder, room_for, write_json
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
 from suite.encoders.refusals import weight_files
@@ -67,11 +67,11 @@ def export(command: Command, devices: Devices) -> None:
     classifier = Classifier(folder, command.config, devices)
     classifier.model.cpu()
     if "transformers" in command.formats and (problem := problem_of(classifier.model)):
-        raise UserError(f"{folder}: {problem}: export it with --format onnx")
+        raise UserError(f"{folder}: {problem}; or export it with --format onnx")
     validation = load_validation(command.config, classifier) if command.int8 else None
     size = sum(path.stat().st_size for path in weight_files(folder)) * (len(command.formats) + command.int8)
     with room_for(target.parent, size, fix="make room or choose another --output"):
-        replace_folder(target, lambda partial: write_export(partial, folder, classifier, command.formats, validation))
+        new_folder(target, lambda partial: write_export(partial, folder, classifier, command.formats, validation))
     for name in (ONNX, INT8, Path("model.safetensors")):
         if (size := sum(path.stat().st_size for path in (target / name).parent.glob(name.name + "*"))):
             say(f"exported: {target / name} ({size / 1e6:,.1f} MB)")
@@ -88,6 +88,8 @@ def output_folder(command: Command) -> Path:
         target = command.config.run_folder / "export"
     if os.path.lexists(target):
         raise UserError(f"{target} exists already: remove it, or choose another folder with --output")
+    if sealed := next((parent for parent in target.absolute().parents if (parent / MANIFEST).exists()), None):
+        raise UserError(f"{target} would lie in {sealed}, a saved model's folder: choose another folder with --output")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -130,7 +132,8 @@ def write_config(folder: Path, classifier: Classifier) -> None:
     encode, config = classifier.encode, native_config(classifier.model)
     max_len = len(encode.prefix) + encode.room + len(encode.suffix)
     values = config.to_dict() | {"dtype": "float32", "max_len": max_len, "truncation": encode.truncation,
-                                 "max_windows": encode.max_windows, "num_labels": len(classifier.label_names)}
+                                 "max_windows": encode.max_windows, "num_labels": len(classifier.label_names),
+                                 "data_fingerprint": classifier.data_fingerprint}
     if isinstance(classifier.model, EncoderForClassification) and config.model_type == "modernbert":
         values |= modernbert_keys(values)
     write_json(folder / "config.json", values)

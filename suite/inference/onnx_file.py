@@ -48,7 +48,18 @@ def write_onnx(model: nn.Module, path: Path) -> None:
             raise UserError(f"torch {torch.__version__} cannot export a {kind} model "
                             f"({brief(error.__cause__ or error)}): use it in PyTorch, or train another "
                             "encoder") from error
+        forget_traces(program.model.graph)
         program.save(path)
+
+
+def forget_traces(graph: Any) -> None:
+    """Remove what the exporter says of each node's origin: lines of code, with paths of this machine."""
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from suite.common.cli import Command
-from suite.common.hub import is_about_input
 from suite.common.protocols import Devices
-from suite.common.run_folder import read_metrics, read_saved_config
-from suite.common.storage import CARD, MANIFEST, refuse_damage, regular
+from suite.common.run_folder import read_metrics, read_saved_config, run_of
+from suite.common.storage import CARD, MANIFEST, refuse_damage
 from suite.encoders.loading import NO_ENCODERS, kind_of
+from suite.inference.export_card import NOT_TESTED
 from suite.inference.predict import model_folder
 from utils import DEMO_WARNING, UserError, brief, say
 
@@ -32,57 +32,76 @@ def publish(command: Command, devices: Devices) -> None:
 
     Raises UserError for a model that must not be published, and if the Hub refuses it.
     """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     if not devices.is_main:
         return
+    try:
+        validate_repo_id(command.repo)
+    except HFValidationError as error:
+        raise UserError(f"--mode publish: {command.repo}: {brief(error)}") from None
     folder = model_folder(command)
-    refuse_unpublishable(folder)
+    is_demo = refuse_unpublishable(folder)
     files = [folder / name for name in FILES if (folder / name).is_file()]
     card = fit_card(read_card(folder), command.repo, command.license)
     show_plan(command, folder, files, card)
+    if is_demo:
+        raise UserError(f"{folder} is a DEMO, trained on generated reviews: it is of no use to others. Nothing was "
+                        "sent; publish a model that was trained on real ones")
     if command.yes:
         send(command, folder, files, card)
     else:
         say("Nothing was sent. To send it, give the same command with --yes.")
 
 
-def refuse_unpublishable(folder: Path) -> None:
-    """Raises UserError for what is damaged, unfinished, a demo's, or no encoder."""
+def refuse_unpublishable(folder: Path) -> bool:
+    """Whether the model is a demo's. Raises UserError for what is damaged, unfinished, or no encoder."""
     if (kind := kind_of(folder)) in NO_ENCODERS:
         raise UserError(f"{folder} holds a {kind} model, which no program but this one reads: publish an encoder")
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} has no {MANIFEST}, so nothing tells whether its files are whole: name a run, its "
                         "best model or an export of it")
     refuse_damage(folder)
-    run = folder.resolve().parent
-    if (run / "config.yaml").is_file():
+    if kind is None or not any((folder / name).is_file() for name in ("model.safetensors", "onnx/model.onnx")):
+        raise UserError(f"{folder} holds no model that others can read: name a run, its best model or an export of it")
+    is_demo = False
+    if run := run_of(folder):
+        config = read_saved_config(run / "config.yaml")
+        if config.pretrains:
+            raise UserError(f"{run} is a pretraining run, whose model knows no classes: fine-tune from it first")
         if "test" not in read_metrics(run):
             raise UserError(f"{run} is not finished, or not tested: give its training command again, or --mode test")
-        is_demo = read_saved_config(run / "config.yaml").is_demo
-    else:
-        is_demo = False
-    if is_demo or DEMO_WARNING in read_card(folder):
-        raise UserError(f"{folder} is a DEMO, trained on generated reviews: it is of no use to others. Publish a model "
-                        "that was trained on real ones")
+        is_demo = config.is_demo
+    card = read_card(folder)
+    if NOT_TESTED in card:
+        raise UserError(f"{folder} was exported before its run was tested: test the run, and export it again")
+    return is_demo or DEMO_WARNING in card
 
 
 def read_card(folder: Path) -> str:
-    """README.md of a model's folder. Raises UserError if it is missing or not UTF-8."""
+    """README.md of a model's folder. Raises UserError if it is missing or no text."""
+    path = folder / CARD
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file of its own: put the model card itself there")
     try:
-        return regular(folder / CARD).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CARD}, its model card: test the run, or write one") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CARD} cannot be read ({brief(error)}): save it as a text in UTF-8") from None
+        raise UserError(f"{path} cannot be read ({brief(error)}): save it as a text in UTF-8") from None
 
 
 def fit_card(card: str, repo: str, license_name: str | None) -> str:
     """The model card with the repository's name in its examples, and a licence if one is given."""
-    from huggingface_hub import ModelCard
-
-    fitted = ModelCard(card.replace('"FOLDER"', f'"{repo}"'), ignore_metadata_errors=True)
-    if license_name is not None:
-        fitted.data.license = license_name
-    return str(fitted)
+    card = card.replace('"FOLDER"', f'"{repo}"').replace(
+        "`FOLDER` is the folder of this file.", f"`FOLDER` is a copy: `hf download {repo} --local-dir FOLDER`.")
+    if license_name is None:
+        return card
+    if not card.startswith("---\n"):
+        return f"---\nlicense: {license_name}\n---\n\n{card}"
+    metadata, end, text = card.removeprefix("---\n").partition("\n---")
+    lines = [f"license: {license_name}", *(line for line in metadata.split("\n") if not line.startswith("license:"))]
+    return "---\n" + "\n".join(lines) + end + text
 
 
 def show_plan(command: Command, folder: Path, files: list[Path], card: str) -> None:
@@ -93,15 +112,18 @@ def show_plan(command: Command, folder: Path, files: list[Path], card: str) -> N
     for path in files:
         size = len(card.encode()) if path.name == CARD else path.stat().st_size
         say(f"  {path.relative_to(folder)}  {size / 1e6:,.3f} MB")
-    say(f"not sent: {', '.join(left)}\n\n{CARD}:\n{card.rstrip()}\n")
+    say(f"not sent: {', '.join(left)}\nremoved, where an earlier model has left it there: any other model file\n\n"
+        f"{CARD}:\n{card.rstrip()}\n")
 
 
 def send(command: Command, folder: Path, files: list[Path], card: str) -> None:
-    """One commit with all files. Raises UserError if the Hub cannot be reached or refuses it."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    """One commit with all files, and without those of an earlier model. Raises UserError if it fails."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 
     api, private = HfApi(), not command.public
+    names = [str(path.relative_to(folder)) for path in files]
+    operations = [CommitOperationAdd(name, card.encode() if name == CARD else folder / name) for name in names]
     try:
         api.whoami()
         try:
@@ -113,14 +135,15 @@ def send(command: Command, folder: Path, files: list[Path], card: str) -> None:
         elif there.private != private:
             raise UserError(f"{command.repo} exists already and is {'private' if there.private else 'public'}: "
                             f"{'leave out' if there.private else 'give'} --public, or choose another name")
-        commit = api.create_commit(command.repo, commit_message="Add a trained classifier and its card", operations=[
-            CommitOperationAdd(str(path.relative_to(folder)), card.encode() if path.name == CARD else path)
-            for path in files])
+        else:  # of two models mixed, transformers would make one with a random head
+            operations += [CommitOperationDelete(file.rfilename) for file in there.siblings or ()
+                           if file.rfilename in FILES and file.rfilename not in names]
+        commit = api.create_commit(command.repo, operations, commit_message="Add a trained classifier and its card")
     except LocalTokenNotFoundError:
         raise UserError("the Hub does not know you here: log in with hf auth login, or set HF_TOKEN") from None
-    except Exception as error:
-        if not is_about_input(error):
-            raise
-        raise UserError(f"{command.repo} was not sent ({brief(error)}): mend that and give the same command again; all "
-                        "files arrive together or not at all") from error
+    except UserError:
+        raise
+    except Exception as error:  # of any type: the library fails on a server's odd answers in any way
+        raise UserError(f"{command.repo} was not sent ({type(error).__name__}: {brief(error)}): mend that and give the "
+                        "same command again; all files arrive together or not at all") from error
     say(f"sent: {commit.commit_url}")

@@ -36,7 +36,7 @@ def load_validation(config: Config, classifier: Classifier) -> Validation:
     """The first of the run's validation reviews. Raises UserError if these are too few, or not the model's own."""
     say(f"--int8: reading the validation reviews of {config.data_config.dataset}")
     split = load_split(config)
-    if classifier.data_fingerprint not in (None, split.fingerprint):
+    if classifier.data_fingerprint != split.fingerprint:
         raise UserError(f"{config.data_config.dataset} is not what {classifier.folder} was trained on, or is split in "
                         "another way, so --int8 could be checked on training reviews: give the data of its run")
     texts, labels = split.texts_and_labels("valid")
