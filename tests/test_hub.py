@@ -44,7 +44,7 @@ def test_the_unchanged_config_through_the_hubs_own_protocol(tmp_path):
     assert "cannot be reached" in result.stderr
 
 
-def test_without_the_hub_one_line_says_the_ways_on_within_15_seconds(tmp_path):
+def test_without_the_hub_one_line_says_the_ways_on_within_20_seconds(tmp_path):
     started = time.perf_counter()
     with socket.socket() as silent:  # it takes connections and never answers: the slowest way for a network to be gone
         silent.bind(("127.0.0.1", 0))
@@ -52,7 +52,7 @@ def test_without_the_hub_one_line_says_the_ways_on_within_15_seconds(tmp_path):
         result = train(f"output_dir={tmp_path}", code=2, environment={
             "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(tmp_path / "hf")})
-    assert time.perf_counter() - started < 15
+    assert time.perf_counter() - started < 20
     assert result.stderr.startswith("error:")
     assert result.stderr.count("\n") == 1
     assert all(way in result.stderr for way in ("connect to the internet", "local folder", "demo.yaml"))
