@@ -1,7 +1,7 @@
 """Does an exported model label as the original, in other programs and at other precisions?
 
     python main.py --mode export --format onnx,transformers --int8 run_name=RUN
-    python -m benchmarks.elsewhere checkpoints/RUN                  three minutes with MiniLM on two CPU cores
+    python -m benchmarks.elsewhere checkpoints/RUN                  minutes with MiniLM on two CPU cores
 
 500 test reviews of the run are labelled by transformers' `pipeline` from the run's export, in float32, bfloat16 and
 float16, and by the suite's own model, whose weights are cast in the same way. Printed is a Markdown table: the labels
