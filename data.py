@@ -133,7 +133,7 @@ class Encode:
     """Texts to windows of token ids with the special tokens around them; a function for `datasets.map`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_len: int, truncation: str, max_windows: int = 1):
-        self.tokenizer, self.truncation, self.max_windows = tokenizer, truncation, max_windows
+        self.tokenizer, self.max_len, self.truncation, self.max_windows = tokenizer, max_len, truncation, max_windows
         # What the tokenizer puts around a text, [CLS] and [SEP] for BERT, found by encoding one known text.
         content = self._tokens(["a"])[0]
         whole = tokenizer("a")["input_ids"]

@@ -49,7 +49,7 @@ def test_the_quantized_model_labels_as_the_original(run, tmp_path):
 
 
 def test_an_exclusion_that_does_not_take_is_noticed(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "reads", lambda graph, node, weights: False)
+    monkeypatch.setattr(quantize, "readers_of", lambda graph, weights: [])
     with pytest.raises(RuntimeError, match=r"has quantized head\.weight"):
         export(run, tmp_path / "export")
     assert not list(tmp_path.iterdir())

@@ -130,14 +130,13 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: tu
 def write_config(folder: Path, classifier: Classifier) -> None:
     """config.json as transformers and text-embeddings-inference read it, and the latter's file for the length."""
     encode, config = classifier.encode, native_config(classifier.model)
-    max_len = len(encode.prefix) + encode.room + len(encode.suffix)
-    values = config.to_dict() | {"dtype": "float32", "max_len": max_len, "truncation": encode.truncation,
+    values = config.to_dict() | {"dtype": "float32", "max_len": encode.max_len, "truncation": encode.truncation,
                                  "max_windows": encode.max_windows, "num_labels": len(classifier.label_names),
                                  "data_fingerprint": classifier.data_fingerprint}
     if isinstance(classifier.model, EncoderForClassification) and config.model_type == "modernbert":
         values |= modernbert_keys(values)
     write_json(folder / "config.json", values)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_len, "do_lower_case": False})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": encode.max_len, "do_lower_case": False})
 
 
 def modernbert_keys(values: dict[str, Any]) -> dict[str, Any]:

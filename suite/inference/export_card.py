@@ -48,8 +48,7 @@ def write_export_card(folder: Path, source: Path, encode: Encode, checks: dict[s
         parts.append(PYTHON.rstrip())
     if onnx := [name for name in checks if name.startswith("onnx/")]:
         parts.append(JAVASCRIPT.replace("DTYPE", '    // "q8": in 8 bits' * (len(onnx) > 1)).rstrip())
-    max_len = len(encode.prefix) + encode.room + len(encode.suffix)
-    parts.append(f"At most {max_len} tokens are read at a time, special tokens included.")
+    parts.append(f"At most {encode.max_len} tokens are read at a time, special tokens included.")
     if note := TRUNCATION_NOTES.get(encode.truncation):
         parts.append(f"**Please note:** {note}.")
     parts += ["## What was checked", "\n".join(f"- `{name}`: {result}." for name, result in checks.items())]

@@ -42,14 +42,14 @@ def publish(command: Command, devices: Devices) -> None:
         raise UserError(f"--mode publish: {command.repo}: {brief(error)}") from None
     folder = model_folder(command)
     is_demo = refuse_unpublishable(folder)
-    files = [folder / name for name in FILES if (folder / name).is_file()]
+    names = [name for name in FILES if (folder / name).is_file()]
     card = fit_card(read_card(folder), command.repo, command.license)
-    show_plan(command, folder, files, card)
+    show_plan(command, folder, names, card)
     if is_demo:
         raise UserError(f"{folder} is a DEMO, trained on generated reviews: it is of no use to others. Nothing was "
                         "sent; publish a model that was trained on real ones")
     if command.yes:
-        send(command, folder, files, card)
+        send(command, folder, names, card)
     else:
         say("Nothing was sent. To send it, give the same command with --yes.")
 
@@ -104,25 +104,23 @@ def fit_card(card: str, repo: str, license_name: str | None) -> str:
     return "---\n" + "\n".join(lines) + end + text
 
 
-def show_plan(command: Command, folder: Path, files: list[Path], card: str) -> None:
-    left = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-                  - {str(path.relative_to(folder)) for path in files})
+def show_plan(command: Command, folder: Path, names: list[str], card: str) -> None:
+    left = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - set(names))
     say(f"{command.repo}: a {'public' if command.public else 'private'} repository, "
         f"{f'licence {command.license}' if command.license else 'no licence given'}")
-    for path in files:
-        size = len(card.encode()) if path.name == CARD else path.stat().st_size
-        say(f"  {path.relative_to(folder)}  {size / 1e6:,.3f} MB")
+    for name in names:
+        size = len(card.encode()) if name == CARD else (folder / name).stat().st_size
+        say(f"  {name}  {size / 1e6:,.3f} MB")
     say(f"not sent: {', '.join(left)}\nremoved, where an earlier model has left it there: any other model file\n\n"
         f"{CARD}:\n{card.rstrip()}\n")
 
 
-def send(command: Command, folder: Path, files: list[Path], card: str) -> None:
+def send(command: Command, folder: Path, names: list[str], card: str) -> None:
     """One commit with all files, and without those of an earlier model. Raises UserError if it fails."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 
     api, private = HfApi(), not command.public
-    names = [str(path.relative_to(folder)) for path in files]
     operations = [CommitOperationAdd(name, card.encode() if name == CARD else folder / name) for name in names]
     try:
         api.whoami()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -90,7 +91,7 @@ def quantize(source: Path, target: Path, model: nn.Module) -> None:
         prepared = Path(folder, "prepared.onnx")
         shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)  # torch has named the shapes
         graph = onnx.load(prepared, load_external_data=False).graph
-        readers = [node.name for node in graph.node if reads(graph, node, head)]
+        readers = readers_of(graph, head)
         # Before it quantizes, ONNX Runtime splits a Gemm into a MatMul of this name and an Add.
         excluded = readers + [f"{name}_MatMul" for name in readers]
         quantize_dynamic(prepared, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=excluded)
@@ -109,8 +110,8 @@ def head_weight(model: nn.Module) -> str:
     return f"{name}.weight"
 
 
-def reads(graph, node, weights: str) -> bool:
-    """Whether a node of a graph multiplies by these weights, themselves or transposed."""
-    made = {output: other for other in graph.node for output in other.output}
-    return node.op_type in ("MatMul", "Gemm") and any(
-        name == weights or name in made and weights in made[name].input for name in node.input)
+def readers_of(graph: Any, weights: str) -> list[str]:
+    """The names of an ONNX graph's nodes that multiply by these weights, themselves or transposed."""
+    made = {output: node for node in graph.node for output in node.output}
+    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and any(
+        name == weights or name in made and weights in made[name].input for name in node.input)]
