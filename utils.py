@@ -132,8 +132,10 @@ class TrainConfig:
     resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
                          "there is nothing to continue", choices=("auto", "never", "must"), shapes_result=False)
     overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
-    save_every_steps: int = option(500, "optimizer steps between two saved states; one more is saved after each epoch",
-                                   at_least=1, shapes_result=False)
+    save_every_minutes: float = option(10.0, "minutes between two saved states; one more is saved after each epoch",
+                                       at_least=0, shapes_result=False)
+    save_every_steps: int | None = option(None, "save after so many optimizer steps, too", at_least=1,
+                                          shapes_result=False)
 
 
 @dataclass

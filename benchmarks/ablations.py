@@ -7,19 +7,22 @@
 
 All variants train in one process, in turn, round after round. A ratio below 1 means that leaving the part out is
 slower, so that the part pays. Speeds are in tokens a second, which reviews read whole in windows have in common with
-those whose head is read.
+those whose head is read. A round that other programs disturb is measured again, and a busy machine gets no verdict.
 """
 
 import argparse
+import ctypes
 import math
 import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.workload import WARM_UP_STEPS, config_for, describe_machine, new_parser, train_again, workload
+from benchmarks.noise import quietly, refuse_busy_machine
+from benchmarks.packing import packed
+from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, new_parser, train_again, workload
 
 
 def patched(target: str, replacement: Any) -> Callable[[], Any]:
@@ -47,16 +50,44 @@ def unfused_adam() -> Any:
                       lambda model, train: torch.optim.Adam(model.parameters(), lr=5e-5))
 
 
+@contextmanager
+def returned_memory():
+    """glibc's own settings, as they are once it has freed a tensor of 32 MB."""
+    from suite.encoders.cpu_kernels import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+
+    libc, m_mmap_threshold = ctypes.CDLL(None), -3
+    for parameter, value in ((M_TRIM_THRESHOLD, 64 << 20), (m_mmap_threshold, 32 << 20), (M_MMAP_MAX, 65536)):
+        libc.mallopt(parameter, value)
+    libc.malloc_trim(0)
+    yield
+    keep_freed_memory()
+
+
+def drop_by_torchs_generator(tensor: Any, rate: float) -> Any:
+    """`cpu_kernels.drop` with torch's generator, and a mask that is compared into booleans first."""
+    import torch
+
+    from suite.encoders.cpu_kernels import STEPS
+
+    dropped, count = round(rate * STEPS), tensor.numel()
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-1 << 63, None).view(torch.int16)[:count]
+    kept = (bits >= dropped - STEPS // 2).view(tensor.shape)
+    return tensor * kept.to(tensor.dtype).mul_(STEPS / (STEPS - dropped))
+
+
 # (name, overrides of the configuration, what is patched while the Run is built and trains)
 VARIANTS = [
     ("the suite", [], None),
     ("torch's dropout and attention", [], patched("suite.encoders.placement.use_cpu_kernels", lambda model: None)),
+    ("freed memory given back to the kernel", [], returned_memory),
+    ("a slower generator of dropout", [], patched("suite.encoders.cpu_kernels.drop", drop_by_torchs_generator)),
     ("torch's attention where nothing is dropped", [], patched("suite.encoders.cpu_kernels.SHORT", 0)),
     ("every token of the last layer", [], patched("model.read_only_first_token", lambda encoder: None)),
     ("an effective batch not cut by length", [], patched("suite.training.run.pass_tokens", lambda *_: math.inf)),
     ("a mask where nothing is padded", [], always_masked),
     ("Adam not fused", [], unfused_adam),
     ("whole reviews, in windows", ["data_config.truncation=windows"], None),
+    ("reviews packed without padding", [], packed),
     ("fp32", ["train_config.mixed_precision=no"], None),
     ("two loader processes", ["data_config.num_workers=2"], None),
     ("torch.compile", ["train_config.compile=true"], None),
@@ -64,8 +95,9 @@ VARIANTS = [
 
 
 def speed(run: Any, patch: Callable[[], Any] | None, steps: int | None = None) -> float:
-    """Tokens a second over an epoch, or over its first steps."""
+    """Tokens a second over an epoch, or over its first steps, after a step that is not counted."""
     with patch() if patch else nullcontext():
+        train_again(run, steps=1)
         seconds = train_again(run, steps=steps)
     return run.meter.tokens / seconds
 
@@ -75,16 +107,19 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
     from suite.training.run import Run
 
     runs = {}
-    variants = [variant for variant in VARIANTS if variant is VARIANTS[0] or arguments.only in variant[0]]
+    is_modernbert = SHAPES[arguments.shape][0] == "modernbert"
+    variants = [variant for variant in VARIANTS if variant is VARIANTS[0] or arguments.only in variant[0]
+                and (variant[2] is not packed or is_modernbert)]
     for number, (name, overrides, patch) in enumerate(variants):
         config = config_for(work, arguments.tokens, arguments.batch, f"run_name=variant-{number}", *overrides)
         with patch() if patch else nullcontext():
             runs[name] = Run.open(config, SingleDevice(config)), patch
-        speed(*runs[name], WARM_UP_STEPS)
+        speed(*runs[name], WARM_UP_STEPS - 1)
     speeds = {name: [] for name in runs}
-    for _ in range(arguments.rounds):
-        for name, (run, patch) in runs.items():
-            speeds[name].append(speed(run, patch))
+    for number in range(1, arguments.rounds + 1):
+        in_turn = quietly(lambda: {name: speed(run, patch) for name, (run, patch) in runs.items()}, f"round {number}")
+        for name, found in in_turn.items():
+            speeds[name].append(found)
     print(f"{'without it, or with instead':44}  {'tokens/s':>9}  ratio to the suite, median (least to most)")
     for name, values in speeds.items():
         ratios = [value / suite for value, suite in zip(values, speeds["the suite"], strict=True)]
@@ -98,6 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{arguments.shape}, {arguments.tokens} tokens, batch {arguments.batch}, {arguments.reviews} reviews, "
           f"{arguments.rounds} rounds, {describe_machine()}", flush=True)
+    refuse_busy_machine()
     with workload(arguments.shape, arguments.reviews) as work:
         measure(work, arguments)
 

@@ -4,7 +4,8 @@
     python -m benchmarks.prediction --memory 1000 100000 1000000                    memory: the demo's BERT, short texts
 
 All label the same reviews in turn, a fifth of them at a time. Printed are medians over the five parts, ratios part by
-part with the least and the most, and on how many reviews another label comes out.
+part with the least and the most, and on how many reviews another label comes out. A part that other programs disturb
+is measured again, and a busy machine gets no verdict.
 
     suite           as --mode predict does, from the file's rows to the written file
     pipeline        the same model, at the batch size that was fastest on the first 512 reviews, in its default, fp32
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
 from benchmarks.growth import memory_mb
+from benchmarks.noise import quietly, refuse_busy_machine
 from benchmarks.workload import PROJECT
 from suite.common.hub import quiet_libraries
 from suite.encoders.loading import load_model
@@ -83,15 +86,20 @@ def compare(model: str, texts: list[str], names: list[str]) -> None:
               + ", ".join(f"{size}: {len(texts[:TRIED]) / s:.1f}" for size, s in seconds.items()), flush=True)
     speeds, labels = {name: [] for name in ("suite", *contenders)}, {name: [] for name in ("suite", *contenders)}
     step = -(-len(texts) // PARTS)
+
+    def label(name: str, part: list[str], folder: Path) -> list[str]:
+        if name == "suite":
+            return suite(classifier, part, folder)
+        return [answer["label"] for answer in contenders[name](part, batch_size=sizes[name], truncation=True)]
+
+    def in_turn(part: list[str], folder: Path) -> dict[str, tuple[float, list[str]]]:
+        """Seconds and labels of each contender."""
+        return {name: timed(partial(label, name, part, folder)) for name in speeds}
+
     with tempfile.TemporaryDirectory() as folder:
         for start in range(0, len(texts), step):
             part = texts[start:start + step]
-            for name in speeds:
-                if name == "suite":
-                    seconds, found = timed(lambda p=part: suite(classifier, p, Path(folder)))
-                else:
-                    seconds, found = timed(lambda n=name, p=part: [answer["label"] for answer in contenders[n](
-                        p, batch_size=sizes[n], truncation=True)])
+            for name, (seconds, found) in quietly(partial(in_turn, part, Path(folder)), f"from row {start}").items():
                 speeds[name].append(len(part) / seconds)
                 labels[name] += found
                 print(f"{start:6}  {name:14} {speeds[name][-1]:8.1f} reviews/s", flush=True)
@@ -134,6 +142,7 @@ def main() -> None:
     quiet_libraries()
     if not arguments.memory:
         texts = read_texts(arguments.reviews, arguments.column, arguments.rows)
+        refuse_busy_machine()
         compare(arguments.model, texts, arguments.against)
         return
     with tempfile.TemporaryDirectory() as folder:

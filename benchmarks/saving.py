@@ -5,7 +5,7 @@
 
 Optimizer steps and saves are timed in turn in one run, everything that a save does included: gathering, writing,
 SHA-256 sums, and waiting until all of it is on the disk. The shares are of a run at the default settings, which saves
-every `train_config.save_every_steps` steps and, with the best model, at the end of an epoch of 40,000 reviews.
+every `train_config.save_every_minutes` and, with the best model, at the end of an epoch of 40,000 reviews.
 """
 
 import argparse
@@ -33,15 +33,15 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
             save()
             times.append(time.perf_counter() - started)
     step = seconds / (SAVES * STEPS)
-    interval = config.train_config.save_every_steps
+    minutes = config.train_config.save_every_minutes
     state_seconds, best_seconds = map(statistics.median, (state, best))
-    epoch_steps = EPOCH_REVIEWS / arguments.batch
+    epoch = step * EPOCH_REVIEWS / arguments.batch
     print(f"an optimizer step: {step:.3f} s; a state of {run.state_bytes / 1e6:,.0f} MB: {state_seconds:.2f} s "
           f"({min(state):.2f} to {max(state):.2f}); the best model of {run.model_bytes / 1e6:,.0f} MB: "
           f"{best_seconds:.2f} s ({min(best):.2f} to {max(best):.2f})")
-    whole = (epoch_steps // interval + 1) * state_seconds + best_seconds
-    print(f"saving adds {state_seconds / (interval * step):.2%} at every {interval} steps, and {whole:.1f} s "
-          f"({whole / (epoch_steps * step):.2%}) to an epoch of {EPOCH_REVIEWS:,} reviews")
+    whole = (epoch // (60 * minutes) + 1) * state_seconds + best_seconds
+    print(f"saving adds {state_seconds / (60 * minutes):.2%} at every {minutes:g} minutes, and {whole:.1f} s "
+          f"({whole / epoch:.2%}) to an epoch of {EPOCH_REVIEWS:,} reviews")
 
 
 def main() -> None:

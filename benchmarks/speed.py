@@ -14,11 +14,14 @@ after a few that are not counted. The reviews are random words whose lengths are
     suite           this suite with every default on
     suite-fp32      the same in fp32, in which Trainer runs unless it is told otherwise
     trainer         Trainer's defaults; every review padded to --tokens, as transformers' run_classification.py does
-    trainer-best    bf16, batches padded to their longest review, reviews grouped by length, a fused optimizer
+    trainer-best    batches padded to their longest review, reviews grouped by length, a fused optimizer, and bf16 where
+                    the device computes in it
+    trainer-keeps   the same, on a CPU, with the allocator setting of the suite: keep_freed_memory
     suite-compile, trainer-compile      torch.compile on top of suite and trainer-best, if asked for by --contenders
 
 `of peak`: the FLOPs of the model on real tokens, as `efficiency.training_flops` counts them, in the time that it took,
-over what a product of large bf16 matrices reached in the same rounds.
+over what a product of large matrices reached in the same rounds, in the precision that the suite trains in.
+A round that other programs disturb is measured again, and a busy machine gets no verdict: see benchmarks/noise.py.
 """
 
 import argparse
@@ -30,9 +33,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.noise import quietly, refuse_busy_machine
 from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
+from utils import Config
 
-CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-compile", "trainer-compile")
+CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "trainer-keeps", "suite-compile", "trainer-compile")
 MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +68,8 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
     from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
     from data import prepare_data
-    from suite.training.devices import pick_device
+    from suite.encoders.cpu_kernels import keep_freed_memory
+    from suite.training.devices import pick_device, pick_precision
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -85,8 +91,11 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
             in zip(split.offsets[split.first_windows], split.lengths, strict=True)]}, **(pad or {"padding": False}))
         return datasets.Dataset.from_dict({**columns, "labels": split.labels})
 
-    best = {} if is_plain else {"bf16": True, "train_sampling_strategy": "group_by_length",
-                                "optim": "adamw_torch_fused", "torch_compile": arguments.contender == "trainer-compile"}
+    if arguments.contender == "trainer-keeps":
+        keep_freed_memory()
+    best = {} if is_plain else {"bf16": pick_precision("auto", device) == "bf16", "optim": "adamw_torch_fused",
+                                "train_sampling_strategy": "group_by_length",
+                                "torch_compile": arguments.contender == "trainer-compile"}
     clock, train, valid = Clock(), rows("train"), rows("valid")
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(work / "encoder", num_labels=2))
 
@@ -108,14 +117,15 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
 
 
 def matrix_flops() -> float:
-    """FLOP/s of bf16 matrix products, the best of some."""
+    """FLOP/s of matrix products in the precision that the suite trains in, the best of some."""
     import torch
 
-    from suite.training.devices import pick_device
+    from suite.training.devices import SingleDevice
 
-    device = pick_device("auto")
-    n = MATRIX[device.type]
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    devices = SingleDevice(Config())
+    n = MATRIX[devices.device.type]
+    a, b = torch.randn(2, n, n, device=devices.device,
+                       dtype=torch.bfloat16 if devices.precision == "bf16" else torch.float32)
     best = float("inf")
     for _ in range(8):
         started = time.perf_counter()
@@ -166,15 +176,26 @@ def model_flops(work: Path, tokens: int, batch: int) -> float:
     return training_flops(work_of(model, executed=False), lengths) / len(lengths)
 
 
+def usual_contenders() -> list[str]:
+    from suite.training.devices import SingleDevice
+
+    devices = SingleDevice(Config())
+    same = {"suite-fp32"} if devices.precision == "no" else set()
+    if devices.device.type != "cpu":
+        same.add("trainer-keeps")
+    return [name for name in CONTENDERS if name not in same and not name.endswith("-compile")]
+
+
 def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) -> None:
     names = arguments.contenders
     results: dict[str, list[dict[str, float]]] = {name: [] for name in (*names, "peak")}
     print(f"\n{shape}, {tokens} tokens, batch {arguments.batch}: {arguments.reviews:,} reviews x {arguments.epochs} "
           f"epoch(s), {arguments.rounds} round(s), in turn", flush=True)
     for number in range(1, arguments.rounds + 1):
-        for name in results:
-            results[name].append(start(work, arguments, tokens, name))
-        speeds = (f"{name} {results[name][-1]['speed']:.1f}" for name in names)
+        in_turn = quietly(lambda: {name: start(work, arguments, tokens, name) for name in results}, f"round {number}")
+        for name, result in in_turn.items():
+            results[name].append(result)
+        speeds = (f"{name} {in_turn[name]['speed']:.1f}" for name in names)
         print(f"  round {number}: reviews a second: {', '.join(speeds)}", flush=True)
 
     def median(name: str, figure: str) -> float:
@@ -192,9 +213,9 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
         speed = median(name, "speed")
         print(f"  {name:15}  {speed:9.1f}  {median(name, 'seconds') / arguments.epochs:12.2f}  "
               f"{speed * flops / peak:7.1%}  {median(name, 'evaluated'):12.1f}  {median(name, 'memory'):16,.0f}")
-    print(f"  bf16 matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
-    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite-fp32", "trainer"),
-                     ("suite-compile", "trainer-compile")):
+    print(f"  matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
+    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite", "trainer-keeps"),
+                     ("suite-fp32", "trainer"), ("suite-compile", "trainer-compile")):
         if name in names and to in names:
             print(f"  {name} / {to}: {ratio(name, to)} times, median (least to most) over the rounds")
 
@@ -208,7 +229,8 @@ def main() -> None:
     parser.add_argument("--reviews", type=int, default=256, help="reviews an epoch (default: 256)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all that differ on this device, "
+                        "without torch.compile")
     for hidden in ("--work", "--contender"):  # of a contender's process
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -218,7 +240,9 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.shape, arguments.tokens, arguments.reviews = ["minilm"], [128], 96
+    arguments.contenders = arguments.contenders or usual_contenders()
     print(describe_machine(), flush=True)
+    refuse_busy_machine()
     for shape in arguments.shape:
         with workload(shape, arguments.reviews) as work:
             for tokens in arguments.tokens:

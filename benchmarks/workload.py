@@ -85,12 +85,16 @@ def write_reviews(path: Path, count: int, tokenizer: Any) -> None:
 
 def config_for(work: Path, tokens: int, batch: int, *more: str) -> Config:
     """The suite's configuration for this workload, with the defaults of config.yaml."""
+    return load_config(PROJECT / "config.yaml", overrides_for(work, tokens, batch, *more))
+
+
+def overrides_for(work: Path, tokens: int, batch: int, *more: str) -> list[str]:
     shares = 1 / (1 + 2 * EVALUATED)
-    return load_config(PROJECT / "config.yaml", [
+    return [
         f"output_dir={work / 'runs'}", f"model_config.model_name={work / 'encoder'}", "model_config.pretrained=false",
         f"data_config.dataset={work / 'reviews.csv'}", f"data_config.max_len={tokens}",
         f"data_config.split=[{shares},{shares * EVALUATED},{shares * EVALUATED}]",
-        f"data_config.batch_size={batch}", "log_config.wandb_mode=disabled", *more])
+        f"data_config.batch_size={batch}", "log_config.wandb_mode=disabled", *more]
 
 
 def train_again(run: Run, epochs: int = 1, steps: int | None = None) -> float:

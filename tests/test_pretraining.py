@@ -24,7 +24,6 @@ from suite.pretraining.texts import prepare_texts
 from suite.reviews.sources import load_reviews
 from suite.reviews.splitting import text_digests
 from suite.training.devices import SingleDevice
-from suite.training.meter import Meter
 from utils import Config, DataConfig, ModelConfig, UserError, load_config
 
 SMALL = ENCODERS["bert"].to_dict()
@@ -228,14 +227,6 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(overrides, finishe
     assert "continuing from" in result.stdout
     for name in ("best/model.safetensors", "best/pretraining_texts.npy", "history.jsonl"):
         assert (stopped.folder / name).read_bytes() == (finished[1] / name).read_bytes(), name
-
-
-def test_the_state_of_an_earlier_version_is_refused(overrides, monkeypatch):
-    run = opened(overrides, "run_name=earlier")
-    monkeypatch.setattr(Meter, "state_dict", lambda meter: {"sums": meter.sums})
-    run.save()
-    result = run_here(*overrides, "run_name=earlier", mode="pretrain")
-    assert (result.returncode, "was saved by another version" in result.stderr) == (2, True)
 
 
 def test_the_run_folder(overrides, finished):

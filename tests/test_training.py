@@ -1,12 +1,14 @@
 """The real main.py on tiny data: the run folder, the best weights, the same bits, stopping and going on."""
 
 import csv
+import itertools
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,15 +225,37 @@ def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed, m
         assert measured["valid"]["epoch"] == len([record for record in history if "valid/loss" in record])
 
 
-def test_a_state_of_another_version_is_refused_with_one_line(undisturbed):
+@pytest.mark.parametrize("other", [{"windows": 3}, {"version": 0}])
+def test_a_state_of_another_version_is_refused_with_one_line(undisturbed, other):
     overrides, folder = undisturbed
     old = shutil.copytree(folder, folder.parent / "old")
     (old / "metrics.json").unlink()
     for state in saved_states(old / "last"):
         progress = json.loads((state / "progress.json").read_text())
-        (state / "progress.json").write_text(json.dumps(progress | {"windows": 3}))
+        (state / "progress.json").write_text(json.dumps(progress | other))
         seal(state)
     assert "was saved by another version of this project" in train_here(*overrides, "run_name=old", code=2).stderr
+    shutil.rmtree(old)
+
+
+def test_a_state_is_saved_by_the_clock(undisturbed, monkeypatch):
+    overrides, folder = undisturbed
+    overrides = [item for item in overrides if not item.startswith("train_config.save_every_steps")]
+
+    def saved(*more: str) -> list[int]:
+        """The optimizer steps of an epoch after which a state was saved."""
+        steps = []
+        monkeypatch.setattr(Run, "save", lambda run: (steps.append(run.progress.step), own(run)))
+        train_here(*overrides, "run_name=clock", "train_config.epochs=1", "train_config.resume=never",
+                   "train_config.overwrite=true", *more)
+        return steps
+
+    own, ticks = Run.save, itertools.count(step=20)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks))  # it is asked after every step
+    monkeypatch.setattr("suite.training.run.time", clock)
+    assert saved("train_config.save_every_minutes=1") == [3, 6, 9, 10]
+    assert saved("train_config.save_every_minutes=1000", "train_config.save_every_steps=4") == [4, 8, 10]
+    assert saved() == [10]
 
 
 def test_data_that_changed_after_training_is_refused(undisturbed, tmp_path):

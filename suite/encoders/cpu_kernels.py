@@ -1,31 +1,51 @@
-"""Dropout and attention that take less time on a CPU than torch's own, at the same result within rounding.
+"""Memory, dropout and attention that take less time on a CPU than what torch does, at the same result within rounding.
 
-torch draws one random number for each element of a dropout mask. Here four elements share one 64-bit number of the same
-generator, 16 bits each. The rate is rounded to 1/65,536 and the kept values are scaled by exactly that rate, so the
-expectation is the input. torch's fused attention has no dropout on a CPU, and its backward pass in bf16 is slow for
-short inputs; in both cases the matrix products are written out here. On a GPU and under torch.compile nothing is
-replaced, because fused kernels do both there.
+The C library gives a freed tensor's pages back to the kernel, which fills them with zeros when the next tensor needs
+them; here they are kept. torch draws one random number for each element of a dropout mask, from a slow generator. Here
+four elements share one 64-bit number of a fast generator, 16 bits each, whose seed comes from torch's. The rate is
+rounded to 1/65,536 and the kept values are scaled by exactly that rate, so the expectation is the input. torch's fused
+attention has no dropout on a CPU, and its backward pass in bf16 is slow for short inputs; in both cases the matrix
+products are written out here. On a GPU and under torch.compile dropout and attention are not replaced, because fused
+kernels do both there.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 STEPS = 1 << 16
 SHORT = 256  # tokens up to which written-out attention in bf16 beats the fused kernel, measured in benchmarks/README.md
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next tensor. Without glibc, or where the user's environment already says
+    how memory is allocated, nothing is changed."""
+    is_told = "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not is_told:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks,
+        libc.mallopt(M_MMAP_MAX, 0)  # and large tensors lie in it, too
 
 
 def drop(tensor: torch.Tensor, rate: float) -> torch.Tensor:
     """`tensor` with its values zeroed at `rate`, 0 <= rate < 1, and the others scaled up; same shape and dtype."""
     dropped = min(round(rate * STEPS), STEPS - 1)  # of the STEPS values that 16 bits take
     count = tensor.numel()
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-1 << 63, None).view(torch.int16)[:count]
-    kept = (bits >= dropped - STEPS // 2).view(tensor.shape)
-    return tensor * kept.to(tensor.dtype).mul_(STEPS / (STEPS - dropped))
+    generator = np.random.SFC64(torch.empty(1, dtype=torch.int64).random_().numpy())
+    bits = torch.from_numpy(generator.random_raw((count + 3) // 4).view(np.int16)[:count]).view(tensor.shape)
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype)  # 1 or 0; a comparison into booleans takes three times as long
+    torch.ge(bits, dropped - STEPS // 2, out=kept)
+    return tensor * kept.mul_(STEPS / (STEPS - dropped))
 
 
 class CPUDropout(nn.Dropout):

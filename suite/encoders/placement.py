@@ -10,7 +10,7 @@ from torch import nn
 
 from model import EncoderForClassification, mean_over_windows
 from suite.common.protocols import Devices
-from suite.encoders.cpu_kernels import use_cpu_kernels
+from suite.encoders.cpu_kernels import keep_freed_memory, use_cpu_kernels
 from suite.encoders.masked_lm import MaskedLanguageModel
 from utils import UserError
 
@@ -23,10 +23,13 @@ PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 
 
 def place_model(model: nn.Module, device: torch.device, compiled: bool = False) -> None:
-    """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled."""
+    """Move a model to its device. On a CPU, keep freed memory, and use the faster kernels of this project unless the
+    model will be compiled."""
     model.to(device)
-    if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
-        use_cpu_kernels(model)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
+            use_cpu_kernels(model)
 
 
 def checkpoint_gradients(model: nn.Module, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,6 @@ from suite.training.states import (
     find_state,
     load_progress,
     lock_within,
-    other_version,
     random_state,
     refuse_other_data,
     save_state,
@@ -123,7 +123,7 @@ class Run:
         if process_rank() > 0:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
         self.progress = Progress(data_fingerprint=data.fingerprint)
-        self.start_step = 0  # where this process began
+        self.start_step, self.saved_at = 0, time.monotonic()  # where this process began, and when it last saved
         self._out_of_memory = False
 
     @property
@@ -161,10 +161,7 @@ class Run:
         self.devices.read_state(state, self.model, self.optimizer)
         loop = torch.load(own, map_location="cpu", weights_only=True)
         self.scheduler.load_state_dict(loop["scheduler"])
-        try:
-            self.meter.load_state_dict(loop["meter"])
-        except KeyError:
-            raise other_version(state) from None
+        self.meter.load_state_dict(loop["meter"])
         set_random_state(loop["random"])
         self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
         lock_within(self.folder)
@@ -307,7 +304,10 @@ class Run:
         self.save()
 
     def save_due(self) -> bool:
-        return self.progress.step % self.config.train_config.save_every_steps == 0
+        """Whether all processes shall save a state now."""
+        steps, minutes = self.config.train_config.save_every_steps, self.config.train_config.save_every_minutes
+        is_step = steps is not None and self.progress.step % steps == 0
+        return is_step or self.devices.any(time.monotonic() - self.saved_at >= 60 * minutes)
 
     def save(self) -> None:
         """Save all that `resume` needs."""
@@ -323,11 +323,11 @@ class Run:
             if self.devices.is_main:
                 self.history.sync()
             save_state(self.folder / "last", self.progress, write, self.devices.barrier)
+        self.saved_at = time.monotonic()
 
     def save_best(self) -> None:
         """Replace the best model by the present one."""
         weights = self.devices.state_dict(self.model)
-
         if self.devices.is_main:
             with room_for(self.folder, self.model_bytes):
                 replace_folder(self.folder / "best", lambda folder: self.write_model(folder, weights), recorded=True)

@@ -59,6 +59,7 @@ class Progress:
     history_sum: str = ""  # of these lines
     run: str = ""  # see `identity`
     wandb_id: str | None = None
+    version: int = 1  # raised when a state's values mean something else, or the same seed draws other numbers
 
 
 def claim_run_folder(folder: Path) -> None:
@@ -238,6 +239,8 @@ def load_progress(state: Path, run: str) -> Progress:
         progress = Progress(**values)
         if wrong := [name for name, kind in get_type_hints(Progress).items() if not isinstance(values[name], kind)]:
             raise TypeError(wrong)
+        if progress.version != Progress.version:
+            raise other_version(state)
     except (OSError, ValueError, TypeError, KeyError):
         raise other_version(state) from None
     if progress.run != run:

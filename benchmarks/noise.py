@@ -1,0 +1,56 @@
+"""Is the machine quiet? On a busy one, ratios between programs that ran in turn were seen to triple."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+
+Result = TypeVar("Result")
+MOST = 0.05  # of all cores' time that other programs may take before figures count for nothing
+LOOK_SECONDS = 2.0  # at the machine, before anything is measured
+ATTEMPTS = 4  # at one measurement
+
+
+class Watch:
+    """What other programs take of the machine, from now on. A hypervisor that lends the cores to others counts too."""
+
+    def __init__(self):
+        self.started, self.others_before = time.perf_counter(), self._others()
+
+    @staticmethod
+    def _others() -> float:
+        """Seconds of all cores since they started, except for those of this process and of its children that ended."""
+        cores, own = psutil.cpu_times(), os.times()
+        idle = cores.idle + getattr(cores, "iowait", 0.0)
+        twice = getattr(cores, "guest", 0.0) + getattr(cores, "guest_nice", 0.0)  # they are a part of user and nice
+        return sum(cores) - idle - twice - sum(own[:4])
+
+    def others(self) -> float:
+        """The share, 0 to 1, of all cores' time that others have taken."""
+        cores = (time.perf_counter() - self.started) * (os.cpu_count() or 1)
+        return max(0.0, (self._others() - self.others_before) / cores)
+
+
+def refuse_busy_machine() -> None:
+    """Raises SystemExit if other programs are running now."""
+    watch = Watch()
+    time.sleep(LOOK_SECONDS)
+    if (share := watch.others()) > MOST:
+        raise SystemExit(f"other programs take {share:.0%} of the cores, and no figure would be worth anything: stop "
+                         "them first")
+
+
+def quietly(measure: Callable[[], Result], name: str) -> Result:
+    """measure(), and again if other programs disturbed it. Raises SystemExit if they do not leave off."""
+    for _ in range(ATTEMPTS):
+        watch = Watch()
+        result = measure()
+        if (share := watch.others()) <= MOST:
+            return result
+        print(f"  {name}: other programs took {share:.0%} of the cores: it does not count, and is measured again",
+              flush=True)
+    raise SystemExit(f"no verdict: {name} was disturbed {ATTEMPTS} times; stop the other programs first")

@@ -1,0 +1,106 @@
+"""What is faster on a CPU than torch's own: kept memory, dropout, attention. It changes no result."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ENCODERS, PROJECT, content_of, run_script
+from test_model import batch, build
+
+from suite.encoders.cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is not the C library here")
+# Counts the pages that the kernel hands out for five more tensors of 64 MB, one after the other.
+FAULTS = """
+import resource, torch
+from suite.encoders.cpu_kernels import keep_freed_memory
+keep_freed_memory()
+for _ in range(20):  # until the heap has found its places
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@needs_glibc
+@pytest.mark.parametrize(("environment", "fewest", "most"), [
+    ({}, 0, 500), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, 50_000, 200_000),
+    ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, 50_000, 200_000)])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment, fewest, most):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    faults = subprocess.run([sys.executable, "-c", FAULTS], cwd=PROJECT, env=plain | environment, capture_output=True,
+                            text=True, check=True).stdout
+    assert fewest <= int(faults) <= most
+
+
+@needs_glibc
+def test_where_memory_comes_from_changes_no_bit(overrides, tmp_path):
+    runs = {}
+    for name, environment in (("kept", {}), ("returned", {"MALLOC_MMAP_THRESHOLD_": "4096"})):
+        result = run_script("main.py", *overrides, f"run_name={name}", environment=environment)
+        assert result.returncode == 0, result.stderr
+        files = content_of(tmp_path / "runs" / name)
+        runs[name] = {file: files[file] for file in ("best/model.safetensors", "history.jsonl",
+                                                     "valid_predictions.csv", "test_predictions.csv")}
+    assert runs["kept"] == runs["returned"]
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_the_cpu_kernels_change_nothing_but_the_draw(encoder_folder, name):
+    inputs, labels = batch(ENCODERS[name].pad_token_id or 0)
+    model = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2)
+    expected = model.eval()(**inputs).logits
+    use_cpu_kernels(model)
+    assert not any(type(module) is torch.nn.Dropout for module in model.modules())
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    torch.manual_seed(3)
+    first = model.train()(**inputs).logits
+    torch.manual_seed(3)
+    assert torch.equal(first, model(**inputs).logits)  # the draw comes from torch's generator, which a run saves
+    assert not torch.equal(first, model(**inputs).logits)
+    # The layers above a dropout are not linear, so its mean is compared with that of torch's own.
+    own = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2).train()
+    ours, torchs = (torch.stack([each(**inputs).logits.detach() for _ in range(500)]) for each in (model, own))
+    errors = ((ours.var(dim=0) + torchs.var(dim=0)) / 500).sqrt()
+    assert ((ours.mean(dim=0) - torchs.mean(dim=0)).abs() < 5 * errors).all()
+    torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.2, atol=0)
+    tiny = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=1e-9).train()  # rounds to no dropout at all
+    use_cpu_kernels(tiny)
+    torch.testing.assert_close(tiny(**inputs).logits, tiny.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("tokens", [20, SHORT + 1])  # written out, and left to torch
+def test_attention_in_bf16_is_as_near_to_the_exact_one_as_torchs(tokens):
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 3, tokens, 8, generator=generator).bfloat16().double().requires_grad_() for _ in range(3)]
+    lengths = torch.tensor([tokens, tokens - 9])
+    mask = (torch.arange(tokens) < lengths[:, None])[:, None, None, :].expand(2, 1, tokens, tokens)
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=mask)
+    expected.square().sum().backward()
+    given = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    context, _ = cpu_attention(torch.nn.Identity(), *given, mask)
+    assert context.dtype == torch.bfloat16
+    context.square().sum().backward()
+    torch.testing.assert_close(context.transpose(1, 2).double(), expected, atol=0.02, rtol=0.02)
+    for ours, theirs in zip(given, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=0.06, rtol=0.03)
+
+
+def test_dropout_draws_at_its_rate_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    values = torch.ones(1000, 1001, requires_grad=True)
+    dropped = drop(values, 0.1)
+    zeros = (dropped == 0).double().mean().item()
+    assert abs(zeros - 0.1) < 5 * (0.1 * 0.9 / values.numel()) ** 0.5
+    assert dropped.detach().unique().numel() == 2
+    assert dropped.max().item() == pytest.approx(1 / 0.9, abs=1e-5)
+    dropped.sum().backward()
+    assert torch.equal(values.grad, dropped.detach())  # the same mask backwards
+    columns = (dropped.detach() == 0).double()
+    assert abs(torch.corrcoef(columns.T[:40]).fill_diagonal_(0)).max() < 0.2  # neighbours share a number, not a draw
