@@ -55,7 +55,7 @@ STEPS = [
     Step("packing", 3, ["benchmarks.ablations", "--shape", "modernbert-base", "--tokens", "512", "--batch", "64",
                         "--reviews", "4000", "--only", "packed"],
          ["--shape", "modernbert-small", "--tokens", "128", "--reviews", "32", "--batch", "8", "--rounds", "1"]),
-    Step("memory", 3, ["benchmarks.memory", "--shape", "bert-base"], SMALL),
+    Step("memory", 3, ["benchmarks.memory", "--shape", "bert-base"], [*SMALL, "--row", "8", "8"]),
     Step("saving", 2, ["benchmarks.saving", "--shape", "bert-base", "--batch", "64"], [*SMALL, "--batch", "8"]),
     Step("parts", 6, ["benchmarks.ablations", "--shape", "bert-base", "--batch", "64", "--reviews", "4000"],
          [*SMALL, "--reviews", "32", "--batch", "8", "--rounds", "1", "--only", "mask"]),
@@ -132,10 +132,11 @@ def check(name: str) -> None:
 def take(step: Step, folder: Path, seconds: float, rehearsed: bool) -> bool:
     """Run a step and print what it printed. Returns whether it ended well."""
     command = [sys.executable, "-m", *step.arguments, *(step.small if rehearsed else [])]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"} | ({"MOST_NOISE": "1"} if rehearsed else {})
     started = time.monotonic()
     with open(folder / f"{step.name}.txt", "w+", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=PROJECT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "PYTHONUNBUFFERED": "1"})
+                                   env=environment)
         try:
             outcome = {0: "done"}.get(code := process.wait(seconds), f"failed with exit code {code}")
         except subprocess.TimeoutExpired:

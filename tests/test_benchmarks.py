@@ -71,7 +71,8 @@ def test_packed_reviews_give_the_loss_and_the_gradients_of_padded_ones(small_wor
                 loss, _ = train_step(run.model.eval(), descent, micro_batches, len(rows), run.devices)
             found.append((micro_batches[0]["input_ids"].shape, loss, dict(run.model.named_parameters())))
     (padded_shape, loss, weights), (packed_shape, packed_loss, packed_weights) = found
-    assert padded_shape[0] > 1 and packed_shape[0] == 1
+    assert padded_shape[0] > 1
+    assert packed_shape[0] == 1
     torch.testing.assert_close(loss, packed_loss)
     torch.testing.assert_close(weights, packed_weights, atol=1e-5, rtol=1e-4)
 
@@ -81,5 +82,6 @@ def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path, 
              gpu.Step("endless", 1, ["http.server", "0"], [])]
     assert [gpu.take(step, tmp_path, 3, rehearsed=False) for step in steps] == [True, False, False]
     printed = capsys.readouterr().out
-    assert "wrong: failed with exit code 1" in printed and "endless: stopped at its time limit" in printed
+    assert "wrong: failed with exit code 1" in printed
+    assert "endless: stopped at its time limit" in printed
     assert "Beautiful is better than ugly" in (tmp_path / "fine.txt").read_text()
