@@ -134,7 +134,7 @@ class TrainConfig:
     overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
     save_every_minutes: float = option(10.0, "minutes between two saved states; one more is saved after each epoch",
                                        at_least=0, shapes_result=False)
-    save_every_steps: int | None = option(None, "save after so many optimizer steps, too", at_least=1,
+    save_every_steps: int | None = option(None, "save after every so many optimizer steps, too", at_least=1,
                                           shapes_result=False)
 
 

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --rehearse                         the same steps in small, on a CPU
 
 Each step has a process of its own, a time limit, and a file FOLDER/STEP.txt with what it printed. One that fails does
-not stop the others, and one for which no time is left is not begun. Exit code 1 if a step failed.
+not stop the others, and one for which no time is left is not begun. Exit code 1 if a step failed or was not begun.
 
     experiment-1     BERT-base and ModernBERT-base, 40,000 reviews x 5 epochs at 128 tokens: how long does it take?
     same-bits        does a run give the same bits twice, and after a kill, in bf16 and under fp16's loss scaler?
@@ -163,19 +163,24 @@ def main() -> None:
     if not arguments.rehearse and not torch.cuda.is_available():
         raise SystemExit(f"torch {torch.__version__} finds no CUDA GPU here: --rehearse tries the steps on a CPU")
     folder = Path(arguments.output or tempfile.mkdtemp(prefix="gpu-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--output {folder}: {error.strerror}") from None
     print(f"{describe_machine()}; the whole output of each step: {folder}", flush=True)
-    end, failed = time.monotonic() + 60 * arguments.minutes, []
+    end, failed, skipped = time.monotonic() + 60 * arguments.minutes, [], []
     for step in STEPS:
         if arguments.only and step.name not in arguments.only:
             continue
         left = end - time.monotonic()
         if left < 15:
-            print(f"\n===== {step.name}: not begun, no time is left")
+            skipped.append(step.name)
         elif not take(step, folder, min(60 * step.minutes, left), arguments.rehearse):
             failed.append(step.name)
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    if skipped:
+        print(f"no time was left for {', '.join(skipped)}: give --only and these names")
+    if failed or skipped:
+        raise SystemExit(f"failed: {', '.join(failed)}" if failed else 1)
 
 
 if __name__ == "__main__":
