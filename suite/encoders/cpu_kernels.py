@@ -1,12 +1,12 @@
 """Memory, dropout and attention that take less time on a CPU than what torch does, at the same result within rounding.
 
 The C library gives a freed tensor's pages back to the kernel, which fills them with zeros when the next tensor needs
-them; here they are kept. torch draws one random number for each element of a dropout mask, from a slow generator. Here
-four elements share one 64-bit number of a fast generator, 16 bits each, whose seed comes from torch's. The rate is
-rounded to 1/65,536 and the kept values are scaled by exactly that rate, so the expectation is the input. torch's fused
-attention has no dropout on a CPU, and its backward pass in bf16 is slow for short inputs; in both cases the matrix
-products are written out here. On a GPU and under torch.compile dropout and attention are not replaced, because fused
-kernels do both there.
+them; in training they are kept. torch draws one random number for each element of a dropout mask, from a slow
+generator. Here four elements share one 64-bit number of a fast generator, 16 bits each, whose seed comes from torch's.
+The rate is rounded to 1/65,536 and the kept values are scaled by exactly that rate, so the expectation is the input.
+torch's fused attention has no dropout on a CPU, and its backward pass in bf16 is slow for short inputs; in both cases
+the matrix products are written out here. On a GPU and under torch.compile dropout and attention are not replaced,
+because fused kernels do both there.
 """
 
 from __future__ import annotations

@@ -22,14 +22,14 @@ Batch = dict[str, torch.Tensor]
 PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 
 
-def place_model(model: nn.Module, device: torch.device, compiled: bool = False) -> None:
-    """Move a model to its device. On a CPU, keep freed memory, and use the faster kernels of this project unless the
-    model will be compiled."""
+def place_model(model: nn.Module, device: torch.device, compiled: bool = False, trains: bool = False) -> None:
+    """Move a model to its device. On a CPU, use the faster kernels of this project unless it will be compiled, and keep
+    freed memory if it `trains`. Labelling a long file does not keep it: see benchmarks/README.md."""
     model.to(device)
-    if device.type == "cpu":
+    if device.type == "cpu" and trains:
         keep_freed_memory()
-        if isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
-            use_cpu_kernels(model)
+    if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
+        use_cpu_kernels(model)
 
 
 def checkpoint_gradients(model: nn.Module, name: str) -> None:
