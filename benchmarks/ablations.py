@@ -11,11 +11,10 @@ those whose head is read. A round that other programs disturb is measured again,
 """
 
 import argparse
-import ctypes
 import math
 import statistics
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,19 +49,6 @@ def unfused_adam() -> Any:
                       lambda model, train: torch.optim.Adam(model.parameters(), lr=5e-5))
 
 
-@contextmanager
-def returned_memory():
-    """glibc's own settings, as they are once it has freed a tensor of 32 MB."""
-    from suite.encoders.cpu_kernels import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
-
-    libc, m_mmap_threshold = ctypes.CDLL(None), -3
-    for parameter, value in ((M_TRIM_THRESHOLD, 64 << 20), (m_mmap_threshold, 32 << 20), (M_MMAP_MAX, 65536)):
-        libc.mallopt(parameter, value)
-    libc.malloc_trim(0)
-    yield
-    keep_freed_memory()
-
-
 def drop_by_torchs_generator(tensor: Any, rate: float) -> Any:
     """`cpu_kernels.drop` with torch's generator, and a mask that is compared into booleans first."""
     import torch
@@ -79,7 +65,6 @@ def drop_by_torchs_generator(tensor: Any, rate: float) -> Any:
 VARIANTS = [
     ("the suite", [], None),
     ("torch's dropout and attention", [], patched("suite.encoders.placement.use_cpu_kernels", lambda model: None)),
-    ("freed memory given back to the kernel", [], returned_memory),
     ("a slower generator of dropout", [], patched("suite.encoders.cpu_kernels.drop", drop_by_torchs_generator)),
     ("torch's attention where nothing is dropped", [], patched("suite.encoders.cpu_kernels.SHORT", 0)),
     ("every token of the last layer", [], patched("model.read_only_first_token", lambda encoder: None)),

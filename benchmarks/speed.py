@@ -16,7 +16,7 @@ after a few that are not counted. The reviews are random words whose lengths are
     trainer         Trainer's defaults; every review padded to --tokens, as transformers' run_classification.py does
     trainer-best    batches padded to their longest review, reviews grouped by length, a fused optimizer, and bf16 where
                     the device computes in it
-    trainer-keeps   the same, on a CPU, with the allocator setting of the suite: keep_freed_memory
+    suite-keeps, trainer-keeps      suite and trainer-best, on a CPU, with glibc told to keep freed memory
     suite-compile, trainer-compile      torch.compile on top of suite and trainer-best, if asked for by --contenders
 
 `of peak`: the FLOPs of the model on real tokens, as `efficiency.training_flops` counts them, in the time that it took,
@@ -26,6 +26,7 @@ A round that other programs disturb is measured again, and a busy machine gets n
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,9 @@ from benchmarks.noise import quietly, refuse_busy_machine
 from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
 from utils import Config
 
-CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "trainer-keeps", "suite-compile", "trainer-compile")
+CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-keeps", "trainer-keeps", "suite-compile",
+              "trainer-compile")
+KEEPS = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}  # for glibc
 MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +71,6 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
     from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
     from data import prepare_data
-    from suite.encoders.cpu_kernels import keep_freed_memory
     from suite.training.devices import pick_device, pick_precision
 
     class Clock(TrainerCallback):
@@ -91,8 +93,6 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
             in zip(split.offsets[split.first_windows], split.lengths, strict=True)]}, **(pad or {"padding": False}))
         return datasets.Dataset.from_dict({**columns, "labels": split.labels})
 
-    if arguments.contender == "trainer-keeps":
-        keep_freed_memory()
     best = {} if is_plain else {"bf16": pick_precision("auto", device) == "bf16", "optim": "adamw_torch_fused",
                                 "train_sampling_strategy": "group_by_length",
                                 "torch_compile": arguments.contender == "trainer-compile"}
@@ -158,7 +158,8 @@ def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
 def start(work: Path, arguments: argparse.Namespace, tokens: int, contender: str) -> dict[str, float]:
     command = [sys.executable, "-m", __spec__.name, "--work", str(work), "--contender", contender, "--tokens",
                str(tokens), "--batch", str(arguments.batch), "--epochs", str(arguments.epochs)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    child = subprocess.run(command, capture_output=True, text=True, check=False,
+                           env=os.environ | (KEEPS if contender.endswith("-keeps") else {}))
     if child.returncode:
         raise SystemExit(f"{contender} failed:\n{child.stderr[-3000:]}")
     return json.loads(child.stdout.splitlines()[-1])
@@ -182,7 +183,7 @@ def usual_contenders() -> list[str]:
     devices = SingleDevice(Config())
     same = {"suite-fp32"} if devices.precision == "no" else set()
     if devices.device.type != "cpu":
-        same.add("trainer-keeps")
+        same |= {"suite-keeps", "trainer-keeps"}
     return [name for name in CONTENDERS if name not in same and not name.endswith("-compile")]
 
 
@@ -214,7 +215,7 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
         print(f"  {name:15}  {speed:9.1f}  {median(name, 'seconds') / arguments.epochs:12.2f}  "
               f"{speed * flops / peak:7.1%}  {median(name, 'evaluated'):12.1f}  {median(name, 'memory'):16,.0f}")
     print(f"  matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
-    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite", "trainer-keeps"),
+    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite-keeps", "trainer-keeps"),
                      ("suite-fp32", "trainer"), ("suite-compile", "trainer-compile")):
         if name in names and to in names:
             print(f"  {name} / {to}: {ratio(name, to)} times, median (least to most) over the rounds")

@@ -1,54 +1,29 @@
-"""What is faster on a CPU than torch's own: kept memory, dropout, attention. It changes no result."""
+"""What is faster on a CPU than torch's own dropout and attention, and where memory comes from: it changes no result."""
 
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENCODERS, PROJECT, content_of, run_script
+from conftest import ENCODERS, content_of, run_script
 from test_model import batch, build
 
+from benchmarks.speed import KEEPS
 from suite.encoders.cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is not the C library here")
-# Counts the pages that the kernel hands out for five more tensors of 64 MB, one after the other.
-FAULTS = """
-import resource, torch
-from suite.encoders.cpu_kernels import keep_freed_memory
-keep_freed_memory()
-for _ in range(20):  # until the heap has found its places
-    torch.ones(1 << 24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@needs_glibc
-@pytest.mark.parametrize(("environment", "fewest", "most"), [
-    ({}, 0, 500), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, 50_000, 200_000),
-    ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}, 50_000, 200_000)])
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment, fewest, most):
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    faults = subprocess.run([sys.executable, "-c", FAULTS], cwd=PROJECT, env=plain | environment, capture_output=True,
-                            text=True, check=True).stdout
-    assert fewest <= int(faults) <= most
 
 
 @needs_glibc
 def test_where_memory_comes_from_changes_no_bit(overrides, tmp_path):
     runs = {}
-    for name, environment in (("kept", {}), ("returned", {"MALLOC_MMAP_THRESHOLD_": "4096"})):
+    for name, environment in (("usual", {}), ("kept", KEEPS)):
         result = run_script("main.py", *overrides, f"run_name={name}", environment=environment)
         assert result.returncode == 0, result.stderr
         files = content_of(tmp_path / "runs" / name)
         runs[name] = {file: files[file] for file in ("best/model.safetensors", "history.jsonl",
                                                      "valid_predictions.csv", "test_predictions.csv")}
-    assert runs["kept"] == runs["returned"]
+    assert runs["usual"] == runs["kept"]
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])

@@ -1,19 +1,14 @@
-"""Memory, dropout and attention that take less time on a CPU than what torch does, at the same result within rounding.
+"""Dropout and attention that take less time on a CPU than torch's own, at the same result within rounding.
 
-The C library gives a freed tensor's pages back to the kernel, which fills them with zeros when the next tensor needs
-them; in training they are kept. torch draws one random number for each element of a dropout mask, from a slow
+torch draws one random number for each element of a dropout mask, from a slow
 generator. Here four elements share one 64-bit number of a fast generator, 16 bits each, whose seed comes from torch's.
 The rate is rounded to 1/65,536 and the kept values are scaled by exactly that rate, so the expectation is the input.
 torch's fused attention has no dropout on a CPU, and its backward pass in bf16 is slow for short inputs; in both cases
-the matrix products are written out here. On a GPU and under torch.compile dropout and attention are not replaced,
-because fused kernels do both there.
+the matrix products are written out here. On a GPU and under torch.compile nothing is replaced, because fused
+kernels do both there.
 """
 
 from __future__ import annotations
-
-import ctypes
-import os
-import platform
 
 import numpy as np
 import torch
@@ -22,19 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 STEPS = 1 << 16
 SHORT = 256  # tokens up to which written-out attention in bf16 beats the fused kernel, measured in benchmarks/README.md
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next tensor. Without glibc, or where the user's environment already says
-    how memory is allocated, nothing is changed."""
-    is_told = "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not is_told:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks,
-        libc.mallopt(M_MMAP_MAX, 0)  # and large tensors lie in it, too
 
 
 def drop(tensor: torch.Tensor, rate: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from model import EncoderForClassification, mean_over_windows
 from suite.common.protocols import Devices
-from suite.encoders.cpu_kernels import keep_freed_memory, use_cpu_kernels
+from suite.encoders.cpu_kernels import use_cpu_kernels
 from suite.encoders.masked_lm import MaskedLanguageModel
 from utils import UserError
 
@@ -22,12 +22,9 @@ Batch = dict[str, torch.Tensor]
 PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 
 
-def place_model(model: nn.Module, device: torch.device, compiled: bool = False, trains: bool = False) -> None:
-    """Move a model to its device. On a CPU, use the faster kernels of this project unless it will be compiled, and keep
-    freed memory if it `trains`. Labelling a long file does not keep it: see benchmarks/README.md."""
+def place_model(model: nn.Module, device: torch.device, compiled: bool = False) -> None:
+    """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled."""
     model.to(device)
-    if device.type == "cpu" and trains:
-        keep_freed_memory()
     if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
         use_cpu_kernels(model)
 

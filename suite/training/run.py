@@ -106,7 +106,7 @@ class Run:
     def __init__(self, config: Config, devices: Devices, data: PreparedData, model: nn.Module):
         self.config, self.devices, self.data, self.folder = config, devices, data, config.run_folder
         train_config = config.train_config
-        place_model(model, devices.device, compiled=train_config.compile, trains=True)
+        place_model(model, devices.device, compiled=train_config.compile)
         self.model_config, self.meter = model.config, Meter(model, devices)
         self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
         self.train_loader, self.valid_loader = (
