@@ -4,7 +4,7 @@
     python -m benchmarks.profile --shape modernbert-small --tokens 128
 
 An operation counts for the innermost part of the model that called it; a backward operation for the part whose forward
-operation it differentiates. `Python` is the time in which no operation ran. The last column is no part of the sum: the
+operation it differentiates. `Python` is the time in which no operation ran. The last row is no part of the sum: the
 share of processor time that the operating system's kernel took. On a CPU only.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from torch import nn
 from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -83,15 +82,14 @@ def measure(work: Path, tokens: int, batch: int) -> dict[str, float]:
     """The shares of an epoch's steps, and that of the operating system's kernel."""
     config = config_for(work, tokens, batch)
     with ExitStack() as stack:
-        for name in ("drop", "cpu_attention"):
-            part = {"drop": "dropout", "cpu_attention": "attention"}[name]
+        for name, part in (("drop", "dropout"), ("cpu_attention", "attention")):
             stack.enter_context(mock.patch.object(cpu_kernels, name, named(getattr(cpu_kernels, name), part)))
         attention = cpu_kernels.AttentionInterface()
         stack.enter_context(mock.patch.dict(attention._global_mapping, sdpa_cpu=cpu_kernels.cpu_attention))
         run = Run.open(config, SingleDevice(config))
         for module in run.model.modules():
-            if (part := PARTS.get(type(module).__name__)) is not None or isinstance(module, nn.LayerNorm):
-                module.forward = named(module.forward, part or "layer norm")
+            if (part := PARTS.get(type(module).__name__)) is not None:
+                module.forward = named(module.forward, part)
         run.sampler.epoch = 0
         steps = list(zip(run.sampler.effective_batches(), run.train_loader, strict=True))
 

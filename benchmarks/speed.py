@@ -215,7 +215,8 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
         print(f"  {name:15}  {speed:9.1f}  {median(name, 'seconds') / arguments.epochs:12.2f}  "
               f"{speed * flops / peak:7.1%}  {median(name, 'evaluated'):12.1f}  {median(name, 'memory'):16,.0f}")
     print(f"  matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
-    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite-keeps", "trainer-keeps"),
+    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite-keeps", "trainer"),
+                     ("suite-keeps", "trainer-best"), ("suite-keeps", "trainer-keeps"),
                      ("suite-fp32", "trainer"), ("suite-compile", "trainer-compile")):
         if name in names and to in names:
             print(f"  {name} / {to}: {ratio(name, to)} times, median (least to most) over the rounds")
