@@ -30,7 +30,7 @@ from suite.reviews.sources import Reviews, load_reviews
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
 from utils import Config, DataConfig, num_processes, process_rank, say
 
-CPU_BATCH = 64
+CPU_TOKENS = 8192  # of a pass without a backward one, measured in benchmarks/README.md
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
 
 
@@ -270,16 +270,18 @@ def get_dataloader(data: PreparedData, split: str, config: Config, device: torch
             dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size, train_config.seed, rank,
             processes, pass_tokens, dataset.windows)
     else:
-        sampler = LengthSampler(dataset.lengths, eval_batch_size(config.data_config, device), rank, processes,
-                                pass_tokens, dataset.windows)
+        windows = eval_batch_size(config.data_config, device, config.data_config.max_len)
+        sampler = LengthSampler(dataset.lengths, windows, rank, processes, pass_tokens, dataset.windows)
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.data_config.num_workers,
                       pin_memory=device.type == "cuda", worker_init_fn=_ignore_signals,
                       generator=torch.Generator())  # its own: the loader must not advance the generator of dropout
 
 
-def eval_batch_size(data_config: DataConfig, device: torch.device) -> int:
-    """Windows in a forward pass without a backward one. On a CPU at most CPU_BATCH: larger ones overflow its caches."""
-    return min(data_config.eval_batch_size, CPU_BATCH) if device.type == "cpu" else data_config.eval_batch_size
+def eval_batch_size(data_config: DataConfig, device: torch.device, max_len: int) -> int:
+    """Windows of up to `max_len` tokens in a forward pass without a backward one. On a CPU they have at most CPU_TOKENS
+    together: larger passes overflow its caches."""
+    size = data_config.eval_batch_size
+    return min(size, max(1, CPU_TOKENS // max_len)) if device.type == "cpu" else size
 
 
 def _ignore_signals(worker: int) -> None:

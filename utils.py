@@ -92,7 +92,7 @@ class DataConfig:
     batch_size: int = option(64, "reviews per forward pass on one device, or their windows: the micro-batch",
                              at_least=1)
     eval_batch_size: int = option(256, "reviews per forward pass in evaluation and prediction, or their windows; "
-                                  "at most 64 on a CPU", at_least=1, shapes_result=False)
+                                  "at most 8,192 tokens on a CPU", at_least=1, shapes_result=False)
     num_workers: int = option(0, "processes that prepare batches; without them, a batch takes 0.15 ms", at_least=0,
                               at_most=256, shapes_result=False)
 

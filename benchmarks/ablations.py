@@ -49,23 +49,34 @@ def unfused_adam() -> Any:
                       lambda model, train: torch.optim.Adam(model.parameters(), lr=5e-5))
 
 
-def drop_by_torchs_generator(tensor: Any, rate: float) -> Any:
-    """`cpu_kernels.drop` with torch's generator, and a mask that is compared into booleans first."""
+def draw_by_torchs_generator(_: Any, rate: float, kept: Any) -> float:
+    """`cpu_kernels.draw` with torch's generator, and a mask that is compared into booleans first."""
     import torch
 
     from suite.encoders.cpu_kernels import STEPS
 
-    dropped, count = round(rate * STEPS), tensor.numel()
+    dropped, count = round(rate * STEPS), kept.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-1 << 63, None).view(torch.int16)[:count]
-    kept = (bits >= dropped - STEPS // 2).view(tensor.shape)
-    return tensor * kept.to(tensor.dtype).mul_(STEPS / (STEPS - dropped))
+    kept.copy_(bits.view(kept.shape) >= dropped - STEPS // 2)
+    return STEPS / (STEPS - dropped)
+
+
+def attention_by_autograd(query: Any, key: Any, value: Any, bias: Any, scaling: float, rate: float) -> Any:
+    """`cpu_kernels.BlockAttention` of all reviews at once, differentiated by torch."""
+    from suite.encoders.cpu_kernels import drop
+
+    scores = (query * scaling) @ key.mT
+    attention = (scores if bias is None else scores + bias).softmax(dim=-1).to(value.dtype)
+    return ((drop(attention, rate) if rate else attention) @ value).transpose(1, 2).contiguous()
 
 
 # (name, overrides of the configuration, what is patched while the Run is built and trains)
 VARIANTS = [
     ("the suite", [], None),
     ("torch's dropout and attention", [], patched("suite.encoders.placement.use_cpu_kernels", lambda model: None)),
-    ("a slower generator of dropout", [], patched("suite.encoders.cpu_kernels.drop", drop_by_torchs_generator)),
+    ("a slower generator of dropout", [], patched("suite.encoders.cpu_kernels.draw", draw_by_torchs_generator)),
+    ("attention not by blocks", [],
+     patched("suite.encoders.cpu_kernels.BlockAttention.apply", attention_by_autograd)),
     ("torch's attention where nothing is dropped", [], patched("suite.encoders.cpu_kernels.SHORT", 0)),
     ("every token of the last layer", [], patched("model.read_only_first_token", lambda encoder: None)),
     ("an effective batch not cut by length", [], patched("suite.training.run.pass_tokens", lambda *_: math.inf)),

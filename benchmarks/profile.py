@@ -82,7 +82,7 @@ def measure(work: Path, tokens: int, batch: int) -> dict[str, float]:
     """The shares of an epoch's steps, and that of the operating system's kernel."""
     config = config_for(work, tokens, batch)
     with ExitStack() as stack:
-        for name, part in (("drop", "dropout"), ("cpu_attention", "attention")):
+        for name, part in (("drop", "dropout"), ("draw", "dropout"), ("cpu_attention", "attention")):
             stack.enter_context(mock.patch.object(cpu_kernels, name, named(getattr(cpu_kernels, name), part)))
         attention = cpu_kernels.AttentionInterface()
         stack.enter_context(mock.patch.dict(attention._global_mapping, sdpa_cpu=cpu_kernels.cpu_attention))

@@ -16,7 +16,8 @@ after a few that are not counted. The reviews are random words whose lengths are
     trainer         Trainer's defaults; every review padded to --tokens, as transformers' run_classification.py does
     trainer-best    batches padded to their longest review, reviews grouped by length, a fused optimizer, and bf16 where
                     the device computes in it
-    suite-keeps, trainer-keeps      suite and trainer-best, on a CPU, with glibc told to keep freed memory
+    suite-glibc     suite, on a CPU, with freed memory left to glibc, which gives it back to the kernel
+    trainer-keeps   trainer-best, on a CPU, with glibc told to keep freed memory, as the suite tells it
     suite-compile, trainer-compile      torch.compile on top of suite and trainer-best, if asked for by --contenders
 
 `of peak`: the FLOPs of the model on real tokens, as `efficiency.training_flops` counts them, in the time that it took,
@@ -38,9 +39,11 @@ from benchmarks.noise import quietly, refuse_busy_machine
 from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
 from utils import Config
 
-CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-keeps", "trainer-keeps", "suite-compile",
+CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-glibc", "trainer-keeps", "suite-compile",
               "trainer-compile")
-KEEPS = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}  # for glibc
+GLIBCS_OWN = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}  # glibc's default, but said, so that the suite changes nothing
+KEEPS = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+ENVIRONMENTS = {"suite-glibc": GLIBCS_OWN, "trainer-keeps": KEEPS}
 MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ def start(work: Path, arguments: argparse.Namespace, tokens: int, contender: str
     command = [sys.executable, "-m", __spec__.name, "--work", str(work), "--contender", contender, "--tokens",
                str(tokens), "--batch", str(arguments.batch), "--epochs", str(arguments.epochs)]
     child = subprocess.run(command, capture_output=True, text=True, check=False,
-                           env=os.environ | (KEEPS if contender.endswith("-keeps") else {}))
+                           env=os.environ | ENVIRONMENTS.get(contender, {}))
     if child.returncode:
         raise SystemExit(f"{contender} failed:\n{child.stderr[-3000:]}")
     return json.loads(child.stdout.splitlines()[-1])
@@ -183,7 +186,7 @@ def usual_contenders() -> list[str]:
     devices = SingleDevice(Config())
     same = {"suite-fp32"} if devices.precision == "no" else set()
     if devices.device.type != "cpu":
-        same |= {"suite-keeps", "trainer-keeps"}
+        same |= set(ENVIRONMENTS)
     return [name for name in CONTENDERS if name not in same and not name.endswith("-compile")]
 
 
@@ -215,9 +218,8 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
         print(f"  {name:15}  {speed:9.1f}  {median(name, 'seconds') / arguments.epochs:12.2f}  "
               f"{speed * flops / peak:7.1%}  {median(name, 'evaluated'):12.1f}  {median(name, 'memory'):16,.0f}")
     print(f"  matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
-    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite-keeps", "trainer"),
-                     ("suite-keeps", "trainer-best"), ("suite-keeps", "trainer-keeps"),
-                     ("suite-fp32", "trainer"), ("suite-compile", "trainer-compile")):
+    for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite", "trainer-keeps"),
+                     ("suite", "suite-glibc"), ("suite-fp32", "trainer"), ("suite-compile", "trainer-compile")):
         if name in names and to in names:
             print(f"  {name} / {to}: {ratio(name, to)} times, median (least to most) over the rounds")
 

@@ -1,15 +1,21 @@
 """What is faster on a CPU than torch's own dropout and attention, and where memory comes from: it changes no result."""
 
+import math
+import os
 import platform
+import sys
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENCODERS, content_of, run_script
 from test_model import batch, build
 
-from benchmarks.speed import KEEPS
-from suite.encoders.cpu_kernels import SHORT, cpu_attention, drop, use_cpu_kernels
+from benchmarks.speed import GLIBCS_OWN, KEEPS
+from suite.encoders import cpu_kernels, freed_memory
+from suite.encoders.cpu_kernels import SHORT, BlockAttention, cpu_attention, drop, use_cpu_kernels
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is not the C library here")
 
@@ -17,13 +23,52 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glib
 @needs_glibc
 def test_where_memory_comes_from_changes_no_bit(overrides, tmp_path):
     runs = {}
-    for name, environment in (("usual", {}), ("kept", KEEPS)):
+    for name, environment in (("the suite", {}), ("glibc's own", GLIBCS_OWN), ("kept from the start", KEEPS)):
         result = run_script("main.py", *overrides, f"run_name={name}", environment=environment)
         assert result.returncode == 0, result.stderr
         files = content_of(tmp_path / "runs" / name)
         runs[name] = {file: files[file] for file in ("best/model.safetensors", "history.jsonl",
                                                      "valid_predictions.csv", "test_predictions.csv")}
-    assert runs["usual"] == runs["kept"]
+    assert runs["the suite"] == runs["glibc's own"] == runs["kept from the start"]
+
+
+@needs_glibc
+def test_freed_memory_is_kept_until_the_process_has_grown_by_half(monkeypatch):
+    libc = mock.Mock()
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: libc)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    model = torch.nn.Identity()
+    freed_memory.keep_freed_memory(model)
+    assert libc.mallopt.call_count == 2
+
+    def pages(count, passes=1):
+        monkeypatch.setattr(freed_memory, "own_pages", lambda: count)
+        for _ in range(passes):
+            model(torch.ones(1))
+        return libc.malloc_trim.call_count
+
+    assert pages(500, freed_memory.PASSES - 1) == 0  # too early to say what is usual
+    assert pages(100) == 0
+    assert pages(150, 1000) == 0
+    assert pages(151) == 1
+    assert pages(1000, freed_memory.PASSES) == 1  # what is usual now
+    assert pages(1501) == 2
+
+
+@needs_glibc
+@pytest.mark.parametrize("environment", [GLIBCS_OWN, KEEPS])
+def test_an_environment_that_says_how_to_allocate_is_obeyed(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: pytest.fail("glibc was told something"))
+    freed_memory.keep_freed_memory(torch.nn.Identity())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_own_pages_are_counted():
+    before = freed_memory.own_pages()
+    taken = np.ones(1 << 23)  # 64 MB
+    assert (freed_memory.own_pages() - before) * os.sysconf("SC_PAGE_SIZE") == pytest.approx(taken.nbytes, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
@@ -48,6 +93,34 @@ def test_the_cpu_kernels_change_nothing_but_the_draw(encoder_folder, name):
     tiny = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=1e-9).train()  # rounds to no dropout at all
     use_cpu_kernels(tiny)
     torch.testing.assert_close(tiny(**inputs).logits, tiny.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("block", [cpu_kernels.BLOCK, 500, 1])  # all reviews at once, some, and one
+@pytest.mark.parametrize("tokens", [7, 1])  # those of the first-token fast path's last layer, too
+@pytest.mark.parametrize("rate", [0.25, 0.0])
+def test_attention_by_blocks_is_exact(monkeypatch, block, tokens, rate):
+    monkeypatch.setattr(cpu_kernels, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, keys, size = 5, 3, 7, 4
+    query, key, value = (torch.randn(batch, count, heads, size, dtype=torch.float64, generator=generator)
+                         .transpose(1, 2).requires_grad_() for count in (tokens, keys, keys))
+    padding = torch.arange(keys) >= torch.arange(keys, keys - batch, -1)[:, None, None, None]
+    bias = torch.zeros(padding.shape, dtype=torch.float64).masked_fill(padding, -math.inf)
+
+    def by_blocks(value):
+        torch.manual_seed(5)
+        return BlockAttention.apply(query, key, value, bias, 0.3, rate)
+
+    probabilities = (query @ key.mT * 0.3 + bias).softmax(dim=-1)
+    kept = by_blocks(torch.eye(keys, dtype=torch.float64).expand(batch, heads, keys, keys)).transpose(1, 2) > 0
+    assert kept.double().mean() / (~padding).double().mean() == pytest.approx(1 - rate, abs=0.1)
+    expected = (probabilities * kept / (1 - rate) @ value).transpose(1, 2)
+    context = by_blocks(value)
+    torch.testing.assert_close(context, expected)
+    given = torch.randn(context.shape, dtype=torch.float64, generator=generator)
+    for ours, exact in zip(torch.autograd.grad(context, (query, key, value), given),
+                           torch.autograd.grad(expected, (query, key, value), given), strict=True):
+        torch.testing.assert_close(ours, exact)
 
 
 @pytest.mark.parametrize("tokens", [20, SHORT + 1])  # written out, and left to torch

@@ -1,14 +1,17 @@
-"""Dropout and attention that take less time on a CPU than torch's own, at the same result within rounding.
+"""Dropout and attention that take less time and memory on a CPU than torch's own, at the same result within rounding.
 
-torch draws one random number for each element of a dropout mask, from a slow
-generator. Here four elements share one 64-bit number of a fast generator, 16 bits each, whose seed comes from torch's.
-The rate is rounded to 1/65,536 and the kept values are scaled by exactly that rate, so the expectation is the input.
+torch draws one random number for each element of a dropout mask, from a slow generator. Here four elements share one
+64-bit number of a fast generator, 16 bits each, whose seed comes from torch's. The rate is rounded to 1/65,536 and the
+kept values are scaled by exactly that rate, so the expectation is the input.
 torch's fused attention has no dropout on a CPU, and its backward pass in bf16 is slow for short inputs; in both cases
-the matrix products are written out here. On a GPU and under torch.compile nothing is replaced, because fused
-kernels do both there.
+`BlockAttention` takes its place. On a GPU and under torch.compile nothing is replaced, because fused kernels do both
+there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +21,28 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 STEPS = 1 << 16
-SHORT = 256  # tokens up to which written-out attention in bf16 beats the fused kernel, measured in benchmarks/README.md
+SHORT = 256  # tokens up to which `BlockAttention` in bf16 beats the fused kernel, measured in benchmarks/README.md
+BLOCK = 1 << 21  # scores computed at a time, 8 MB in fp32, so that they stay in the caches; one review's if it has more
+
+
+def new_generator() -> np.random.SFC64:
+    return np.random.SFC64(torch.empty(1, dtype=torch.int64).random_().numpy())
+
+
+def draw(generator: np.random.SFC64, rate: float, kept: torch.Tensor) -> float:
+    """Fill `kept` with 1, or with 0 at `rate`, 0 <= rate < 1. Returns the factor that preserves the expectation."""
+    dropped = min(round(rate * STEPS), STEPS - 1)  # of the STEPS values that 16 bits take
+    count = kept.numel()
+    bits = torch.from_numpy(generator.random_raw((count + 3) // 4).view(np.int16)[:count]).view(kept.shape)
+    torch.ge(bits, dropped - STEPS // 2, out=kept)  # a comparison into booleans takes three times as long
+    return STEPS / (STEPS - dropped)
 
 
 def drop(tensor: torch.Tensor, rate: float) -> torch.Tensor:
     """`tensor` with its values zeroed at `rate`, 0 <= rate < 1, and the others scaled up; same shape and dtype."""
-    dropped = min(round(rate * STEPS), STEPS - 1)  # of the STEPS values that 16 bits take
-    count = tensor.numel()
-    generator = np.random.SFC64(torch.empty(1, dtype=torch.int64).random_().numpy())
-    bits = torch.from_numpy(generator.random_raw((count + 3) // 4).view(np.int16)[:count]).view(tensor.shape)
-    kept = torch.empty(tensor.shape, dtype=tensor.dtype)  # 1 or 0; a comparison into booleans takes three times as long
-    torch.ge(bits, dropped - STEPS // 2, out=kept)
-    return tensor * kept.mul_(STEPS / (STEPS - dropped))
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype)
+    factor = draw(new_generator(), rate, kept)
+    return tensor * kept.mul_(factor)
 
 
 class CPUDropout(nn.Dropout):
@@ -39,21 +52,83 @@ class CPUDropout(nn.Dropout):
         return drop(tensor, self.p) if self.training and 0 < self.p < 1 else super().forward(tensor)
 
 
+class BlockAttention(torch.autograd.Function):
+    """Scaled dot-product attention with dropout, (batch, heads, tokens, size) -> (batch, tokens, heads, size).
+
+    Some reviews are computed at a time. Of all scores one tensor is kept for the backward pass, where autograd would
+    keep three: half of each probability, with a minus sign where it was dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None,
+                scaling: float, rate: float) -> torch.Tensor:
+        """`bias`, (batch, 1 or heads, 1 or tokens, keys), is added to the scores; `rate`: of dropout, 0 <= rate < 1."""
+        batch, heads, tokens, _ = query.shape
+        shape = batch, heads, tokens, key.shape[2]
+        context = query.new_empty(batch, tokens, heads, value.shape[3])
+        halves = query.new_empty(shape) if any(ctx.needs_input_grad) else None
+        generator, factor = new_generator() if rate else None, 1.0
+        for rows, probabilities, kept in blocks(shape, query.dtype):
+            q, k, v = (tensor[rows].flatten(0, 1) for tensor in (query, key, value))
+            torch.bmm(q * scaling, k.mT, out=probabilities)
+            if bias is not None:
+                probabilities.unflatten(0, (-1, heads)).add_(bias[rows])
+            torch.softmax(probabilities, dim=-1, out=probabilities)
+            if rate:
+                factor = draw(generator, rate, kept)
+                kept.mul_(probabilities)
+            else:
+                kept = probabilities
+            if halves is not None:
+                torch.sub(kept, probabilities, alpha=0.5, out=halves[rows].flatten(0, 1))
+            context[rows] = (kept @ v).mul_(factor).unflatten(0, (-1, heads)).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, halves, context)
+        ctx.scaling, ctx.factor = scaling, factor
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, halves, context = ctx.saved_tensors
+        of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+        sums = (gradient * context).sum(dim=-1, keepdim=True).transpose(1, 2)  # of probability x its gradient
+        gradient = gradient.transpose(1, 2) * (2 * ctx.factor)  # twice, for `halves`
+        for rows, kept, of_scores in blocks(halves.shape, query.dtype):
+            q, k, v, g, half = (tensor[rows].flatten(0, 1) for tensor in (query, key, value, gradient, halves))
+            torch.clamp_min(half, 0, out=kept)
+            of_value[rows] = (kept.mT @ g).view_as(of_value[rows])
+            torch.bmm(g, v.mT, out=of_scores).mul_(kept)
+            of_scores.addcmul_(torch.abs(half, out=kept), sums[rows].flatten(0, 1), value=-2)
+            of_query[rows] = (of_scores @ k).mul_(ctx.scaling).view_as(of_query[rows])
+            of_key[rows] = (of_scores.mT @ q).mul_(ctx.scaling).view_as(of_key[rows])
+        return of_query, of_key, of_value, None, None, None
+
+
+def blocks(shape: tuple[int, int, int, int], dtype: torch.dtype
+           ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Reviews whose scores make up one block, and two tensors (reviews x heads, tokens, keys) that are used again."""
+    batch, heads, tokens, keys = shape
+    reviews = min(batch, max(1, BLOCK // (heads * tokens * keys)))
+    buffers = torch.empty(2, reviews * heads, tokens, keys, dtype=dtype)
+    for start in range(0, batch, reviews):
+        stop = min(start + reviews, batch)
+        yield slice(start, stop), *buffers[:, :(stop - start) * heads]
+
+
 def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                   attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs
                   ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
-    drops = 0 < dropout < 1
+    rate = dropout if 0 < dropout < 1 else 0.0
     is_slow_fused = query.dtype == torch.bfloat16 and key.shape[2] <= SHORT
-    if not (drops or is_slow_fused) or kwargs.get("position_bias") is not None:
+    is_plain = kwargs.get("position_bias") is None and key.shape[:2] == query.shape[:2]
+    if not (rate or is_slow_fused) or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(2, 3)  # (batch, heads, tokens, tokens)
+    bias = None
     if attention_mask is not None:
-        bias = torch.zeros(attention_mask.shape, dtype=scores.dtype)  # shared by all heads, and not part of backward
-        scores = scores + bias.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    attention = scores.softmax(dim=-1).to(value.dtype)
-    context = (drop(attention, dropout) if drops else attention) @ value
-    return context.transpose(1, 2).contiguous(), None
+        bias = torch.zeros(attention_mask.shape, dtype=value.dtype)  # shared by all heads
+        bias = bias.masked_fill_(~attention_mask, torch.finfo(bias.dtype).min).expand(len(query), -1, -1, -1)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may have left them in fp32
+    return BlockAttention.apply(query, key, value, bias, scaling or query.shape[-1] ** -0.5, rate), None
 
 
 AttentionInterface.register("sdpa_cpu", cpu_attention)

@@ -11,6 +11,7 @@ from torch import nn
 from model import EncoderForClassification, mean_over_windows
 from suite.common.protocols import Devices
 from suite.encoders.cpu_kernels import use_cpu_kernels
+from suite.encoders.freed_memory import keep_freed_memory
 from suite.encoders.masked_lm import MaskedLanguageModel
 from utils import UserError
 
@@ -27,6 +28,7 @@ def place_model(model: nn.Module, device: torch.device, compiled: bool = False) 
     model.to(device)
     if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
         use_cpu_kernels(model)
+        keep_freed_memory(model)
 
 
 def checkpoint_gradients(model: nn.Module, name: str) -> None:

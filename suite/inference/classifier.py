@@ -70,7 +70,7 @@ class Classifier(Labeller):
         self.knows_words = False  # until the first reviews have shown it
         self.label_names = [str(own.id2label[label]) for label in range(len(own.id2label))]
         self.data_fingerprint = getattr(own, "data_fingerprint", None)
-        self.batch_size = eval_batch_size(config.data_config, devices.device)
+        self.batch_size = eval_batch_size(config.data_config, devices.device, max_len)
         self.pass_tokens = pass_tokens(self.model, devices.device)
         place_model(self.model, devices.device, compiled=config.train_config.compile)
         self.model.eval()

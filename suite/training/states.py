@@ -59,7 +59,7 @@ class Progress:
     history_sum: str = ""  # of these lines
     run: str = ""  # see `identity`
     wandb_id: str | None = None
-    version: int = 1  # raised when a state's values mean something else, or the same seed draws other numbers
+    version: int = 2  # raised when a state's values mean something else, or the same seed draws other numbers
 
 
 def claim_run_folder(folder: Path) -> None:

@@ -1,0 +1,53 @@
+"""The memory of freed tensors, kept for the next tensors, on a CPU with glibc.
+
+glibc gives the pages of large freed blocks back to the kernel, which fills them with zeros for the next block: that
+takes time in every pass. Here the pages are kept. But tensors of many sizes leave holes between them, and the heap
+grows, whether pages are kept or not. Between two passes most of it is free. So once the process has grown by half, all
+free pages are given back. No result depends on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+from pathlib import Path
+
+from torch import nn
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+PASSES = 64  # forward passes after which memory should have its usual size
+GROWTH = 1.5  # of that size, more than which is given back
+
+
+class FreedMemory:
+    """Called before each forward pass of a model."""
+
+    def __init__(self):
+        self.passes, self.limit = 0, math.inf
+
+    def __call__(self, *_) -> None:
+        pages = own_pages()
+        self.passes += 1
+        if self.passes == PASSES:
+            self.limit = GROWTH * pages
+        elif pages > self.limit:
+            ctypes.CDLL(None).malloc_trim(0)
+            self.passes, self.limit = 0, math.inf
+
+
+def own_pages() -> int:
+    """The pages of memory that this process shares with no other."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(resident) - int(shared)
+
+
+def keep_freed_memory(model: nn.Module) -> None:
+    """For the passes of `model`. Nothing is changed without glibc, or where the environment says how to allocate."""
+    is_told = "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not is_told:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks by itself,
+        libc.mallopt(M_MMAP_MAX, 0)  # and large tensors lie in it, too
+        model.register_forward_pre_hook(FreedMemory())
