@@ -33,6 +33,7 @@ PARTS = {"Linear": "matrix products", "Embedding": "embeddings", "LayerNorm": "l
          "CPUDropout": "dropout", "GELUActivation": "GELU"}  # by the class of a module
 OPERATIONS = {"aten::_to_copy": "casts", "aten::to": "casts", "Optimizer.step#Adam.step": "optimizer",
               "aten::linalg_vector_norm": "gradient's norm", "aten::_foreach_norm": "gradient's norm"}  # by their names
+BLOCKS = cpu_kernels.BlockAttention.__name__  # which has a backward pass of its own
 ORDER = ["matrix products", "attention", "dropout", "GELU", "layer norm", "embeddings", "casts", "optimizer",
          "gradient's norm", "the rest", "Python"]
 
@@ -62,7 +63,7 @@ def shares(events: list[FunctionEvent], seconds: float) -> dict[str, float]:
     """The share of each part of the time, 0 to 1."""
     # Operations that nothing is differentiated by carry the number of the next one that is, so the last one counts.
     forward = {event.sequence_nr: event for event in sorted(events, key=lambda event: event.time_range.start)
-               if event.name.startswith("aten::") and event.sequence_nr >= 0 and not is_backward(event)}
+               if event.name.startswith(("aten::", BLOCKS)) and event.sequence_nr >= 0 and not is_backward(event)}
     times: dict[str, float] = defaultdict(float)
     for event in events:
         if event.name.startswith(("aten::", "autograd::", "torch::autograd::")) or event.name.endswith("Backward0"):
