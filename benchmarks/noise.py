@@ -10,11 +10,23 @@ from typing import TypeVar
 import psutil
 
 Result = TypeVar("Result")
-# The share of all cores' time that other programs may take before figures count for nothing.
-USUAL = 0.05
-MOST = float(os.environ.get("MOST_NOISE", USUAL))
+USUAL = 0.05  # the share of all cores' time that other programs may take before figures count for nothing
 LOOK_SECONDS = 2.0  # at the machine, before anything is measured
 ATTEMPTS = 4  # at one measurement
+
+
+def most_noise() -> float:
+    """The share of all cores' time, 0 to 1, up to which figures count: USUAL, unless the environment says another."""
+    told = os.environ.get("MOST_NOISE", str(USUAL))
+    try:
+        if 0 <= (most := float(told)) <= 1:
+            return most
+    except ValueError:
+        pass
+    raise SystemExit(f"MOST_NOISE={told}: give the share of the cores' time that others may take, from 0 to 1")
+
+
+MOST = most_noise()
 
 
 class Watch:
@@ -43,7 +55,7 @@ def refuse_busy_machine() -> None:
     time.sleep(LOOK_SECONDS)
     if (share := watch.others()) > MOST:
         raise SystemExit(f"other programs take {share:.0%} of the cores, and no figure would be worth anything: stop "
-                         f"them first, or set MOST_NOISE={share + 0.1:.1f} in the environment")
+                         f"them first, or set MOST_NOISE={min(share + 0.1, 1):.1f} in the environment")
     if MOST > USUAL:
         print(f"MOST_NOISE={MOST:g}: rounds count although other programs take up to so much of the cores", flush=True)
 

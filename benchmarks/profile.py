@@ -4,8 +4,8 @@
     python -m benchmarks.profile --shape modernbert-small --tokens 128
 
 An operation counts for the innermost part of the model that called it; a backward operation for the part whose forward
-operation it differentiates. `Python` is the time in which no operation ran. The last row is no part of the sum: the
-share of processor time that the operating system's kernel took. On a CPU only.
+operation it differentiates. `Python` is the time in which neither an operation nor a part ran. The last row is no part
+of the sum: the share of processor time that the operating system's kernel took. On a CPU only.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def shares(events: list[FunctionEvent], seconds: float) -> dict[str, float]:
                if event.name.startswith(("aten::", BLOCKS)) and event.sequence_nr >= 0 and not is_backward(event)}
     times: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.name.startswith(("aten::", "autograd::", "torch::autograd::")) or event.name.endswith("Backward0"):
+        # A part's own time is that of no operation: in dropout, of NumPy's generator.
+        if (event.name.startswith(("aten::", "autograd::", "torch::autograd::")) or event.name.endswith("Backward0")
+                or event.name in ORDER):
             times[part_of(event, forward)] += event.self_cpu_time_total / 1e6 / seconds
     return {**times, "Python": max(0.0, 1 - sum(times.values()))}
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import random
 import socket
@@ -56,9 +57,9 @@ def pytest_addoption(parser):
 
 
 # From the longest to the shortest: files that come last should be short, so that no process waits for the other.
-LONGEST_FILES = ["test_training", "test_accumulation", "test_outside", "test_hub", "test_experiment", "test_kills",
-                 "test_native_heads", "test_publish", "test_fuzz", "test_demo", "test_model", "test_predict",
-                 "test_data", "test_processes"]
+LONGEST_FILES = ["test_accumulation", "test_resuming", "test_outside", "test_training", "test_hub", "test_experiment",
+                 "test_demo", "test_native_heads", "test_data", "test_kills", "test_cpu_kernels", "test_processes",
+                 "test_model", "test_quantize", "test_bad_surroundings", "test_predict"]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -132,24 +133,74 @@ def run_script(*arguments: str, environment: dict | None = None, timeout: float 
                           env={**os.environ, **(environment or {})}, check=False, **options)
 
 
-def run_here(*arguments: str, mode: str = "train", **options) -> subprocess.CompletedProcess:
-    """What `python main.py --mode MODE --OPTION VALUE ARGUMENTS` does, in this process, which has paid for its imports
-    already."""
+def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", **options
+             ) -> subprocess.CompletedProcess:
+    """What `python main.py --mode MODE --config CONFIG --OPTION VALUE ARGUMENTS` does, in this process, which has paid
+    for its imports already."""
     import main
     from suite.common import cli
 
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / "config.yaml", arguments),
+            cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / config, arguments),
                                                   **options)))
         except SystemExit as left:
             code = left.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
+RESULTS = {"history.jsonl", "valid_predictions.csv", "test_predictions.csv", "misclassified.csv", "best/config.json",
+           "best/model.safetensors", "best/tokenizer.json", "best/README.md"}
+
+
+def train(*arguments: str, script: str = "main.py", code: int = 0, **options) -> subprocess.CompletedProcess:
+    """The real script, in a process of its own."""
+    return expect(code, run_script(script, *arguments, **options))
+
+
+def train_here(*arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+    return expect(code, run_here(*arguments, **options))
+
+
+def expect(code: int, result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def metrics_of(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def history_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def bits_of(folder) -> dict[str, bytes]:
+    """Everything of a run that must not depend on when it was interrupted; metrics.json less its timings."""
+    measured, files = metrics_of(folder), {name: (folder / name).read_bytes() for name in RESULTS}
+    return files | {"metrics": json.dumps([measured["valid"], measured["test"], measured["train"]["optimizer_steps"]])}
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, encoder_folder):
+    """(overrides, run folder) of one finished run that the tests of a file share."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_reviews(folder / "reviews.csv")
+    overrides = [
+        f"output_dir={folder / 'runs'}", f"model_config.model_name={encoder_folder('bert')}",
+        "model_config.pooling=mean", f"data_config.dataset={folder / 'reviews.csv'}",
+        "data_config.text_column=review", "data_config.label_column=verdict",
+        "data_config.max_len=32", "data_config.batch_size=16",
+        "train_config.epochs=3", "train_config.learning_rate=0.01", "train_config.scheduler=linear",
+        "train_config.mixed_precision=no", "train_config.device=cpu", "train_config.save_every_steps=4",
+        "log_config.log_every_steps=3", "log_config.wandb_mode=disabled"]
+    train_here(*overrides, "run_name=run")
+    return overrides, folder / "runs" / "run"
 
 
 @pytest.fixture

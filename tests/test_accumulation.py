@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accumulation_worker import build_model, distance, explicit_data, single_device, train_steps
-from conftest import PROJECT, free_port, run_here, run_script
+from conftest import PROJECT, free_port, run_here, run_script, train, train_here
 from safetensors.torch import load_file
 
 import main
@@ -201,10 +201,9 @@ def test_two_machines_give_the_weights_of_one_process(overrides, tmp_path):
 
 
 def test_both_scripts_give_the_same_bits_on_the_demo(tmp_path):
-    arguments = ["--config", "demo.yaml", f"output_dir={tmp_path}", "data_config.limit=800", "train_config.epochs=2"]
-    for script in ("main", "main_accumulation"):
-        result = run_script(f"{script}.py", *arguments, f"run_name={script}")
-        assert result.returncode == 0, result.stderr
+    arguments = [f"output_dir={tmp_path}", "data_config.limit=800", "train_config.epochs=2"]
+    train_here(*arguments, "run_name=main", config="demo.yaml")
+    train("--config", "demo.yaml", *arguments, "run_name=main_accumulation", script="main_accumulation.py")
     for name in ("best/model.safetensors", "history.jsonl", "test_predictions.csv", "misclassified.csv"):
         assert (tmp_path / "main" / name).read_bytes() == (tmp_path / "main_accumulation" / name).read_bytes(), name
 

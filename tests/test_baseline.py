@@ -10,10 +10,9 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import content_of, run_here, write_reviews
+from conftest import content_of, expect, metrics_of, run_here, train_here, write_reviews
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from test_training import expect, metrics_of, train_here
 
 from data import load_split
 from suite.common.run_folder import read_saved_config

@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import SHARED
-from test_training import bits_of, train
+from conftest import SHARED, bits_of, train
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the stand-in for the Hub")

@@ -22,8 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, run_here, write_reviews
-from test_training import RESULTS, bits_of, train, train_here
+from conftest import PROJECT, RESULTS, bits_of, content_of, run_here, train, train_here, write_reviews
 
 from suite.common.storage import damage, room_for, seal
 from suite.encoders.loading import load_model, load_tokenizer
@@ -84,7 +83,7 @@ def undisturbed(tmp_path_factory, encoder_folder):
             "train_config.device=cpu", "train_config.save_every_steps=2", "log_config.log_every_steps=3",
             "log_config.wandb_mode=disabled"]
         if script not in finished:
-            train(*arguments, "run_name=whole", script=script)
+            finish_run(script, [*arguments, "run_name=whole"])
             finished[script] = root / script / "whole"
         return arguments, finished[script]
 
@@ -197,10 +196,6 @@ def test_a_second_ctrl_c_leaves_at_once(undisturbed):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A full disk
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def fill_the_disk(script: str, name: str, undisturbed, chance: random.Random) -> None:

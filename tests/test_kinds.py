@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, run_here
-from test_training import expect, metrics_of, train_here
+from conftest import PROJECT, expect, metrics_of, run_here, train_here
 
 import data
 from suite.encoders.loading import load_tokenizer

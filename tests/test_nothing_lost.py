@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, content_of, run_here, write_reviews
+from conftest import PROJECT, content_of, expect, run_here, train_here, write_reviews
 from test_compare import write_run
-from test_training import expect, train_here
 
 from suite.common import cli
 from suite.common.run_folder import read_history, read_metrics

@@ -8,8 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import PROJECT, SHARED, run_script
-from test_training import metrics_of, train_here
+from conftest import PROJECT, SHARED, metrics_of, run_script, train_here
 from transformers import AutoModel, AutoTokenizer
 
 from suite.training.tracking import try_plots

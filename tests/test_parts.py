@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import content_of, run_here, write_reviews
-from test_training import expect, train_here
+from conftest import content_of, expect, run_here, train_here, write_reviews
 
 from suite.inference import classifier, labelling, parts
 

@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import PROJECT, run_here, run_script, write_reviews
+from conftest import PROJECT, expect, run_here, run_script, train_here, write_reviews
 from test_accumulation import launch
-from test_training import expect, train_here
 from transformers import BertForSequenceClassification
 
 from suite.common import cli
@@ -347,9 +346,9 @@ def test_without_rows_the_columns_stay(predicting, tmp_path):
 
 def test_several_processes_write_the_same_file(trained, tmp_path):
     source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three chunks, the last one shorter
-    arguments = [*trained[0], "--mode", "predict", "--input", str(source), "--output"]
-    expect(0, launch(2, "main_accumulation.py", *arguments, str(tmp_path / "two.csv")))
-    expect(0, run_script("main.py", *arguments, str(tmp_path / "one.csv")))
+    expect(0, launch(2, "main_accumulation.py", *trained[0], "--mode", "predict", "--input", str(source), "--output",
+                     str(tmp_path / "two.csv")))
+    expect(0, run_here(*trained[0], mode="predict", input=str(source), output=str(tmp_path / "one.csv")))
     assert len(rows_of(tmp_path / "one.csv")) == 5000
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 

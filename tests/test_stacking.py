@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PROJECT, content_of, run_here, run_script, write_reviews
+from conftest import PROJECT, content_of, expect, metrics_of, run_here, run_script, train_here, write_reviews
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from test_baseline import ENCODER, error_of, rows_of
-from test_training import expect, metrics_of, train_here
 
 from suite.common import cli
 from suite.common.run_folder import read_saved_config, without_encoder

@@ -1,0 +1,209 @@
+"""A run that is stopped, damaged or asked for again: it goes on, or is refused, and nothing is lost."""
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT, bits_of, history_of, metrics_of, train, train_here
+
+import main
+from main_accumulation import AcceleratedDevices
+from suite.common.stopping import StopRequested
+from suite.common.storage import seal
+from suite.training.devices import SingleDevice
+from suite.training.run import Run
+from suite.training.states import saved_states
+from utils import load_config
+
+
+def test_a_finished_run_is_not_repeated_and_not_overwritten(undisturbed):
+    overrides, folder = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert "finished: nothing was done again" in train_here(*overrides, "run_name=run").stdout
+    assert "other settings (train_config.epochs: 3 -> 4)" in train_here(
+        *overrides, "run_name=run", "train_config.epochs=4", code=2).stderr
+    assert "train_config.overwrite=true" in train_here(
+        *overrides, "run_name=run", "train_config.resume=never", code=2).stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_replacing_a_run_leaves_nothing_of_it(undisturbed):
+    overrides, folder = undisturbed
+    replaced = shutil.copytree(folder, folder.parent / "replaced")
+    (replaced / "misclassified.html").write_text("")
+    arguments = [*overrides, "run_name=replaced", "train_config.resume=never", "train_config.overwrite=true"]
+    config = load_config(PROJECT / "config.yaml", arguments)
+    Run.open(config, SingleDevice(config))
+    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last", "best.sha256",
+                                                           ".lock"}
+    assert list((replaced / "last").iterdir()) == []
+    assert (replaced / "best.sha256").read_text() == ""
+    assert not (replaced / "history.jsonl").read_text()
+
+
+def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed, monkeypatch):
+    overrides, folder = undisturbed
+    for name, steps in (("owed", 30), ("owed_early", 13)):
+        arguments = [*overrides, f"run_name={name}", f"train_config.max_steps={steps}"]
+        config = load_config(PROJECT / "config.yaml", arguments)
+        run = Run.open(config, SingleDevice(config))
+
+        def stop_at_the_last_step(devices, run=run, steps=steps):
+            if run.progress.step == steps:
+                raise StopRequested
+
+        with monkeypatch.context() as patch:
+            patch.setattr(main, "stop_if_asked", stop_at_the_last_step)
+            with pytest.raises(SystemExit):
+                main.train(run)
+        train_here(*arguments)
+        measured, history = metrics_of(folder.parent / name), history_of(folder.parent / name)
+        assert measured["train"]["optimizer_steps"] == steps
+        assert [record["step"] for record in history if "valid/loss" in record] == sorted({10, min(20, steps), steps})
+        assert measured["valid"]["epoch"] == len([record for record in history if "valid/loss" in record])
+
+
+@pytest.mark.parametrize("other", [{"windows": 3}, {"version": 0}])
+def test_a_state_of_another_version_is_refused_with_one_line(undisturbed, other):
+    overrides, folder = undisturbed
+    old = shutil.copytree(folder, folder.parent / "old")
+    (old / "metrics.json").unlink()
+    for state in saved_states(old / "last"):
+        progress = json.loads((state / "progress.json").read_text())
+        (state / "progress.json").write_text(json.dumps(progress | other))
+        seal(state)
+    assert "was saved by another version of this project" in train_here(*overrides, "run_name=old", code=2).stderr
+    shutil.rmtree(old)
+
+
+def test_a_state_is_saved_by_the_clock(undisturbed, monkeypatch):
+    overrides, folder = undisturbed
+    overrides = [item for item in overrides if not item.startswith("train_config.save_every_steps")]
+
+    def saved(*more: str) -> list[int]:
+        """The optimizer steps of an epoch after which a state was saved."""
+        steps = []
+        monkeypatch.setattr(Run, "save", lambda run: (steps.append(run.progress.step), own(run)))
+        train_here(*overrides, "run_name=clock", "train_config.epochs=1", "train_config.resume=never",
+                   "train_config.overwrite=true", *more)
+        return steps
+
+    own, ticks = Run.save, itertools.count(step=20)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks))  # it is asked after every step
+    monkeypatch.setattr("suite.training.run.time", clock)
+    assert saved("train_config.save_every_minutes=1") == [3, 6, 9, 10]
+    assert saved("train_config.save_every_minutes=1000", "train_config.save_every_steps=4") == [4, 8, 10]
+    assert saved() == [10]
+
+
+def test_a_typing_mistake_destroys_no_finished_run(undisturbed):
+    overrides, folder = undisturbed
+    before = bits_of(folder)
+    arguments = ["run_name=run", "train_config.resume=never", "train_config.overwrite=true"]
+    train_here(*overrides, *arguments, "data_config.dataset=typo.csv", code=2)
+    assert bits_of(folder) == before
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    assert "for one process" in train(*overrides, "run_name=run", environment=launched, code=2).stderr
+
+
+@pytest.mark.parametrize(("script", "sent", "code"), [
+    ("main.py", signal.SIGHUP, 129), ("main.py", signal.SIGINT, 130),  # SIGTERM, SIGKILL: test_kills.py
+    ("main_accumulation.py", signal.SIGUSR1, 143), ("main_accumulation.py", signal.SIGKILL, -9)])
+def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, script, sent, code):
+    overrides, folder = undisturbed
+    name = f"run_{sent.name}_{script}"
+    arguments = [sys.executable, script, *overrides, f"run_name={name}"]
+    process = subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wanted = folder.parent / name / "last"
+    deadline = time.monotonic() + 60
+    while not any(wanted.glob("*-step-00000012")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sent)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    result = train(*overrides, f"run_name={name}", script=script)
+    assert "continuing from" in result.stdout
+    stopped = bits_of(folder.parent / name)
+    stopped["best/README.md"] = stopped["best/README.md"].replace(name.encode(), b"run")
+    assert stopped == bits_of(folder)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("script", ["main.py", "main_accumulation.py"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturbed, tmp_path, script, optimizer):
+    overrides, _ = undisturbed
+    arguments = [*overrides, f"output_dir={tmp_path}", "run_name=run", f"train_config.optimizer={optimizer}"]
+    config = load_config(PROJECT / "config.yaml", arguments)
+    devices_class = SingleDevice if script == "main.py" else AcceleratedDevices
+    run = Run.open(config, devices_class(config))
+    good = main.train_step
+    weights = {}
+
+    def poisoned(model, *rest):
+        if run.progress.step == 4:  # optimizer step 5, in the middle of a log interval
+            weights.update({name: weight.clone() for name, weight in model.state_dict().items()})
+            head = model.head.weight
+            handle = head.register_hook(lambda gradient: gradient * float("nan"))
+        result = good(model, *rest)
+        if run.progress.step == 4:
+            handle.remove()
+        return result
+
+    main.train_step = poisoned
+    try:
+        with pytest.raises(FloatingPointError, match="optimizer step 5: loss or gradient is not finite") as stopped:
+            main.train(run)
+    finally:
+        main.train_step = good
+    assert run.progress.step == 6  # noticed at the next record
+    assert all(torch.equal(weight, weights[name]) for name, weight in run.model.state_dict().items())
+    ids = run.train_loader.dataset.ids[np.sort(run.sampler.effective_batches()[4])]
+    assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
+    state = saved_states(run.folder / "last")[0]
+    assert state.name.endswith("step-00000004")  # the last good one, untouched
+    assert f"(last saved state: {state})" in str(stopped.value)
+
+
+def test_a_damaged_state_is_found_and_the_one_before_it_is_taken(undisturbed):
+    overrides, folder = undisturbed
+    run = folder.parent / "run_damaged"
+    train_here(*overrides, "run_name=run_damaged")
+    for name in ("metrics.json", "best/README.md"):
+        (run / name).unlink()
+    newest = saved_states(run / "last")[0] / "state.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    result = train_here(*overrides, "run_name=run_damaged")
+    assert f"{newest} is damaged" in result.stdout
+    damaged = bits_of(run)
+    damaged["best/README.md"] = damaged["best/README.md"].replace(b"run_damaged", b"run")
+    assert damaged == bits_of(folder)
+
+
+def test_a_damaged_history_is_found_before_anything_is_trained(undisturbed):
+    overrides, folder = undisturbed
+    run = shutil.copytree(folder, folder.parent / "run_history")
+    (run / "metrics.json").unlink()
+    lines = (run / "history.jsonl").read_bytes().splitlines(keepends=True)
+    for damage in (b"XX" + lines[1][2:], b"\xff\xfe" + lines[1][2:]):
+        (run / "history.jsonl").write_bytes(b"".join([lines[0], damage, *lines[2:]]))
+        refused = train_here(*overrides, "run_name=run_history", code=2)
+        assert f"{run / 'history.jsonl'}: line 2 is damaged" in refused.stderr
+
+
+def test_an_interrupted_run_can_be_tested(undisturbed):
+    overrides, folder = undisturbed
+    shutil.copytree(folder, folder.parent / "partial")
+    (folder.parent / "partial" / "metrics.json").unlink()
+    train_here(*overrides, "run_name=partial", mode="test")
+    assert metrics_of(folder.parent / "partial")["test"] == metrics_of(folder)["test"]
+    assert "interrupted" in (folder.parent / "partial" / "best" / "README.md").read_text()
