@@ -1,6 +1,6 @@
 """Fine-tune a Transformer encoder for sentiment classification on one device: CUDA, MPS or CPU.
 
-    python main.py --config demo.yaml                                   the built-in demo: no download, under a minute
+    python main.py --config demo.yaml                                   the built-in demo: no download, about a minute
     python main.py --config config.yaml --mode train                    BERT on IMDB: train, validate, test
     python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
     python main.py train_config.epochs=3 data_config.max_len=256        any key of config.yaml, see docs/settings.md

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.noise import quietly, refuse_busy_machine
+from benchmarks.noise import in_turn, ratios, refuse_busy_machine
 from benchmarks.packing import packed
 from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, new_parser, train_again, workload
 
@@ -111,16 +111,10 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
         with patch() if patch else nullcontext():
             runs[name] = Run.open(config, SingleDevice(config)), patch
         speed(*runs[name], WARM_UP_STEPS - 1)
-    speeds = {name: [] for name in runs}
-    for number in range(1, arguments.rounds + 1):
-        in_turn = quietly(lambda: {name: speed(run, patch) for name, (run, patch) in runs.items()}, f"round {number}")
-        for name, found in in_turn.items():
-            speeds[name].append(found)
+    speeds = in_turn(lambda name: speed(*runs[name]), runs, arguments.rounds)
     print(f"{'without it, or with instead':44}  {'tokens/s':>9}  ratio to the suite, median (least to most)")
     for name, values in speeds.items():
-        ratios = [value / suite for value, suite in zip(values, speeds["the suite"], strict=True)]
-        print(f"{name:44}  {statistics.median(values):9,.0f}  {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-              f"{max(ratios):.2f})")
+        print(f"{name:44}  {statistics.median(values):9,.0f}  {ratios(values, speeds['the suite'])}")
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
     python -m benchmarks.inference --rounds 1 --seconds 0.1     a quick look
 
 Random reviews of exactly 128 tokens, random weights, on the CPU, with torch's number of threads for both (set
-OMP_NUM_THREADS). The contenders run in turn, each for some seconds a round, after calls that are not counted. Printed
-is a Markdown table: medians of the rounds, ratios round by round, with the least and the most.
+OMP_NUM_THREADS). The contenders run in turn, each for some seconds a round, after calls that are not counted. A round
+that other programs disturb is measured again. Printed is a Markdown table: medians of the rounds, ratios round by
+round, with the least and the most.
 
     pytorch             fp32
     pytorch-bf16        under autocast, where the CPU computes in bf16
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, ModernBertConfig
 
+from benchmarks.noise import in_turn, ratios, refuse_busy_machine
 from benchmarks.workload import SHAPES, describe_machine, new_parser
 from model import ClassifierConfig, EncoderForClassification
 from suite.encoders.placement import place_model
@@ -71,18 +73,16 @@ def seconds_a_call(run: Callable[[torch.Tensor], object], batch: int, seconds: f
 def main() -> None:
     arguments = new_parser(__doc__, rounds=5, seconds=4.0).parse_args()  # seconds: of a contender in a round
     print(f"{arguments.shape}, {TOKENS} tokens, {describe_machine()}", flush=True)
+    refuse_busy_machine()
     with tempfile.TemporaryDirectory() as folder:
         runs = contenders(arguments.shape, Path(folder))
-        times = {(batch, name): [] for batch in BATCHES for name in runs}
-        for _ in range(arguments.rounds):
-            for batch, name in times:
-                times[batch, name].append(seconds_a_call(runs[name], batch, arguments.seconds))
+        times = in_turn(lambda key: seconds_a_call(runs[key[1]], key[0], arguments.seconds),
+                        [(batch, name) for batch in BATCHES for name in runs], arguments.rounds)
     print("\n| batch | | ms a batch | reviews/s | of pytorch's speed |\n| --- | --- | --- | --- | --- |")
     for (batch, name), own in times.items():
-        ratios = [base / mine for base, mine in zip(times[batch, "pytorch"], own, strict=True)]
         print(f"| {batch} | `{name}` | {1000 * statistics.median(own):,.1f} ({1000 * min(own):,.1f} to "
-              f"{1000 * max(own):,.1f}) | {batch / statistics.median(own):,.1f} | {statistics.median(ratios):.2f} "
-              f"({min(ratios):.2f} to {max(ratios):.2f}) |")
+              f"{1000 * max(own):,.1f}) | {batch / statistics.median(own):,.1f} | "
+              f"{ratios(times[batch, 'pytorch'], own)} |")
 
 
 if __name__ == "__main__":

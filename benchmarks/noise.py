@@ -1,15 +1,16 @@
-"""Is the machine quiet? On a busy one, ratios between programs that ran in turn were seen to triple."""
+"""Measuring in turn on a quiet machine. On a busy one, ratios between programs that ran in turn were seen to triple."""
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import psutil
 
-Result = TypeVar("Result")
+Name, Result = TypeVar("Name"), TypeVar("Result")
 USUAL = 0.05  # the share of all cores' time that other programs may take before figures count for nothing
 LOOK_SECONDS = 2.0  # at the machine, before anything is measured
 ATTEMPTS = 4  # at one measurement
@@ -70,3 +71,21 @@ def quietly(measure: Callable[[], Result], name: str) -> Result:
         print(f"  {name}: other programs took {share:.0%} of the cores: it does not count, and is measured again",
               flush=True)
     raise SystemExit(f"no verdict: {name} was disturbed {ATTEMPTS} times; stop the other programs first")
+
+
+def in_turn(measure: Callable[[Name], Result], names: Iterable[Name], rounds: int,
+            report: Callable[[dict[Name, Result]], None] = lambda found: None) -> dict[Name, list[Result]]:
+    """What is measured of each name, round after round, each of them quietly. `report` is told of each round."""
+    results: dict[Name, list[Result]] = {name: [] for name in names}
+    for number in range(1, rounds + 1):
+        found = quietly(lambda: {name: measure(name) for name in results}, f"round {number}")
+        for name, result in found.items():
+            results[name].append(result)
+        report(found)
+    return results
+
+
+def ratios(over: Iterable[float], under: Iterable[float]) -> str:
+    """The ratios of two programs within their rounds: `median (least to most)`."""
+    found = [a / b for a, b in zip(over, under, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"

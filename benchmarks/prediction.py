@@ -29,7 +29,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
 from benchmarks.growth import memory_mb
-from benchmarks.noise import quietly, refuse_busy_machine
+from benchmarks.noise import quietly, ratios, refuse_busy_machine
 from benchmarks.workload import PROJECT
 from suite.common.hub import quiet_libraries
 from suite.encoders.loading import load_model
@@ -107,10 +107,9 @@ def compare(model: str, texts: list[str], names: list[str]) -> None:
           f"{transformers.__version__}\n\n| | batch | reviews/s | suite / it | other labels than the suite |\n"
           "| --- | --- | --- | --- | --- |")
     for name, found in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(speeds["suite"], found, strict=True)]
         other = sum(a != b for a, b in zip(labels["suite"], labels[name], strict=True))
-        print(f"| `{name}` | {sizes.get(name, '-')} | {statistics.median(found):.1f} | {statistics.median(ratios):.2f} "
-              f"({min(ratios):.2f} to {max(ratios):.2f}) | {other} |")
+        print(f"| `{name}` | {sizes.get(name, '-')} | {statistics.median(found):.1f} | "
+              f"{ratios(speeds['suite'], found)} | {other} |")
 
 
 def memory(rows: int, model: Path, folder: Path) -> float:

@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.noise import quietly, refuse_busy_machine
+from benchmarks.noise import in_turn, ratios, refuse_busy_machine
 from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
 from utils import Config
 
@@ -192,22 +192,17 @@ def usual_contenders() -> list[str]:
 
 def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) -> None:
     names = arguments.contenders
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in (*names, "peak")}
     print(f"\n{shape}, {tokens} tokens, batch {arguments.batch}: {arguments.reviews:,} reviews x {arguments.epochs} "
           f"epoch(s), {arguments.rounds} round(s), in turn", flush=True)
-    for number in range(1, arguments.rounds + 1):
-        in_turn = quietly(lambda: {name: start(work, arguments, tokens, name) for name in results}, f"round {number}")
-        for name, result in in_turn.items():
-            results[name].append(result)
-        speeds = (f"{name} {in_turn[name]['speed']:.1f}" for name in names)
-        print(f"  round {number}: reviews a second: {', '.join(speeds)}", flush=True)
+    results = in_turn(lambda name: start(work, arguments, tokens, name), (*names, "peak"), arguments.rounds,
+                      lambda found: print("  reviews a second:", ", ".join(
+                          f"{name} {found[name]['speed']:.1f}" for name in names), flush=True))
+
+    def all_of(name: str, figure: str) -> list[float]:
+        return [result[figure] for result in results[name]]
 
     def median(name: str, figure: str) -> float:
-        return statistics.median(result[figure] for result in results[name])
-
-    def ratio(name: str, to: str) -> str:
-        pairs = [a["speed"] / b["speed"] for a, b in zip(results[name], results[to], strict=True)]
-        return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
+        return statistics.median(all_of(name, figure))
 
     peak = median("peak", "flops")
     flops = model_flops(work, tokens, arguments.batch)
@@ -221,7 +216,8 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
     for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite", "trainer-keeps"),
                      ("suite", "suite-glibc"), ("suite-fp32", "trainer"), ("suite-compile", "trainer-compile")):
         if name in names and to in names:
-            print(f"  {name} / {to}: {ratio(name, to)} times, median (least to most) over the rounds")
+            within_rounds = ratios(all_of(name, "speed"), all_of(to, "speed"))
+            print(f"  {name} / {to}: {within_rounds} times, median (least to most) over the rounds")
 
 
 def main() -> None:

@@ -44,8 +44,8 @@ TINY = {"vocab_size": 2500, "bos_token_id": 2, "eos_token_id": 3}
 BAD_MODELS = [
     ("no folder", lambda folder: None, "cannot be reached and"),  # taken for a Hub name, and the tests are offline
     ("an empty folder", lambda folder: (folder / "encoder").mkdir(), "{} cannot be loaded"),
-    ("no weights", encoder, "{} cannot be loaded (Error no file named model.safetensors"),
-    ("a pickle for weights", planted_pickle, "{} cannot be loaded (Error no file named model.safetensors"),
+    ("no weights", encoder, "{} holds no weights in safetensors"),
+    ("a pickle for weights", planted_pickle, "{} holds no weights in safetensors"),
     ("weights of another shape", other_shape, "the weights in {} are not of the model in its config.json"),
     ("no padding token", no_padding, "{} has no padding token"),
     ("GPT-2", of_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, **TINY)), "{} is a gpt2 model, not a text encoder"),

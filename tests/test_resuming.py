@@ -204,6 +204,6 @@ def test_an_interrupted_run_can_be_tested(undisturbed):
     overrides, folder = undisturbed
     shutil.copytree(folder, folder.parent / "partial")
     (folder.parent / "partial" / "metrics.json").unlink()
-    train_here(*overrides, "run_name=partial", mode="test")
+    assert "this run is not finished" in train_here(*overrides, "run_name=partial", mode="test").stdout
     assert metrics_of(folder.parent / "partial")["test"] == metrics_of(folder)["test"]
     assert "interrupted" in (folder.parent / "partial" / "best" / "README.md").read_text()

@@ -2,14 +2,13 @@
 
 glibc gives the pages of large freed blocks back to the kernel, which fills them with zeros for the next block: that
 takes time in every pass. Here the pages are kept. But tensors of many sizes leave holes between them, and the heap
-grows, whether pages are kept or not. Between two passes most of it is free. So once the process has grown by half, all
-free pages are given back. No result depends on it.
+grows, whether pages are kept or not. Between two passes most of it is free. So where the process has become larger by
+half than it was after its first passes, all free pages are given back. No result depends on it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import platform
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from torch import nn
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-PASSES = 64  # forward passes after which memory should have its usual size
+PASSES = 64  # forward passes after which memory has its usual size, and the least from one giving back to the next
 GROWTH = 1.5  # of that size, more than which is given back
 
 
@@ -25,16 +24,18 @@ class FreedMemory:
     """Called before each forward pass of a model."""
 
     def __init__(self):
-        self.passes, self.limit = 0, math.inf
+        self.passes, self.limit = 0, None
 
     def __call__(self, *_) -> None:
-        pages = own_pages()
         self.passes += 1
-        if self.passes == PASSES:
+        if self.passes < PASSES:
+            return
+        pages = own_pages()
+        if self.limit is None:
             self.limit = GROWTH * pages
         elif pages > self.limit:
             ctypes.CDLL(None).malloc_trim(0)
-            self.passes, self.limit = 0, math.inf
+            self.passes = 0
 
 
 def own_pages() -> int:

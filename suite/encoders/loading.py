@@ -92,8 +92,11 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
 def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
     """(the model `name`, built by an Auto class of transformers, the weights of its head that the checkpoint lacks).
 
-    Raises UserError if the weights do not fit, or if some of the encoder's are missing.
+    Raises UserError if the weights do not fit, or if all or some of the encoder's are missing.
     """
+    if Path(name).is_dir() and not weight_files(Path(name)):
+        raise UserError(f"model_config.model_name: {name} holds no weights in safetensors: take a model that does, or "
+                        "train this one from scratch with model_config.pretrained=false")
     # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
     model, report = kind.from_pretrained(
         name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,

@@ -103,4 +103,6 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
     elif train:
         say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
             f"{train['samples_per_second']:.1f} {'windows' if config.pretrains else 'reviews'} a second")
+    else:
+        say(f"{demo}this run is not finished, and this is its best model so far: give the command that trains it again")
     say(f"{demo}everything about this run: {config.run_folder}")
