@@ -7,8 +7,8 @@
 This file is copied into every trained model's folder, where transformers finds it: it imports nothing of this project.
 """
 
+import functools
 import inspect
-import types
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ def read_only_first_token(encoder: nn.Module) -> None:
     """Make a known encoder return the hidden state of the first token alone: (batch, 1, width)."""
     is_bert = type(encoder).__name__ in BERT_LIKE
     last = (encoder.encoder.layer if is_bert else encoder.layers)[-1]
-    last.forward = types.MethodType(_bert_layer if is_bert else _modernbert_layer, last)
+    last.forward = functools.partial(_bert_layer if is_bert else _modernbert_layer, last)  # which can be pickled
 
 
 def _bert_layer(layer: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None,

@@ -47,7 +47,7 @@ class Watch:
     def others(self) -> float:
         """The share, 0 to 1, of all cores' time that others have taken."""
         cores = (time.perf_counter() - self.started) * (os.cpu_count() or 1)
-        return max(0.0, (self._others() - self.others_before) / cores)
+        return min(max(0.0, (self._others() - self.others_before) / cores), 1.0)  # the kernel counts in ticks
 
 
 def refuse_busy_machine() -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 from data import Encode
 from model import EncoderForClassification, mean_over_tokens
 from suite.encoders.loading import load_model, load_tokenizer, new_model, save_model
+from suite.encoders.placement import place_model
 from utils import ModelConfig, UserError
 
 
@@ -87,6 +88,19 @@ def test_the_last_layer_at_the_first_token_alone_is_exact(encoder_folder, name, 
     reference = dict(plain.named_parameters())
     for weight, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, reference[weight].grad, atol=1e-12, rtol=1e-9, msg=weight)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_a_pickled_model_computes_the_same(encoder_folder, name, tmp_path):
+    model = build(encoder_folder(name)).eval()
+    place_model(model, torch.device("cpu"))
+    torch.save(model, tmp_path / "model.pt")
+    copy = torch.load(tmp_path / "model.pt", weights_only=False)
+    inputs, _ = batch(ENCODERS[name].pad_token_id or 0)
+    assert torch.equal(model(**inputs).logits, copy(**inputs).logits)
+    with torch.no_grad():
+        copy.encoder.get_input_embeddings().weight.zero_()  # its layers are its own
+    assert not torch.equal(model(**inputs).logits, copy(**inputs).logits)
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])

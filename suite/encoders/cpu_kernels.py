@@ -120,7 +120,7 @@ def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, val
     """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
     rate = dropout if 0 < dropout < 1 else 0.0
     is_slow_fused = query.dtype == torch.bfloat16 and key.shape[2] <= SHORT
-    is_plain = kwargs.get("position_bias") is None and key.shape[:2] == query.shape[:2]
+    is_plain = kwargs.get("position_bias") is None and key.shape[:2] == query.shape[:2] and dropout < 1
     if not (rate or is_slow_fused) or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     bias = None

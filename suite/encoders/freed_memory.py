@@ -30,7 +30,8 @@ class FreedMemory:
         self.passes += 1
         if self.passes < PASSES:
             return
-        pages = own_pages()
+        if (pages := own_pages()) is None:
+            return
         if self.limit is None:
             self.limit = GROWTH * pages
         elif pages > self.limit:
@@ -38,16 +39,19 @@ class FreedMemory:
             self.passes = 0
 
 
-def own_pages() -> int:
-    """The pages of memory that this process shares with no other."""
-    _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+def own_pages() -> int | None:
+    """The pages of memory that this process shares with no other; None where nobody can tell."""
+    try:
+        _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except (OSError, ValueError):  # no /proc, or no descriptor left
+        return None
     return int(resident) - int(shared)
 
 
 def keep_freed_memory(model: nn.Module) -> None:
     """For the passes of `model`. Nothing is changed without glibc, or where the environment says how to allocate."""
     is_told = "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not is_told:
+    if platform.libc_ver()[0] == "glibc" and not is_told and own_pages() is not None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks by itself,
         libc.mallopt(M_MMAP_MAX, 0)  # and large tensors lie in it, too
