@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accumulation_worker import distance
-from conftest import ENCODERS, PROJECT, free_port, run_here, run_script
+from conftest import ENCODERS, PROJECT, free_port, run_here, run_script, train_here
 from safetensors.torch import load_file
 from transformers import AlbertConfig, AutoModelForMaskedLM, AutoTokenizer, MPNetConfig, pipeline
 
@@ -55,8 +55,7 @@ def overrides(tmp_path_factory, encoder_folder) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(overrides):
     """(what it printed, the run folder) of a finished run."""
-    result = run_here(*overrides, "run_name=finished", mode="pretrain")
-    assert result.returncode == 0, result.stderr
+    result = train_here(*overrides, "run_name=finished", mode="pretrain")
     return result.stdout, config_of(overrides, "run_name=finished").run_folder
 
 
@@ -260,8 +259,7 @@ def test_fine_tuning_starts_with_its_weights(overrides, finished):
     saved = load_file(best / "model.safetensors")
     assert all(torch.equal(tensor, saved[f"bert.{name}"]) for name, tensor in started.items())
     fine_tuning = [*overrides, f"model_config.model_name={best}", "train_config.epochs=1"]
-    result = run_here(*fine_tuning)
-    assert result.returncode == 0, result.stderr
+    result = train_here(*fine_tuning)
     assert "finished-len14-bs32-seed42: 96 reviews to train on" in result.stdout
     other_split = run_here(*fine_tuning, "data_config.split_seed=1", "run_name=other_split")
     assert "texts that are validated or tested on here" in other_split.stderr

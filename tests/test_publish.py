@@ -5,7 +5,7 @@ import shutil
 
 import huggingface_hub
 import pytest
-from conftest import PROJECT, content_of, run_here, run_script, write_reviews
+from conftest import PROJECT, content_of, expect, run_here, run_script, write_reviews
 from upload_hub import TOKEN, upload_hub
 
 from suite.common import cli
@@ -87,8 +87,7 @@ def test_an_export_is_published_with_its_folders(run, hub):
     (run / "export" / "onnx" / "model.onnx").write_bytes(b"a graph")
     (run / "export" / "notes.txt").write_text("mine")
     seal(run / "export")
-    result = run_here(mode="publish", repo="owner/name", model=str(run / "export"), yes=True)
-    assert result.returncode == 0, result.stderr
+    expect(0, run_here(mode="publish", repo="owner/name", model=str(run / "export"), yes=True))
     sent = hub.files["owner/name"]
     assert {"onnx/model.onnx", "model.safetensors", "sentence_bert_config.json"} < set(sent)
     assert not {"notes.txt", "model.py", "manifest.json"} & set(sent)

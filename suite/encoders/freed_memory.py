@@ -28,9 +28,7 @@ class FreedMemory:
 
     def __call__(self, *_) -> None:
         self.passes += 1
-        if self.passes < PASSES:
-            return
-        if (pages := own_pages()) is None:
+        if self.passes < PASSES or (pages := own_pages()) is None:
             return
         if self.limit is None:
             self.limit = GROWTH * pages
