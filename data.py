@@ -216,7 +216,7 @@ def load_split(config: Config) -> Split:
     reviews = load_reviews(data_config, config.model_config.num_labels)
     digests = text_digests(reviews.table)
     refuse_contradictions(digests, reviews)
-    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config)
+    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names)
     return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()))
 
 

@@ -8,10 +8,12 @@ the answer to a typing mistake comes at once.
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import INPUTS, impossible_values, odd_yaml, short_name, shown
+from suite.common.checks import INPUTS, deep_yaml, impossible_values, odd_number, short_name, shown
 
 PROJECT = Path(__file__).resolve().parent
 TRUNCATIONS = ("head", "tail", "head_tail", "windows")
+ROW_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")  # files of rows; see suite/reviews/rows.py
 BAG_OF_WORDS = "bag-of-words"  # the model_name of a run of --mode baseline
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 
@@ -72,10 +75,12 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    dataset: str = option("stanfordnlp/imdb", "Hub id, local folder, or a .csv, .jsonl or .parquet file")
+    dataset: str = option("stanfordnlp/imdb", "Hub id, local folder, or a .csv, .tsv, .jsonl, .json or .parquet file")
+    subset: str | None = option(None, "which configuration, or subset, of a dataset that has several; null: its own "
+                                "default")
     text_column: str = option("text", "column that holds the review")
-    label_column: str = option("label", "column that holds the class: integers from 0, or names (numbered in the order "
-                               "of their Unicode code points)")
+    label_column: str = option("label", "column that holds the class: numbers, which are ordered by their size, or "
+                               "names, by their Unicode code points")
     split: Any = option([0.8, 0.1, 0.1], "shares of train, valid and test in all labelled rows, stratified by class; "
                         "or `official`: the dataset's own test split")
     split_seed: int = option(42, "seed of the split; independent of train_config.seed", at_least=0, at_most=2**32 - 1)
@@ -192,6 +197,16 @@ def say(text: str) -> None:
         print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
+def file_kind(path: str | Path) -> str:
+    """The kind of a file of rows, one of ROW_FILES, by the end of its name: `.csv` for Reviews.CSV and reviews.csv.gz.
+
+    "" for any other file. A .parquet file is compressed inside, so there is no .parquet.gz.
+    """
+    name = Path(str(path).lower())
+    kind = name.with_suffix("").suffix if name.suffix == ".gz" else name.suffix
+    return kind if kind in ROW_FILES and (kind, name.suffix) != (".parquet", ".gz") else ""
+
+
 def printable(text: str) -> str:
     """The text with its control characters escaped: one in the name of a class could change the terminal's state."""
     return text.translate(CONTROLS)
@@ -205,6 +220,12 @@ def config_fields(config: Any = Config, prefix: str = "") -> Iterator[tuple[str,
             yield from config_fields(section, f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name, entry
+
+
+@functools.cache
+def text_keys() -> dict[str, bool]:
+    """{dotted key: whether it may be null} of every key whose value is a text."""
+    return {key: "None" in entry.type for key, entry in config_fields() if entry.type.startswith("str")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,8 +251,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
             problems[key] = f"{origin}: unknown key {key}{suggest(key, known)}"
             continue
         origins[key] = origin
-        if value is False and "no" in known[key].metadata.get("choices", ()):
-            value = "no"  # YAML reads a bare no as false
         try:
             OmegaConf.update(config, key, value)
             problems.pop(key, None)  # an override replaces a wrong value of the file
@@ -264,9 +283,12 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
     """The mapping in a YAML file. Raises UserError; `fix` says what to do if there is no such file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        if problem := odd_yaml(text):
-            raise UserError(f"{path}: {problem}")
+        if problem := deep_yaml(text):
+            raise UserError(problem)
         tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        tree = _with_texts(tree, yaml.compose(text, Loader=yaml.SafeLoader))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {fix}") from None
     except yaml.MarkedYAMLError as error:
@@ -279,6 +301,27 @@ def read_yaml(path: str | Path, fix: str = "give the configuration with --config
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
     return tree
+
+
+def _with_texts(value: Any, node: yaml.Node | None, name: str = "") -> Any:
+    """What YAML reads of a node, but under a key of the configuration that is a text, wherever it stands in the tree,
+    the text as it is written: there, 2026_11 and 1e3 are names, and `no` is a word.
+
+    Raises UserError for a number that YAML reads as another one.
+    """
+    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
+        nodes = {key.value: child for key, child in node.value}
+        return {key: _with_texts(child, nodes.get(str(key)), f"{name}.{key}" if name else str(key))
+                for key, child in value.items()}
+    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
+        return [_with_texts(child, of_child, name) for child, of_child in zip(value, node.value, strict=True)]
+    if not isinstance(node, yaml.ScalarNode):
+        return value
+    if f".{name}".endswith(tuple(f".{key}" for key in text_keys())):
+        return None if node.tag.endswith(":null") else node.value
+    if node.style is None and (problem := odd_number(node.value)):
+        raise UserError(f"{name}: {problem}")
+    return value
 
 
 def _beside(path: str | Path, value: Any) -> Any:
@@ -306,11 +349,17 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
         if not equals or item.startswith("-"):
             raise UserError(f"command line: {shown(item)} is not an override; write section.key=value, "
                             "for example train_config.epochs=3")
+        text = item[len(key) + 1:]
+        if key in (texts := text_keys()):
+            items.append(("command line", key, _typed_text(text, is_optional=texts[key])))
+            continue
         try:
-            text = item[len(key) + 1:]
-            if problem := odd_yaml(text):
-                raise UserError(f"command line: {shown(key)}: {problem}")
+            if problem := deep_yaml(text):
+                raise UserError(problem)
             value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text]))["value"]
+            value = _with_texts(value, yaml.compose(text, Loader=yaml.SafeLoader), key)
+        except UserError as error:
+            raise UserError(f"command line: {shown(key)}: {error}") from None
         except (ValueError, yaml.YAMLError, OmegaConfBaseException):  # ValueError: 5000 digits
             raise UserError(f"command line: the value of {shown(item)} is not valid YAML; quote it") from None
         if isinstance(value, dict):
@@ -318,6 +367,14 @@ def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
         else:
             items.append(("command line", key, value))
     return items
+
+
+def _typed_text(text: str, is_optional: bool) -> str | None:
+    """The value of a text that was typed on the command line: as it is, or what stands in quotes around all of it."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        with suppress(yaml.YAMLError):
+            return str(yaml.safe_load(text))
+    return None if is_optional and text in ("", "null", "~") else text
 
 
 def suggest(key: str, known: dict) -> str:

@@ -151,7 +151,7 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", [(sources, "_read_texts"), (data.Encode, "__call__")], ids=["reviews", "tokens"])
+@pytest.mark.parametrize("place", [(sources, "_labelled_rows"), (data.Encode, "__call__")], ids=["reviews", "tokens"])
 def test_the_full_disk_of_the_cache_is_named(tmp_path, table, overrides, monkeypatch, place):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(*place, full)

@@ -72,7 +72,7 @@ def test_no_text_stands_in_two_splits_and_duplicates_are_counted(overrides, revi
 def test_duplicates_with_different_labels_are_refused(config, reviews_file):
     with open(reviews_file, "a") as file:
         file.write(reviews_file.read_text().splitlines()[1].replace("bad", "good") + "\n")
-    with pytest.raises(UserError, match="rows 1 and 201 are the same text with different labels"):
+    with pytest.raises(UserError, match=r"row 201 has the same text as .*: row 1, and another label"):
         data.prepare_data(config)
 
 
@@ -183,11 +183,10 @@ def test_the_official_test_split_stays_whole_and_is_not_trained_on(drop, capsys)
     ("review,verdict\nfine,good\nbleak,\n", "row 2 has no label"),
     ("review,verdict\nfine,good\nso, so,bad\n", r"row 2 \(line 3\) has 3 fields, the header has 2"),
     ("text,verdict\nfine,good\n", "no column 'review'; found text, verdict"),
-    ("review,verdict\nfine,0\nbleak,7\n", "row 2 has the label 7"),
-    ("review,verdict\nfine,good\nnice,good\n", "has 1 classes"),
+    ("review,verdict\nfine,0\nbleak,7\nso so,1\nfair,0\nbad,1\n", r"the rarest class is '7' \(.*: row 2\)"),
+    ("review,verdict\nfine,good\nnice,good\n", "all rows have the label 'good'"),
     ("review,verdict\n", "no labelled rows"),
     ("", "no labelled rows"),
-    ("review,verdict\n" + "fine,good\n" * 9 + "bleak,bad\n", "the class 'bad' has 1 rows"),
     (b"review,verdict\nfine,good\nbl\xffeak,bad\n", "not UTF-8"),
 ])
 def test_bad_files_are_named_with_their_row(tmp_path, content, words):

@@ -91,7 +91,7 @@ def of_another(folder, job: str = "", rows: str = ""):
     path, description = part(folder, 2), json.dumps(json.loads((folder / "job.json").read_text()))
     place = f"{2:08d}-{rows or path.name.split('-')[1]}"
     content = path.read_bytes().replace(b'"predicted": "', b'"predicted": "un')
-    maker = parts.Parts("in.csv", folder.with_suffix(""), [])
+    maker = parts.Parts("in.csv", folder.with_suffix(""), [], "text")
     maker.job = job or description
     path.unlink()
     (folder / maker.part_name(place, ".jsonl", content)).write_bytes(content)

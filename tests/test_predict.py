@@ -160,8 +160,9 @@ def test_broken_json_lines(predicting, tmp_path):
     assert [json.loads(line)["review"] for line in output.read_text().splitlines()] == ["one", 5]
     aside = rows_of(f"{output}.rejected.csv")
     assert [int(row["row"]) for row in aside] == [*range(2, 10), 11, 12]
-    for row, word in zip(aside, ("not JSON", "no JSON object", "no column 'review'", "holds list", "no text", "half of",
-                                 "not UTF-8", "not JSON", "nests more", "has a column 'predicted'"), strict=True):
+    for row, word in zip(aside, ("not JSON", "not a JSON object", "no column 'review'", "holds list", "no text",
+                                 "half of", "not UTF-8", "not JSON", "nests more", "has a column 'predicted'"),
+                         strict=True):
         assert word in row["problem"]
     assert aside[2]["content"] == '{"text": "y"}'
 

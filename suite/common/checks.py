@@ -114,19 +114,21 @@ def short_name(path: str) -> str:
     return Path(path).absolute().parent.name if Path(path).name == "best" else Path(path).name
 
 
-def odd_yaml(text: str) -> str | None:
-    """What is wrong with YAML that a parser takes: a number that YAML 1.1 reads as another one than most people, as in
-    1:30 as 90 or 010 as 8, or brackets so deep that the parser would crash."""
+def deep_yaml(text: str) -> str | None:
+    """What is wrong with YAML whose brackets are nested so deeply that the parser would crash."""
     depth = 0
     for token in yaml.scan(text):
         kind = type(token).__name__
         depth += kind.endswith("StartToken") - kind.endswith("EndToken")
         if depth > DEEPEST:
             return f"more than {DEEPEST} brackets are nested: no configuration needs that"
-        if isinstance(token, yaml.ScalarToken) and token.plain and re.fullmatch(
-                r"[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-7_]+)", token.value):
-            return (f"YAML reads {token.value} as {yaml.safe_load(token.value)}: write the number that you mean, or "
-                    f"'{token.value}' in quotes")
+    return None
+
+
+def odd_number(text: str) -> str | None:
+    """What is wrong with a number that YAML 1.1 reads as another one than most people: 1:30 as 90, or 010 as 8."""
+    if re.fullmatch(r"[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-7_]+)", text):
+        return f"YAML reads {text} as {yaml.safe_load(text)}: write the number that you mean"
     return None
 
 

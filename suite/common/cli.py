@@ -22,14 +22,13 @@ from suite.common.run_folder import (
 from suite.common.start import CLOSED, LAST_NET, Console
 from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
-from utils import BAG_OF_WORDS, Config, UserError, load_config, num_processes, printable
+from utils import BAG_OF_WORDS, ROW_FILES, Config, UserError, file_kind, load_config, num_processes, printable
 
 MODES = {"train": (), "test": (), "baseline": (), "pretrain": (), "predict": ("model", "text", "input", "output"),
          "export": ("model", "output", "format", "int8"), "explain": ("model", "text", "output"),
          "publish": ("model", "public", "license", "yes")}  # and the options that each takes besides the configuration
 RUN_MODES = ("train", "test", "baseline", "pretrain")  # they write a run folder; the others need only a model's folder
 FORMATS = ("onnx", "transformers")  # of --mode export
-ROW_FILES = (".csv", ".jsonl", ".parquet", ".txt")
 
 
 @dataclass
@@ -126,8 +125,9 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="predict, export, explain, publish: a trained model, or its "
                         "run (default: the best one of the run)")
     parser.add_argument("--text", metavar="TEXT", help="predict, explain: one review")
-    parser.add_argument("--input", metavar="FILE", help="predict: reviews in a .csv, .jsonl, .parquet or .txt file "
-                        "(one review per line), or - for lines from standard input")
+    parser.add_argument("--input", metavar="FILE", help="predict: reviews in a .csv, .tsv, .jsonl, .json, .parquet or "
+                        ".txt file (one review per line), in a folder of .txt files (one review each), or - for lines "
+                        "from standard input")
     parser.add_argument("--output", metavar="FILE", help="predict: a .csv or .jsonl file, or .parquet if the input is "
                         "one (default: standard output); export: a folder; explain: an .html file")
     parser.add_argument("--format", metavar="{" + ",".join(FORMATS) + "}", help="export: one or both of them, with a "
@@ -268,24 +268,24 @@ def check_prediction(given: argparse.Namespace) -> None:
 
 def check_files(source: str, output: str | None) -> None:
     """Raises UserError if the rows of `source` cannot be labelled into `output`; - is standard input and output."""
-    kind = Path(source).suffix
+    kind = file_kind(source)
     if source == "-" and "stdin" in CLOSED:
         raise UserError("--input -: standard input is closed: give a file")
     if source != "-":
         if Path(source).is_dir():
-            raise UserError(f"--input: {source} is a folder: name one file in it")
-        if not Path(source).is_file():
+            if not any(Path(source).rglob("*.txt")):
+                raise UserError(f"--input: {source} is a folder without .txt files: name one file in it")
+        elif not Path(source).is_file():
             raise UserError(f"--input: no such file: {source}")
-        if kind not in ROW_FILES:
-            raise UserError(f"--input: {source}: a file must end in {', '.join(ROW_FILES)}")
+        elif not kind:
+            raise UserError(f"--input: {source}: a file must end in {', '.join(ROW_FILES)}, or one of them and .gz")
     if output in (None, "-"):
         if num_processes() > 1:
             raise UserError("--output: several processes cannot share standard output: give a file")
         return
     kinds = [".csv", ".jsonl"] + [".parquet"] * (kind == ".parquet")
     if Path(output).suffix not in kinds:
-        raise UserError(f"--output: {output}: from {'standard input' if source == '-' else kind}, the file must end in "
-                        f"{', '.join(kinds)}")
+        raise UserError(f"--output: {output}: from {kind or 'texts'}, the file must end in {', '.join(kinds)}")
     refuse_long(output + ".rejected.csv")  # the longest of the names that are made of it
     if not Path(output + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
         refuse_existing(output, output + ".rejected.csv")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from suite.common.run_folder import is_encoder
 from suite.common.storage import chain, room_for
-from utils import Config, UserError, brief, say
+from utils import Config, UserError, brief, file_kind, say
 
 PROBE_SECONDS = 6  # the libraries themselves would retry for minutes before they give up
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
@@ -29,8 +29,8 @@ UNANSWERED: list[str] = []  # what this process asked the Hub for in vain
 
 def is_hub_name(name: str) -> bool:
     """Whether `name` is a Hub id such as `owner/name` and not a path on this machine."""
-    is_file = name.endswith((".csv", ".jsonl", ".parquet", ".json", ".txt"))
-    return not is_file and not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
+    is_path = file_kind(name) or os.path.exists(name)
+    return not is_path and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def check_hub(config: Config) -> None:

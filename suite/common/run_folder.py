@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import INPUTS, odd_yaml
+from suite.common.checks import INPUTS, deep_yaml
 from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular, sha256_of
 from utils import BAG_OF_WORDS, Config, DataConfig, ModelConfig, TrainConfig, UserError, brief, config_fields, leaves
 
@@ -25,7 +25,8 @@ FOLDERS = ("best", "best" + PARTIAL, "best" + OLD, "last", "plots", "export",
 FIGURES = {"train": ("seconds", "samples_per_second", "optimizer_steps"), "valid": (),  # what each part must have
            "test": ("accuracy", "accuracy_ci95", "loss", "f1", "n")}
 
-REVIEWS = ("dataset", "text_column", "label_column", "split", "split_seed", "drop_duplicates", "limit", "line_breaks")
+REVIEWS = ("dataset", "subset", "text_column", "label_column", "split", "split_seed", "drop_duplicates", "limit",
+           "line_breaks")
 WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
                    *(f"data_config.{key}" for key in REVIEWS))
 SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared
@@ -141,7 +142,7 @@ def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
         text = regular(path).read_text(encoding="utf-8")
-        if problem := odd_yaml(text):
+        if problem := deep_yaml(text):
             raise ValueError(problem)
         saved = OmegaConf.load(io.StringIO(text))
         if missing := Config.__dataclass_fields__.keys() - dict(saved).keys():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -20,13 +21,12 @@ from typing import Any
 from tqdm import tqdm
 
 from suite.common.stopping import SIGNALS
-from suite.common.storage import NOT_SEALED, atomic_write, room_for, write_json
+from suite.common.storage import NOT_SEALED, atomic_write, room_for, sha256_of, write_json
 from suite.inference.classifier import Labeller
 from suite.inference.parts import Parts, is_same
-from suite.reviews.rows import Row, columns_of, read_rows, size_of
+from suite.reviews.rows import Row, as_text, column_problem, columns_of, listed, read_rows, size_of, text_files
 from suite.reviews.sampling import CHUNK_ROWS
-from suite.reviews.sources import as_text, misfit
-from utils import Config, UserError, num_processes, process_rank, say
+from utils import Config, UserError, file_kind, num_processes, process_rank, say
 
 SHOWN = 3  # broken rows that are printed; the file of rejected rows has all of them
 
@@ -36,14 +36,14 @@ def read_chunks(path: str, column: str, added: list[str]) -> Iterator[list[Row]]
 
     Raises UserError if there is no text column, or if a column has the name of one that will be `added`.
     """
-    if path == "-":
-        rows, columns = read_rows("-.txt", sys.stdin.buffer), ["text"]
-    else:
-        rows, columns = read_rows(path), columns_of(path)
-    if path == "-" or Path(path).suffix == ".txt":
+    if path == "-" or os.path.isdir(path) or file_kind(path) == ".txt":
         column = "text"
+    if path == "-":
+        rows, columns = read_rows("-.txt", file=sys.stdin.buffer), ["text"]
+    else:
+        rows, columns = read_rows(path, [column]), columns_of(path, [column])
     if columns and column not in columns:
-        raise UserError(f"{path}: no column {column!r}; found {', '.join(columns)}: set data_config.text_column")
+        raise UserError(f"{path}: no column {column!r}; found {listed(columns)}: set data_config.text_column")
     if taken := set(added) & set(columns):
         raise UserError(f"{path}: it has a column {min(taken)!r} already: rename or remove it")
     rows = (checked(row, column, added) for row in rows)
@@ -55,7 +55,7 @@ def checked(row: Row, column: str, added: list[str]) -> Row:
     """The row with its text, or a broken row that says why it cannot be labelled."""
     if row.problem:
         return row
-    problem = misfit(row, (column,))
+    problem = column_problem(row, (column,))
     if problem is None:
         row.text = as_text(row.values[column]) or ""
         if not row.text.strip():
@@ -79,7 +79,8 @@ class Job:
 
     def __init__(self, path: str, output: Path, classifier: Labeller, config: Config):
         self.classifier, self.config, self.devices = classifier, config, classifier.devices
-        self.from_stdin, self.parts = path == "-", Parts(path, output, classifier.added)
+        self.from_stdin = path == "-"
+        self.parts = Parts(path, output, classifier.added, config.data_config.text_column)
 
     def run(self) -> None:
         parts, output, is_main = self.parts, self.parts.output, self.devices.is_main
@@ -150,13 +151,14 @@ class Job:
         source, data, model = Path(self.parts.source).resolve(), self.config.data_config, hashlib.sha256()
         for path in sorted(self.classifier.folder.iterdir()):
             if path.is_file() and path.name not in NOT_SEALED:
-                with open(path, "rb") as file:
-                    model.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        with open(source, "rb") as file:  # its content, because another file can have the same size and time
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"input": str(source), "content": content, "model": model.hexdigest(), "text_column": data.text_column,
-                "max_len": data.max_len, "truncation": data.truncation, "max_windows": data.max_windows,
-                "eval_batch_size": data.eval_batch_size, "precision": self.devices.precision, "chunk_rows": CHUNK_ROWS}
+                model.update(path.name.encode() + sha256_of(path).encode())
+        content = hashlib.sha256()  # of the input, because another file can have the same size and time
+        for path in text_files(source) if source.is_dir() else [source]:
+            content.update(path.name.encode() + sha256_of(path).encode())
+        return {"input": str(source), "content": content.hexdigest(), "model": model.hexdigest(),
+                "text_column": data.text_column, "max_len": data.max_len, "truncation": data.truncation,
+                "max_windows": data.max_windows, "eval_batch_size": data.eval_batch_size,
+                "precision": self.devices.precision, "chunk_rows": CHUNK_ROWS}
 
     def label_chunks(self, done: dict[int, Path], with_broken: dict[int, Path]) -> tuple[Counter, list[int]]:
         """Label the chunks whose rows are not `done`, or whose broken ones are not; the processes take turns.
@@ -166,7 +168,7 @@ class Job:
         """
         source, counts, turns = self.parts.source, Counter(), itertools.cycle(range(num_processes()))
         numbers: list[int] = []
-        bar = tqdm(desc="predict", total=size_of(source), unit="row" if source.endswith(".parquet") else "B",
+        bar = tqdm(desc="predict", total=size_of(source), unit="row" if file_kind(source) == ".parquet" else "B",
                    unit_scale=True, dynamic_ncols=True, disable=process_rank() > 0 or not sys.stderr.isatty())
         column = self.config.data_config.text_column
         for number, chunk in enumerate(read_chunks(source, column, self.classifier.added), start=1):

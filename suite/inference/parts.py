@@ -38,9 +38,9 @@ OWN_NAMES = re.compile(r"job\.json|\.job\.lock|\.[0-9a-f]{16}\.tmp|input\.txt|re
 
 
 class Parts:
-    def __init__(self, path: str, output: Path, added: list[str]):
+    def __init__(self, path: str, output: Path, added: list[str], text_column: str):
         """`path` is the input, - for standard input; `added` are the names of the columns that labelling adds."""
-        self.output, self.added = output, added
+        self.output, self.added, self.text_column = output, added, text_column
         self.folder = output.with_name(output.name + ".parts")
         self.rejected = output.with_name(output.name + ".rejected.csv")
         self.source = str(self.folder / "input.txt") if path == "-" else path
@@ -217,7 +217,7 @@ class Parts:
         else:
             with atomic_write(self.joined) as file:
                 found = itertools.chain.from_iterable(self.read_rows(chunks))  # a row of .jsonl can have its own
-                columns = dict.fromkeys(itertools.chain(columns_of(self.source), found, self.added))
+                columns = dict.fromkeys(itertools.chain(columns_of(self.source, [self.text_column]), found, self.added))
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 for row in self.read_rows(chunks):

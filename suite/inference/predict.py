@@ -14,7 +14,7 @@ from suite.inference.classifier import Labeller
 from suite.inference.labelling import Job, label, read_chunks
 from suite.inference.opening import open_classifier
 from suite.inference.parts import cells
-from utils import printable, say
+from utils import file_kind, printable, say
 
 
 def model_folder(command: Command) -> Path:
@@ -55,7 +55,7 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
                 broken += 1
                 print(f"skipped: {printable(problem)}", file=sys.stderr)
             for values in label(classifier, chunk):
-                if Path(path).suffix == ".jsonl":
+                if file_kind(path) in (".jsonl", ".json"):
                     print(json.dumps(values, ensure_ascii=False))
                     continue
                 if writer is None:

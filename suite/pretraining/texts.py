@@ -30,7 +30,7 @@ def prepare_texts(config: Config) -> PretrainingData:
     data_config, name = config.data_config, config.model_config.model_name
     split = load_split(config)
     reviews, labelled = split.reviews, split.digests
-    refuse_no_texts(reviews.unlabelled, data_config.text_column)
+    refuse_no_texts(reviews.unlabelled)
     table = concatenate_datasets([part.table.select_columns("text") for part in (*reviews.parts, *reviews.unlabelled)])
     digests = np.concatenate([labelled, *(text_digests(part.table) for part in reviews.unlabelled)])
     train, valid = choose(split.ids_of["train"], np.arange(len(labelled), len(table)), digests, split.held_out,

@@ -1,26 +1,31 @@
-"""Reads the rows of .csv, .jsonl, .parquet and .txt files one by one.
+"""Reads the rows of files one by one, whatever their kind: KINDS is the table that training and prediction share.
 
-A row that cannot be used comes with its problem, and reading goes on after it: training stops at such a row, prediction
-sets it aside. A file that cannot be read at all raises UserError.
+A row that cannot be used comes with its problem, and reading goes on after it: training counts such rows and stops,
+prediction sets them aside. A file that cannot be read at all raises UserError. Every value is what the file says: no
+text becomes a number, a date or a missing value.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
+import gzip
 import io
 import json
 import os
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from utils import UserError, brief
+from utils import UserError, brief, file_kind
 
 LONGEST_FIELD = 1 << 24  # characters of a .csv field: a quote that is never closed would swallow the rest of the file
 DEEPEST = 100  # nested brackets in a .jsonl line; Python's own limit depends on how deep the calling code already is
@@ -37,34 +42,89 @@ class Row:
     source: tuple[pa.RecordBatch, int] | None = None  # of a row of a .parquet file: where Arrow has it, bit for bit
 
 
-def read_rows(path: str, file: BinaryIO | None = None) -> Iterator[Row]:
-    """The rows of a file, or of the open `file` as if it were called `path`."""
-    kind = Path(path).suffix
-    if kind == ".parquet":
-        yield from _read_parquet(path)
-        return
-    with nullcontext(file) if file else _opened(path) as file:
-        yield from _read_csv(path, file) if kind == ".csv" else _read_lines(file, PARSERS[kind])
+def read_rows(path: str, columns: Sequence[str] = (), only: bool = False, file: BinaryIO | None = None
+              ) -> Iterator[Row]:
+    """The rows of a file, of a folder with a .txt file for each text, or of the open `file` as if it were `path`.
+
+    `columns`: the ones that are asked for; if the columns of a .csv or .tsv file are not separated as its name says,
+    they are found by these. `only`: whether other columns may be left out.
+    """
+    if os.path.isdir(path):
+        for file, row in zip(files := text_files(path), read_texts(files), strict=True):
+            yield replace(row, values={"file": file.relative_to(path).as_posix(), **row.values})
+    elif (kind := file_kind(path)) == ".parquet":
+        yield from _read_parquet(path, columns if only else None)
+    else:
+        with nullcontext(file) if file else _opened(path) as file:
+            try:
+                yield from KINDS[kind](path, file, columns)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UserError(f"{path}: not a readable .gz file: {brief(error)}") from None
 
 
-def columns_of(path: str) -> list[str]:
-    """The columns of a file, even if it has no rows; [] for .jsonl, where each row names its own."""
-    kind = Path(path).suffix
+def columns_of(path: str, columns: Sequence[str] = ()) -> list[str]:
+    """The columns of a file, even if it has no rows; [] for JSON, where each row names its own. `columns`: as above."""
+    kind = file_kind(path)
+    if os.path.isdir(path):
+        return ["file", "text"]
     if kind == ".parquet":
         with _opened_parquet(path) as file:
             return file.schema_arrow.names
-    if kind == ".csv":
+    if kind in (".csv", ".tsv"):
         with _opened(path) as file:
-            return _read_header(path, file)[2]
+            return _read_header(path, file, columns)[2]
     return ["text"] if kind == ".txt" else []
 
 
 def size_of(path: str) -> int:
-    """The position after the last row: the file's bytes, or the number of rows of a .parquet file."""
-    if Path(path).suffix != ".parquet":
+    """The position after the last row: the file's bytes, the rows of a .parquet file, or the files of a folder."""
+    if os.path.isdir(path):
+        return len(text_files(path))
+    if file_kind(path) != ".parquet":
         return os.path.getsize(path)
     with _opened_parquet(path) as file:
         return file.metadata.num_rows
+
+
+def text_files(folder: str | Path) -> list[Path]:
+    """All .txt files below a folder, hidden ones left out, sorted by their paths."""
+    return sorted(path for path in Path(folder).rglob("*.txt") if path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def read_texts(files: Sequence[Path]) -> Iterator[Row]:
+    """A row for each file, whose whole content is its text."""
+    for number, file in enumerate(files, start=1):
+        content = file.read_bytes()
+        try:
+            yield Row(number, number, {"text": content.decode("utf-8-sig")})
+        except UnicodeDecodeError:
+            yield Row(number, number, problem=f"{file} is {_other_encoding(content)}",
+                      content=content.decode(errors="backslashreplace"))
+
+
+def as_text(value: Any) -> str | None:
+    """A value of a file as a .csv would show it: 1.0 as "1"; None for a missing one, which pandas writes as NaN."""
+    if value is None or value != value:
+        return None
+    return str(int(value) if isinstance(value, float | Decimal) and value % 1 == 0 else value)
+
+
+def listed(names: Sequence[Any]) -> str:
+    """The first of some names, as a message shows them."""
+    return ", ".join(str(name)[:40] for name in names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def column_problem(row: Row, columns: tuple[str, ...]) -> str | None:
+    """Why the values of a row in these columns cannot be read as texts; None if they can."""
+    keys = " and ".join(f"data_config.{key}" for key in ("text_column", "label_column")[:len(columns)])
+    for column in columns:
+        if column not in row.values:
+            return (f"row {row.number} has no column {column!r}; found {listed(list(row.values))}: set {keys}")
+        if isinstance(row.values[column], bytes | list | dict):
+            return (f"row {row.number} holds {type(row.values[column]).__name__} in the column {column!r}: convert it "
+                    f"to text, or set {keys}")
+    return None
 
 
 class _Lines:
@@ -98,7 +158,8 @@ class _Lines:
 
     def row(self, number: int, values: dict[str, Any], problem: str | None = None) -> Row:
         """The row that the lines since the mark make up: a broken one if it has a problem or is not UTF-8."""
-        position = self.file.tell() if self.file.seekable() else 0
+        file = getattr(self.file, "fileobj", self.file)  # of a compressed file, the bytes on the disk
+        position = file.tell() if file.seekable() else 0
         if not (problem := self.encoding_problem() or problem):
             return Row(number, position, values)
         content = "".join(self.since_mark).rstrip("\r\n")
@@ -109,28 +170,45 @@ class _Lines:
         """Names the first line since the mark that is not UTF-8."""
         for number, line in enumerate(self.since_mark, start=self.number - len(self.since_mark) + 1):
             if not line.isascii() and any("\udc80" <= character <= "\udcff" for character in line):
-                return f"line {number} is not UTF-8: save it as UTF-8"
+                return f"line {number} is {_other_encoding(line.encode(errors='surrogateescape'))}"
         return None
 
 
-def _read_header(path: str, file: BinaryIO) -> tuple[_Lines, Any, list[str]]:
-    """(lines, the csv.reader of the rows after the header, the header) of a .csv file; an empty file's header is []."""
+def _other_encoding(content: bytes) -> str:
+    """What is said of bytes that are not UTF-8: the encoding that they probably have, and how to convert them."""
+    # WINDOWS-1252 is the usual one of older files, and has all letters of ISO-8859-1, too.
+    encoding = "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
+    return (f"not UTF-8: it is probably {encoding}; convert the file with "
+            f"iconv -f {encoding} -t UTF-8 FILE > NEW_FILE")
+
+
+def _read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[_Lines, Any, list[str]]:
+    """(lines, the csv.reader of the rows after the header, the header) of a .csv or .tsv file; an empty file's header
+    is []. A column without a name gets one, such as `column 3`, counted from 1.
+
+    The separator is the one under which the header has the `columns`; if there is none, the one of the file's kind.
+    """
     csv.field_size_limit(LONGEST_FIELD)
-    lines = _Lines(file)
-    reader = csv.reader(lines, strict=True)
-    try:
-        header = next((values for values in reader if values), [])  # a blank line gives []
-    except csv.Error as error:
-        raise UserError(f"{path}: line {lines.number}: {error}: mend the quotes there") from None
-    if problem := lines.encoding_problem():
+    lines, own = _Lines(file), "\t" if file_kind(path) == ".tsv" else ","
+    for separator in (own, *(mark for mark in ",;\t|" if mark != own), own):
+        lines.give_back(0)
+        try:
+            problem, found = None, next((row for row in csv.reader(lines, delimiter=separator, strict=True) if row), [])
+        except csv.Error as error:
+            problem, found = f"line {lines.number}: {error}: mend the quotes there", []
+        header = [name.strip() or f"column {place}" for place, name in enumerate(found, start=1)]
+        if problem is None and set(columns) <= set(header):
+            break
+    if problem := lines.encoding_problem() or problem:
         raise UserError(f"{path}: {problem}")
     if len(set(header)) < len(header):
         raise UserError(f"{path}: two columns have the same name in {', '.join(header)}: rename one")
-    return lines, reader, header
+    spaced = any(name.startswith(" ") for name in found)  # `text, label`: then the rows have blanks there, too
+    return lines, csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True), header
 
 
-def _read_csv(path: str, file: BinaryIO) -> Iterator[Row]:
-    lines, reader, header = _read_header(path, file)
+def _read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
+    lines, reader, header = _read_header(path, file, columns)
     number = 0
     while True:
         lines.mark()
@@ -151,7 +229,8 @@ def _read_csv(path: str, file: BinaryIO) -> Iterator[Row]:
         yield lines.row(number, dict(zip(header, values, strict=False)), problem)
 
 
-def _read_lines(file: BinaryIO, parse: Callable[[str], tuple[dict[str, Any], str | None]]) -> Iterator[Row]:
+def _read_lines(path: str, file: BinaryIO, columns: Sequence[str],
+                parse: Callable[[str], tuple[dict[str, Any], str | None]]) -> Iterator[Row]:
     """The rows of a file with one row a line; `parse` gives a line's values and its problem, if it has one."""
     lines, number = _Lines(file), 0
     for line in lines:
@@ -162,20 +241,45 @@ def _read_lines(file: BinaryIO, parse: Callable[[str], tuple[dict[str, Any], str
         lines.mark()
 
 
+def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
+    """An array of objects; or an object in each line, which many people call .json, too."""
+    if not file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _read_lines(path, file, columns, _parse_json)
+        return
+    content = file.read()
+    try:
+        records = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_twins)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is {_other_encoding(content)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}: mend it, or write one object a line into a .jsonl file") from None
+    may_hold_halves = b"\\ud" in content.lower()
+    for number, values in enumerate(records, start=1):
+        problem = _object_problem(values, may_hold_halves)
+        yield Row(number, os.path.getsize(path) * number // len(records), {} if problem else values,
+                  problem and f"row {number} {problem}", json.dumps(values) if problem else "")
+
+
 def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
     try:
         values = json.loads(line, object_pairs_hook=_without_twins)
-        if "\\ud" in line.lower():  # JSON can name half of a character, which no file can hold
-            json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return {}, "holds half of a \\ud... pair: write the character itself"
     except (ValueError, RecursionError) as error:
         return {}, f"is not JSON: {error}"
+    problem = _object_problem(values, "\\ud" in line.lower())
+    return ({}, problem) if problem else (values, None)
+
+
+def _object_problem(values: Any, may_hold_halves: bool) -> str | None:
+    """What is wrong with the JSON value of a row; None if nothing. JSON can name half of a character as \\ud..., and no
+    file can hold that."""
     if not isinstance(values, dict):
-        return {}, 'is no JSON object such as {"text": ..., "label": ...}'
-    if _is_deep(values, line):
-        return {}, f"nests more than {DEEPEST} brackets: flatten it"
-    return values, None
+        return 'is not a JSON object such as {"text": ..., "label": ...}'
+    try:
+        if may_hold_halves:
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "holds half of a \\ud... pair: write the character itself"
+    return f"nests more than {DEEPEST} brackets: flatten it" if _is_deep(values) else None
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -187,31 +291,36 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _is_deep(values: dict[str, Any], line: str) -> bool:
+def _is_deep(values: dict[str, Any]) -> bool:
     """Whether more than DEEPEST brackets are nested."""
-    if line.count("[") + line.count("{") <= DEEPEST:  # nearly every line
-        return False
     level: list[Any] = [values]
     for _ in range(DEEPEST):
         level = [value for each in level for value in (each.values() if isinstance(each, dict) else each)
                  if isinstance(value, dict | list)]
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 
-PARSERS = {".jsonl": _parse_json, ".txt": lambda line: ({"text": line.rstrip("\r\n")}, None)}
+# What reads the rows of each kind of file but .parquet
+KINDS: dict[str, Callable[[str, BinaryIO, Sequence[str]], Iterator[Row]]] = {
+    ".csv": _read_table, ".tsv": _read_table, ".json": _read_json,
+    ".jsonl": functools.partial(_read_lines, parse=_parse_json),
+    ".txt": functools.partial(_read_lines, parse=lambda line: ({"text": line.rstrip("\r\n")}, None))}
 
 
-def _read_parquet(path: str) -> Iterator[Row]:
+def _read_parquet(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
+    """`columns`: those that are read; None: all."""
     with _opened_parquet(path) as file:
         if len(set(names := file.schema_arrow.names)) < len(names):
             raise UserError(f"{path}: two columns have the same name in {', '.join(names)}: rename one")
         number = 0
         try:
-            for batch in file.iter_batches(batch_size=1000):
-                columns = dict(zip(names, map(_python_values, batch.columns), strict=True))
+            for batch in file.iter_batches(batch_size=1000, columns=columns):
+                values_of = dict(zip(batch.schema.names, map(_python_values, batch.columns), strict=True))
                 for place in range(batch.num_rows):
                     number += 1
-                    values = {name: column[place] for name, column in columns.items()}
+                    values = {name: column[place] for name, column in values_of.items()}
                     yield Row(number, number, values, source=(batch, place))
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise _unreadable(path, error) from None
@@ -248,7 +357,7 @@ def _with_leaves(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) 
 
 def _opened(path: str) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -1,14 +1,20 @@
-"""Labelled reviews from a Hub dataset, a dataset folder, or a .csv, .jsonl or .parquet file, as one pooled table."""
+"""Labelled reviews from a Hub dataset, a dataset folder, or a file, as one pooled table.
+
+The datasets library says which files of a folder belong to which split. Their rows are read by suite/reviews/rows.py,
+so that a folder takes what a file takes, an error can name the row, and every text is the one in the file. The library
+reads what it has prepared itself: parquet datasets of the Hub, and folders of `save_to_disk`.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,32 +23,44 @@ import pyarrow.parquet
 from datasets import (
     ClassLabel,
     Dataset,
+    DatasetBuilder,
     DatasetDict,
     Features,
     Value,
     concatenate_datasets,
+    get_dataset_config_names,
     load_dataset,
     load_dataset_builder,
+    load_from_disk,
 )
+from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # as a dataset, `csv` is what lies around
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from suite.common.hub import explained, is_hub_name
 from suite.reviews.caches import cached, digest_of
-from suite.reviews.rows import Row, columns_of, read_rows
-from utils import DataConfig, UserError
+from suite.reviews.rows import as_text, column_problem, columns_of, listed, read_rows, read_texts, text_files
+from utils import ROW_FILES, DataConfig, UserError, file_kind, say
 
-FILE_TYPES = (".csv", ".jsonl", ".parquet")
+FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows have a column for the label
+SPLIT_NAMES = {  # other names of the three splits
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
+DECLARING = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # files that say what a dataset folder holds
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
+READER = 2  # the version of what reads rows: it is part of the name under which they are cached
+MOST_NAMED = 3  # rows that a message names
 
 
 @dataclass
 class Reviews:
     """All labelled reviews of a dataset. The id of a review is its row in `table`."""
 
-    table: Dataset  # columns text (str) and label, memory-mapped
+    table: Dataset  # columns text (str) and label (str), memory-mapped
     labels: np.ndarray  # (rows,) int64: index into label_names
     label_names: list[str]
-    split_names: np.ndarray  # (rows,) str: the dataset's own split of each row
+    split_names: np.ndarray  # (rows,) str: train, validation, test, or another split of the dataset, of each row
     parts: list[Part]  # the tables that were pooled, in the order of their rows
     unlabelled: list[Part]  # for pretraining alone; their texts are not checked yet
 
@@ -53,233 +71,342 @@ class Part:
 
     split: str
     place: str  # the file, or the dataset and its split
-    table: Dataset
+    table: Dataset  # columns text (str) and label (str); None for a missing value
+    class_names: list[str] | None = None  # of the labels 0, 1, ..., if the dataset declares them
+    files: Sequence[Path] = ()  # of a folder with a file for each text: that of each row
 
 
-def locate(parts: list[Part], row: int) -> tuple[str, int]:
-    """Where row `row` of the pooled table comes from: (place, row in that place, counted from 1)."""
+def locate(parts: list[Part], row: int) -> tuple[str, int | None]:
+    """Where row `row` of the pooled table comes from: (place, row in that place, counted from 1; None: all of it)."""
     for part in parts:
         if row < len(part.table):
-            return part.place, row + 1
+            return (str(part.files[row]), None) if part.files else (part.place, int(row) + 1)
         row -= len(part.table)
     raise IndexError(row)
+
+
+def name_rows(parts: list[Part], rows: Sequence[int], one: str = "", many: str = "") -> str:
+    """The first of these rows of the pooled table, as their author counts them, and how many more there are.
+
+    `one` or `many` follows, whichever fits: `a.csv: row 2 has no text`, or `a.csv: rows 2, 5, 6 and 40 more have no
+    text`.
+    """
+    places: dict[str, list[str]] = {}
+    for place, number in (locate(parts, row) for row in rows[:MOST_NAMED]):
+        places.setdefault(place, []).extend([] if number is None else [str(number)])
+    named = [f"{place}: row{'s' * (len(rows) > len(places))} {', '.join(numbers)}" if numbers else place
+             for place, numbers in places.items()]
+    more = [f"and {len(rows) - MOST_NAMED:,} more"] if len(rows) > MOST_NAMED else []
+    return " ".join(["; ".join(named), *more, one if len(rows) == 1 else many]).rstrip()
 
 
 def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
     """Read and pool all labelled splits of a dataset.
 
-    Raises UserError, with the row and the fix, for a missing column, a missing or empty text, a missing label, and
+    Raises UserError, with the rows and the fix, for a missing column, missing or empty texts, missing labels, and
     classes that do not match `num_labels`.
     """
-    name = data_config.dataset
-    columns = (data_config.text_column, data_config.label_column)
+    name, column = data_config.dataset, data_config.label_column
     parts, unlabelled = [], []
-    for part in _load_parts(name, columns):
-        part.table = _select(part.table, columns, part.place)
-        (unlabelled if _is_unlabelled(part) else parts).append(part)
+    for part in _load_parts(data_config):
+        part.split = next((split for split, names in SPLIT_NAMES.items() if part.split in names), part.split)
+        if _is_unlabelled(part):
+            unlabelled.append(part)
+        elif data_config.split == "official" and part.split not in SPLIT_NAMES:
+            say(f"{part.place}: the split {part.split} is none of {', '.join(SPLIT_NAMES)}: it is not used with "
+                f"data_config.split=official ({len(part.table):,} rows)")
+        else:
+            parts.append(part)
     if not any(len(part.table) for part in parts):
         raise UserError(f"data_config.dataset: {name} holds no labelled rows: name a file or folder with some")
-    refuse_no_texts(parts, data_config.text_column)
+    refuse_no_texts(parts)
     table = concatenate_datasets([part.table for part in parts])
-    labels, label_names = _encode_labels(table, name, parts, data_config.label_column, num_labels)
+    labels, label_names = _encode_labels(table, name, parts, column, num_labels)
     split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
     return Reviews(table, labels, label_names, split_names, parts, unlabelled)
 
 
-def misfit(row: Row, columns: tuple[str, ...]) -> str | None:
-    """Why the values of a row in these columns cannot be read as texts; None if they can."""
-    for column in columns:
-        if column not in row.values:
-            return (f"row {row.number} has no column {column!r}; found {', '.join(map(str, row.values))}: set "
-                    + " and ".join(f"data_config.{key}" for key in ("text_column", "label_column")[:len(columns)]))
-    for column in columns:
-        if isinstance(row.values[column], bytes | list | dict):
-            return (f"row {row.number} holds {type(row.values[column]).__name__} in the column {column!r}: convert it "
-                    "to text, or set data_config.text_column and data_config.label_column")
-    return None
+# ---------------------------------------------------------------------------------------------------------------------
+# From a name to tables
 
 
-def as_text(value: Any) -> str | None:
-    """A value of a file as a .csv would show it: 1.0 as "1"; None for a missing one, which pandas writes as NaN."""
-    if value is None or value != value:
-        return None
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
-
-
-def _load_parts(name: str, columns: tuple[str, str]) -> list[Part]:
+def _load_parts(data_config: DataConfig) -> list[Part]:
+    name, columns = data_config.dataset, (data_config.text_column, data_config.label_column)
     if os.path.isfile(name):  # unlike Path's own, these functions take names that no file can have
-        if Path(name).suffix not in FILE_TYPES:
-            raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}")
-        return [Part("train", name, _load_file(name, columns))]
+        if file_kind(name) not in FILE_TYPES:
+            raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}, or one of them "
+                            "and .gz")
+        return [_load_file("train", name, columns)]
     if os.path.isdir(name):
-        return _load_folder(name, columns)
+        return _load_folder(name, data_config.subset, columns)
     if os.path.exists(name):
         raise UserError(f"data_config.dataset: {name} is neither a file nor a folder: name one")
     if not is_hub_name(name) or name in READERS:
         raise UserError(f"data_config.dataset: no such file or folder: {name}")
-    *owner, last = name.split("/")
-    cache_name = "___".join([*owner, camelcase_to_snakecase(last)])  # the library's own, where people download ahead
-    return _load_with_library(name, cache_name, lambda _: load_dataset(name), shared=True)
+    return _load_from_hub(name, data_config.subset, columns)
 
 
-def _load_folder(name: str, columns: tuple[str, str]) -> list[Part]:
-    """The parts of a dataset folder. The datasets library decides which file belongs to which split.
+def _load_file(split: str, path: str, columns: tuple[str, str], class_names: list[str] | None = None) -> Part:
+    """The two columns of a file, every value as text."""
+    _refuse_missing(columns, columns_of(path, columns), path)
+    if class_names is None and file_kind(path) == ".parquet":
+        class_names = _class_names(Features.from_arrow_schema(pyarrow.parquet.read_schema(path)), columns[1])
+    return Part(split, path, _cached_table(path, [Path(path)], columns, _labelled_rows), class_names)
 
-    It also reads parquet files. This module reads .csv and .jsonl files itself: it can name the row of an error, and it
-    reads NA as a text, not as a missing value.
-    """
+
+def _cached_table(place: str, files: list[Path], columns: tuple[str, str],
+                  read: Callable[[str, list[Path], tuple[str, str]], Iterator[dict[str, str | None]]]) -> Dataset:
+    """The rows that `read` gives, from the cache if files of the same content were read before."""
+    features = Features({"text": Value("string"), "label": Value("string")})
+    with explained("data_config.dataset", place):
+        names = [str(file.resolve()) for file in files]
+        key = hashlib.sha256(repr((READER, names, digest_of(files), columns)).encode()).hexdigest()
+        return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
+            read, features=features, cache_dir=str(folder), fingerprint=key,
+            gen_kwargs={"place": place, "files": files, "columns": columns}))
+
+
+def _labelled_rows(place: str, files: list[Path], columns: tuple[str, str]) -> Iterator[dict[str, str | None]]:
+    """Raises UserError, which counts them, for rows that cannot be read."""
+    found, broken = False, {}
+    for row in read_rows(place, columns, only=True):
+        found = True
+        if problem := row.problem or column_problem(row, columns):
+            broken[row.number] = problem
+        elif not broken:
+            yield {"text": as_text(row.values[columns[0]]), "label": as_text(row.values[columns[1]])}
+    if broken:
+        first, *others = broken
+        raise UserError(f"{place}: {broken[first]}" + (
+            f"; {len(others):,} more cannot be read, such as row {', '.join(map(str, others[:MOST_NAMED]))}"
+            if others else ""))
+    if not found:
+        raise UserError(f"{place}: holds no labelled rows: add some, or name another file")
+
+
+def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
+    """The parts of a dataset folder: of `save_to_disk`, of texts in a folder for each class, or of files of rows."""
+    saved_by_library = (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)
+    if any(os.path.isfile(os.path.join(name, file)) for file in saved_by_library):
+        with explained("data_config.dataset", name, any_error=True):  # other files there are caches of `map`
+            saved = load_from_disk(str(Path(name).resolve()))
+        return _library_parts(name, saved if isinstance(saved, DatasetDict) else {"train": saved}, columns)
     everything = [path for path in sorted(Path(name).rglob("*")) if path.is_file()
                   and not any(part.startswith(".") for part in path.relative_to(name).parts)]
-    found = [path for path in everything if path.suffix in FILE_TYPES]
     if all(path.suffix in ("", ".md") for path in everything):
-        raise UserError(f"data_config.dataset: {name} holds no .csv, .jsonl or .parquet files: name a folder with some")
-    splits = _files_of_splits(name)
-    kinds = sorted({path.suffix for path in (*found, *(file for files in splits.values() for file in files))})
+        raise UserError(f"data_config.dataset: {name} holds no {', '.join(FILE_TYPES)} files: name a folder with some")
+    if not any(file_kind(path) in FILE_TYPES for path in everything) and text_files(name):
+        return _load_texts(name, columns)
+    builder = _builder(name, subset)
+    files = _files_of_splits(name, builder)
+    # The library takes files of one kind and leaves out the others without a word.
+    there = {file_kind(path) for path in everything} & set(FILE_TYPES) - {".json"}  # .json: what describes the data
+    kinds = sorted(there | {file_kind(file) or Path(file).suffix for of_split in files.values() for file in of_split})
     if len(kinds) > 1:
         raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, but all must be of one kind: "
                         "move the others elsewhere, or name one file")
-    if kinds in ([".csv"], [".jsonl"]):
-        return [Part(split, str(file), _load_file(str(file), columns)) for split, files in splits.items()
-                for file in files]
-    if kinds == [".parquet"]:
-        for path in found:  # the library's error would not name the file
-            next(read_rows(str(path)), None)
-            _refuse_missing(columns, columns_of(str(path)), str(path))
-    with explained("data_config.dataset", name):
-        # The library would notice another name or time of a file, but not other content.
-        key = digest_of([*everything, *Path(name).glob(".huggingface.yaml")])
-    return _load_with_library(name, f"reviews-{key}", lambda folder: load_dataset(
-        str(Path(name).resolve()), cache_dir=str(folder)))
+    if kinds[0] not in FILE_TYPES:
+        raise UserError(f"data_config.dataset: {name} holds {kinds[0]} files: the suite reads "
+                        f"{', '.join(FILE_TYPES)}, each also as .gz, and folders of .txt files: convert or unpack them")
+    declared = _class_names(builder.info.features, columns[1])
+    _refuse_unlabelled_file(name, files, columns)
+    return [_load_file(split, file, columns, declared) for split, of_split in files.items() for file in of_split]
 
 
-def _files_of_splits(name: str) -> dict[str, list[Path]]:
-    """Which files of a dataset folder belong to which split."""
-    folder = Path(name).resolve()  # or the library would take a folder called `csv` for its own reader of this name
+def _refuse_unlabelled_file(name: str, files: dict[str, list[str]], columns: tuple[str, str]) -> None:
+    """Raises UserError if only some of a folder's files have labels, as in a competition whose test is secret."""
+    everything = [file for of_split in files.values() for file in of_split]
+    found = {file: columns_of(file, columns) for file in everything}
+    labelled = [file for file, names in found.items() if set(columns) <= set(names)]
+    for file, names in found.items():
+        if labelled and columns[0] in names and columns[1] not in names:
+            raise UserError(f"{file}: no column {columns[1]!r}, so its rows have no labels; found {listed(names)}: "
+                            f"name the file that has some, data_config.dataset={labelled[0]}")
+
+
+def _load_texts(name: str, columns: tuple[str, str]) -> list[Part]:
+    """A folder with a .txt file for each text, in a folder for each class: train/pos/1.txt, test/neg/2.txt, ..."""
+    if columns != ("text", "label"):
+        raise UserError(f"data_config.dataset: {name} holds .txt files, which have no columns: leave out "
+                        "data_config.text_column and data_config.label_column")
+    places = {path: path.relative_to(name).parts for path in text_files(name)}
+    deepest = max(map(len, places.values()))
+    if deepest == 1:
+        raise UserError(f"data_config.dataset: {name} holds .txt files, which have no labels: put the texts of each "
+                        f"class into a folder of its own, such as {name}/pos and {name}/neg")
+    if others := [path for path, place in places.items() if len(place) < deepest]:
+        say(f"{name}: {len(others):,} .txt files that lie in no class's folder are not read, such as {others[0]}")
+    splits: dict[str, list[Path]] = {}
+    for path, place in places.items():
+        if len(place) == deepest:
+            split = "unsupervised" if place[-2] == "unsup" else place[0] if deepest > 2 else "train"
+            splits.setdefault(split, []).append(path)
+    return [Part(split, place := f"{name}, split {split}", _cached_table(place, files, columns, _labelled_texts),
+                 files=files) for split, files in splits.items()]
+
+
+def _labelled_texts(place: str, files: list[Path], columns: tuple[str, str]) -> Iterator[dict[str, str | None]]:
+    for path, row in zip(files, read_texts(files), strict=True):
+        if row.problem:
+            raise UserError(row.problem)
+        yield {"text": row.values["text"], "label": path.parent.name}
+
+
+def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
+    with explained("data_config.dataset", name, any_error=True):
+        files: list[str] = []
+        if not is_offline_mode():
+            files = [file for of_split in _builder(name, subset).config.data_files.values() for file in of_split]
+        else:
+            with suppress(LocalEntryNotFoundError):
+                files = [path.name for path in Path(snapshot_download(name, repo_type="dataset")).rglob("*")]
+        if any(file_kind(file) in FILE_TYPES and file_kind(file) != ".parquet" for file in files):
+            # The library's own readers would change texts: NA is nothing to them, and "007" may be 7.
+            wanted = [glob.escape(re.sub("^hf://[^@]*@[^/]*/", "", file)) for file in files]
+            folder = snapshot_download(name, repo_type="dataset", allow_patterns=[*wanted, *DECLARING])
+            return _load_folder(folder, subset, columns)
+        *owner, last = name.split("/")
+        cache_name = "___".join([*owner, camelcase_to_snakecase(last)])  # the library's, where people download ahead
+        return _library_parts(name, cached(cache_name, lambda _: load_dataset(name, subset), shared=True), columns)
+
+
+def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns: tuple[str, str]) -> list[Part]:
+    """The parts of tables that the datasets library has read."""
+    parts = []
+    for split, table in tables.items():
+        place = f"{name}, split {split}" if len(tables) > 1 else name
+        _refuse_missing(columns, table.column_names, place)
+        text, label = columns
+        kind = table.data.column(text).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise UserError(f"{place}: the column {text!r} holds {kind}, not text: set data_config.text_column")
+        labels = [as_text(value) for value in table.data.column(label).to_pylist()]
+        texts = table.select_columns([text])
+        if text != "text":
+            texts = texts.rename_column(text, "text")
+        if not pa.types.is_string(kind):
+            texts = texts.cast_column("text", Value("string"))
+        parts.append(Part(str(split), place, texts.add_column("label", labels, feature=Value("string")),
+                          _class_names(table.features, label)))
+    return parts
+
+
+def _builder(name: str, subset: str | None) -> DatasetBuilder:
+    """What the datasets library knows of a dataset before it reads it: its splits, files and declared columns."""
+    path = str(Path(name).resolve()) if os.path.isdir(name) else name  # else a folder called `csv` would be its reader
     with explained("data_config.dataset", _with_card(name), any_error=True):
-        splits = load_dataset_builder(str(folder)).config.data_files
+        try:
+            return load_dataset_builder(path, subset)
+        except ValueError:
+            names = get_dataset_config_names(path)
+            if len(names) < 2 or subset in names:
+                raise
+            raise UserError(f"data_config.dataset: {name} has several configurations: set data_config.subset to one of "
+                            f"{', '.join(names)}") from None
+
+
+def _files_of_splits(name: str, builder: DatasetBuilder) -> dict[str, list[str]]:
+    """Which files of a dataset folder belong to which split."""
+    folder = Path(name).resolve()
+    splits = {str(split): list(files) for split, files in builder.config.data_files.items()}
     for file in (file for files in splits.values() for file in files):
         if folder not in Path(os.path.normpath(file)).parents:
             raise UserError(f"{name}/README.md: names {file}, which lies outside the folder: name only files inside")
-    return {str(split): [Path(file) for file in files] for split, files in splits.items()}
+    return splits
 
 
 def _with_card(name: str) -> str:
     """A dataset's name for an error that may come from the files in which a folder declares what it holds."""
-    declaring = [file for file in ("README.md", ".huggingface.yaml", "dataset_infos.json")
-                 if os.path.isfile(os.path.join(name, file))]
+    declaring = [file for file in DECLARING if os.path.isfile(os.path.join(name, file))]
     return f"{name} with its {' and '.join(declaring)}" if declaring else name
 
 
-def _load_with_library(name: str, cache_name: str, load: Callable[[Path], DatasetDict], shared: bool = False
-                       ) -> list[Part]:
-    with explained("data_config.dataset", _with_card(name), any_error=True):
-        splits = cached(cache_name, load, shared)
-    return [Part(str(split), f"{name}, split {split}" if len(splits) > 1 else name, table)
-            for split, table in splits.items()]
-
-
-def _load_file(path: str, columns: tuple[str, str]) -> Dataset:
-    """The two columns of a file, every value as text, from the cache if a file of the same content was read before."""
-    features = Features(dict.fromkeys(columns, Value("string")))
-    with explained("data_config.dataset", path):
-        key = hashlib.sha256(repr((digest_of([Path(path)]), Path(path).resolve(), columns)).encode()).hexdigest()
-        return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
-            _read_texts, features=features, cache_dir=str(folder), fingerprint=key,
-            gen_kwargs={"path": path, "columns": columns}))
-
-
-def _read_texts(path: str, columns: tuple[str, str]) -> Iterator[dict[str, str | None]]:
-    row = None
-    for row in read_rows(path):
-        if problem := row.problem or misfit(row, columns):
-            raise UserError(f"{path}: {problem}")
-        yield {column: as_text(row.values[column]) for column in columns}
-    if row is None:
-        raise UserError(f"{path}: holds no labelled rows: add some, or name another file")
-
-
-def _select(table: Dataset, columns: tuple[str, str], name: str) -> Dataset:
-    """The table with only the columns text and label, under these names."""
-    _refuse_missing(columns, table.column_names, name)
-    text, label = columns
-    return table.select_columns([text, label]).rename_columns({text: "text", label: "label"})
+def _class_names(features: Features | None, column: str) -> list[str] | None:
+    """The names of the classes, if a dataset declares them."""
+    feature = (features or {}).get(column)
+    return list(map(str, feature.names)) if isinstance(feature, ClassLabel) else None
 
 
 def _refuse_missing(columns: tuple[str, str], found: list[str], name: str) -> None:
+    """`found`: the columns of `name`; [] if each row names its own."""
     for key, column in zip(("text_column", "label_column"), columns, strict=True):
-        if column not in found:
-            raise UserError(f"{name}: no column {column!r}; found {', '.join(found)}: set data_config.{key}")
+        if found and column not in found:
+            raise UserError(f"{name}: no column {column!r}; found {listed(found)}: set data_config.{key}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From tables to classes
 
 
 def _is_unlabelled(part: Part) -> bool:
     if part.split == "unsupervised":
         return True
-    labels = part.table.data.column("label")
-    if _is_text(labels.type):  # those of a .csv or .jsonl file are texts, too
-        without = pc.match_substring_regex(labels, r"^\s*(-[0-9]+)?\s*$")
-    elif pa.types.is_integer(labels.type):
-        without = pc.less(labels, 0)
-    else:
-        return labels.null_count == len(labels)
+    without = pc.match_substring_regex(part.table.data.column("label"), r"^\s*(-[0-9]+)?\s*$")
     return pc.all(pc.fill_null(without, True)).as_py()
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def refuse_no_texts(parts: list[Part], column: str) -> None:
-    for part in parts:
-        if not _is_text(kind := part.table.data.column("text").type):
-            raise UserError(f"{part.place}: the column {column!r} holds {kind}, not text: set data_config.text_column")
-        start = 0
-        for texts in part.table.data.column("text").chunks:  # chunk by chunk, because trimming copies the texts
-            empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
-            if (row := pc.index(empty, True).as_py()) >= 0:
-                raise UserError(f"{part.place}: row {start + row + 1} has no text: fill it or remove the row")
-            start += len(texts)
+def refuse_no_texts(parts: list[Part]) -> None:
+    rows, start = [], 0
+    for texts in (chunk for part in parts for chunk in part.table.data.column("text").chunks):
+        # chunk by chunk, because trimming copies the texts
+        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+        rows += (start + np.flatnonzero(empty.to_numpy(zero_copy_only=False))).tolist()
+        start += len(texts)
+    if rows:
+        raise UserError(name_rows(parts, rows, "has no text: fill it or remove the row",
+                                  "have no text: fill them or remove these rows"))
 
 
 def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int
                    ) -> tuple[np.ndarray, list[str]]:
     """The labels as indices (rows,) int64, and the names of the classes.
 
-    The names are the dataset's own if it declares them. Otherwise, they are the names found, sorted by Unicode code
-    point (so `Z` comes before `a`, and `z` before `ä`), or the numbers.
+    The names are the dataset's own if it declares them, less those without rows. Otherwise they are the values that
+    are found: numbers in their order, or texts sorted by Unicode code point (so `Z` comes before `a`, and `z` before
+    `ä`).
     """
-    values, feature = table.data.column("label"), table.features["label"]
-    if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) or _is_text(values.type)):
-        raise UserError(f"{name}: the column {column!r} holds {values.type}; labels are integers from 0, or names")
-    values = pc.utf8_trim_whitespace(pc.cast(values, pa.string()))
-    missing = pc.fill_null(pc.equal(values, ""), True)
-    if (row := pc.index(missing, True).as_py()) >= 0:
-        place, row = locate(parts, row)
-        raise UserError(f"{place}: row {row} has no label: fill it or remove the row")
-    distinct = sorted(pc.unique(values).to_pylist())
-    if all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in distinct):
-        labels = pc.cast(values, pa.int64()).to_numpy()
-        names = list(map(str, feature.names if isinstance(feature, ClassLabel) else range(num_labels)))
-        first = labels.min()
-        if not isinstance(feature, ClassLabel) and first > 0 and set(labels) == set(range(first, first + num_labels)):
-            labels, names = labels - first, [str(i) for i in range(first, first + num_labels)]  # stars from 1 to 5
-        outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
-        if len(outside):
-            place, row = locate(parts, outside[0])
-            raise UserError(f"{place}: row {row} has the label {labels[outside[0]]}, but model_config.num_labels="
-                            f"{num_labels} allows 0 to {len(names) - 1}: correct the row or model_config.num_labels")
+    values = pc.utf8_trim_whitespace(table.data.column("label")).combine_chunks()
+    if rows := np.flatnonzero(pc.fill_null(pc.equal(values, ""), True)).tolist():
+        raise UserError(name_rows(parts, rows, "has no label: fill it or remove the row",
+                                  "have no label: fill them or remove these rows"))
+    encoded = values.dictionary_encode()
+    distinct, are_numbers = encoded.dictionary.to_pylist(), all(map(NUMBER.fullmatch, encoded.dictionary.to_pylist()))
+    if all(value.lstrip("-").isdecimal() for value in distinct):
+        distinct = [str(int(value)) for value in distinct]  # "01" is 1
+    if declared := _declared_classes(parts):
+        named = [declared[int(value)] if value.isdecimal() and int(value) < len(declared) else value
+                 for value in distinct]
+        order = declared
     else:
-        names = distinct
-        labels = pc.index_in(values, pa.array(names)).to_numpy().astype(np.int64)
+        named, order = distinct, sorted(set(distinct), key=float if are_numbers else None)
+    if unknown := sorted(set(named) - set(order)):
+        is_unknown = np.array([label in unknown for label in named])
+        rows = np.flatnonzero(is_unknown[encoded.indices]).tolist()
+        raise UserError(f"{name_rows(parts, rows, 'has', 'have')} labels such as {unknown[0]!r}, and the dataset "
+                        f"declares the classes {listed(declared)}: correct them or remove these rows")
+    if lacking := [label for label in order if label not in set(named)]:
+        say(f"{name}: no row has the class {listed(lacking)}, which the dataset declares: it is left out")
+    names = [label for label in order if label in set(named)]
+    labels = np.array([names.index(label) for label in named], np.int64)[encoded.indices]
+    if len(names) == 1:
+        raise UserError(f"{name}: all rows have the label {names[0]!r} in the column {column!r}: add rows of another "
+                        "class, or set data_config.label_column")
     if len(names) != num_labels:
-        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({shown}), but "
-                        f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}")
-    counts = np.bincount(labels, minlength=len(names))
-    rare = counts.argmin()
-    if counts[rare] == 0:
-        raise UserError(f"{name}: no row has the class {names[rare]!r}: set model_config.num_labels to the number of "
-                        f"classes in the data ({(counts > 0).sum()}), or add rows of this class")
-    if counts[rare] < 3:
-        raise UserError(f"{name}: the class {names[rare]!r} has {counts[rare]} rows, but each of the three splits "
-                        "needs one: add rows of this class or remove it")
+        counts = np.bincount(labels)
+        rare = int(np.flatnonzero(counts == counts.min())[-1])
+        rows = np.flatnonzero(labels == rare).tolist()
+        raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({listed(names)}), but "
+                        f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}, or "
+                        f"correct the data; the rarest class is {names[rare]!r} ({name_rows(parts, rows)})")
     return labels, names
+
+
+def _declared_classes(parts: list[Part]) -> list[str] | None:
+    """The names of the classes 0, 1, ... that the dataset declares; None if it declares none."""
+    declaring = [part for part in parts if part.class_names]
+    for part in declaring:
+        if part.class_names != declaring[0].class_names:
+            raise UserError(f"{declaring[0].place} declares the classes {listed(declaring[0].class_names)}, and "
+                            f"{part.place} {listed(part.class_names)}: one number would mean two classes; write names "
+                            "in place of the numbers")
+    return declaring[0].class_names if declaring else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
 from sklearn.model_selection import train_test_split
 
-from suite.reviews.sources import Reviews, locate
+from suite.reviews.sources import Reviews, name_rows
 from utils import DataConfig, UserError, say
 
 
@@ -23,9 +24,11 @@ def text_digests(table: Dataset) -> np.ndarray:
     return digests
 
 
-def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarray, data_config: DataConfig
-                  ) -> dict[str, np.ndarray]:
+def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarray, data_config: DataConfig,
+                  label_names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """{"train", "valid", "test": the rows of each, ascending}. Rows of equal digests never stand in two of them.
+
+    `label_names`: None numbers the classes.
 
     Raises UserError if a class is too rare to be split.
     """
@@ -40,6 +43,11 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     repeats_test = ~is_test & np.isin(originals, originals[is_test])
     is_copy = ~is_test & ~repeats_test & (originals != np.arange(len(originals)))
     pool = np.flatnonzero(~repeats_test & (keep_copies | ~is_copy))
+    label_names = label_names or range(labels.max() + 1)
+    counts = np.bincount(labels[pool], minlength=len(label_names))
+    if not official and (few := counts.min()) < 3:
+        raise UserError(f"{name}: the class {label_names[counts.argmin()]!r} has too few different texts ({few}): each "
+                        "of the three splits needs one: add rows of this class, or remove it")
     if data_config.limit is not None and data_config.limit < len(pool):
         pool, _ = draw_stratified(pool, labels, data_config.limit, data_config, "limit")
 
@@ -47,7 +55,7 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     if keep_copies:  # only the first row of each text is split, and its copies follow it
         pool = np.sort(pool)
         together, pool = pool, np.sort(pool[np.unique(originals[pool], return_index=True)[1]])
-    splits = _draw_splits(pool, test, labels, split_names, data_config)
+    splits = _draw_splits(pool, test, labels, split_names, data_config, label_names)
     if keep_copies:
         copies = np.setdiff1d(together, pool)
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
@@ -61,15 +69,14 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
 
 
 def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
-    """Raises UserError, naming both rows, if equal texts carry different labels."""
+    """Raises UserError, which counts them and names the first pairs, if equal texts carry different labels."""
     originals = _first_rows(digests)
-    contradicting = np.flatnonzero(reviews.labels != reviews.labels[originals])
-    if len(contradicting):
-        row = contradicting[0]
-        (place, number), (other, other_number) = (locate(reviews.parts, i) for i in (originals[row], row))
-        both = (f"{place}: rows {number} and {other_number}" if place == other else
-                f"{place}: row {number} and {other}: row {other_number}")
-        raise UserError(f"{both} are the same text with different labels: correct one of them")
+    rows = np.flatnonzero(reviews.labels != reviews.labels[originals])
+    if len(rows):
+        first = name_rows(reviews.parts, originals[rows[:1]])
+        raise UserError(name_rows(
+            reviews.parts, rows, f"has the same text as {first}, and another label: correct or remove one of them",
+            f"have the same texts as earlier rows, the first as {first}, and other labels: correct or remove them"))
 
 
 def _first_rows(digests: np.ndarray) -> np.ndarray:
@@ -79,13 +86,13 @@ def _first_rows(digests: np.ndarray) -> np.ndarray:
 
 
 def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_names: np.ndarray,
-                 data_config: DataConfig) -> dict[str, np.ndarray]:
+                 data_config: DataConfig, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Divide the rows of `pool` into train, valid and test; with an official split, `test` stays as it is.
 
     Raises UserError if a split is empty, or a class is validated or tested but not trained on.
     """
     if data_config.split == "official":
-        is_valid = np.isin(split_names[pool], ("validation", "valid", "dev"))
+        is_valid = split_names[pool] == "validation"
         train, valid = (pool[~is_valid], pool[is_valid]) if is_valid.any() else draw_stratified(
             pool, labels, len(pool) - round(0.1 * len(pool)), data_config)
     else:
@@ -99,7 +106,7 @@ def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_n
         raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
     others = set(labels[np.concatenate([valid, test])].tolist())
     if lacking := others - set(labels[train].tolist()):  # only in an official split: draws are stratified
-        raise UserError(f"{name}: no row to train on has the class {min(lacking)}, counted from 0: add some, or give "
+        raise UserError(f"{name}: no row to train on has the class {label_names[min(lacking)]}: add some, or give "
                         "shares such as data_config.split=[0.8,0.1,0.1]")
     return splits
 
