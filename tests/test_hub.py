@@ -1,5 +1,6 @@
 """The Hub: the real download path against a stand-in, and what happens without it."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import SHARED, bits_of, train
+from conftest import SHARED, bits_of, run_script, train
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the stand-in for the Hub")
@@ -41,6 +42,29 @@ def test_the_unchanged_config_through_the_hubs_own_protocol(tmp_path):
     assert bits_of(run) == before
     result = train(*arguments, "run_name=new", "model_config.model_name=nobody/nothing", environment=hub, code=2)
     assert "cannot be reached" in result.stderr
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the stand-in for the Hub")
+def test_texts_of_the_hub_are_what_its_files_say_with_and_without_the_hub(tmp_path):
+    """The datasets library would read NA as nothing, and "007" beside numbers as 7."""
+    texts = ["NA", "007", 3, "null", "2020-01-02", *(f"film {number}" for number in range(35))]
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.json").write_text(json.dumps([{"text": text, "label": row % 2}
+                                                               for row, text in enumerate(texts)]))
+    port = "8918"
+    server = subprocess.Popen([sys.executable, SHARED / "tools/local_hub.py", "--port", port,
+                               "--dataset", f"somebody/films={tmp_path / 'files'}"], stdout=subprocess.PIPE)
+    code = ("import data, utils; split = data.load_split(utils.load_config('config.yaml', "
+            "['data_config.dataset=somebody/films'])); print(split.reviews.table['text'][:])")
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+    try:
+        server.stdout.readline()
+        read = run_script("-c", code, environment=hub | {"HF_HUB_OFFLINE": "0"})
+    finally:
+        server.kill()
+        server.wait()
+    for result in (read, run_script("-c", code, environment=hub)):
+        assert result.stdout.splitlines()[-1:] == [str(list(map(str, texts)))], result.stderr
 
 
 def test_without_the_hub_one_line_says_the_ways_on_within_20_seconds(tmp_path):
