@@ -1,8 +1,8 @@
 """Labelled reviews from a Hub dataset, a dataset folder, or a file, as one pooled table.
 
 The datasets library says which files of a folder belong to which split. Their rows are read by suite/reviews/rows.py,
-so that a folder takes what a file takes, an error can name the row, and every text is the one in the file. The library
-reads what it has prepared itself: parquet datasets of the Hub, and folders of `save_to_disk`.
+so that a folder takes what a file takes, an error can name the row, and every text is the one in the file. A dataset on
+the Hub is such a folder once it is downloaded. The library reads what it has written itself, as with `save_to_disk`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,9 +37,9 @@ from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENA
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # as a dataset, `csv` is what lies around
 from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from suite.common.hub import explained, is_hub_name
+from suite.common.storage import read_json, write_json
 from suite.reviews.caches import cached, digest_of
 from suite.reviews.rows import as_text, column_problem, columns_of, listed, read_rows, read_texts, text_files
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
@@ -253,21 +253,28 @@ def _labelled_texts(place: str, files: list[Path], columns: tuple[str, str]) -> 
 
 
 def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
+    """The files of a dataset on the Hub are read like a folder's. What they are is kept for when the Hub is gone.
+
+    Other kinds of files, and what somebody has prepared with the library for a machine without the Hub, are read by it.
+    """
+    place = hashlib.sha256(repr((name, subset)).encode()).hexdigest()
+    listing = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"files-{place}.json"
+    folder = tables = None
     with explained("data_config.dataset", name, any_error=True):
-        files: list[str] = []
         if not is_offline_mode():
-            files = [file for of_split in _builder(name, subset).config.data_files.values() for file in of_split]
+            declared = _builder(name, subset).config.data_files.values()
+            found = [re.fullmatch("hf://[^@]*@([^/]*)/(.*)", file) for of_split in declared for file in of_split]
+            if all(file and file_kind(file[2]) in FILE_TYPES for file in found):
+                listing.parent.mkdir(parents=True, exist_ok=True)
+                write_json(listing, {"revision": found[0][1], "allow_patterns": [
+                    *(glob.escape(file[2]) for file in found), *DECLARING]})
+        if listing.is_file():  # without the Hub, an incomplete download is refused
+            folder = snapshot_download(name, repo_type="dataset", **read_json(listing))
         else:
-            with suppress(LocalEntryNotFoundError):
-                files = [path.name for path in Path(snapshot_download(name, repo_type="dataset")).rglob("*")]
-        if any(file_kind(file) in FILE_TYPES and file_kind(file) != ".parquet" for file in files):
-            # The library's own readers would change texts: NA is nothing to them, and "007" may be 7.
-            wanted = [glob.escape(re.sub("^hf://[^@]*@[^/]*/", "", file)) for file in files]
-            folder = snapshot_download(name, repo_type="dataset", allow_patterns=[*wanted, *DECLARING])
-            return _load_folder(folder, subset, columns)
-        *owner, last = name.split("/")
-        cache_name = "___".join([*owner, camelcase_to_snakecase(last)])  # the library's, where people download ahead
-        return _library_parts(name, cached(cache_name, lambda _: load_dataset(name, subset), shared=True), columns)
+            *owner, last = name.split("/")
+            cache_name = "___".join([*owner, camelcase_to_snakecase(last)])  # the library's own
+            tables = cached(cache_name, lambda _: load_dataset(name, subset), shared=True)
+    return _load_folder(folder, subset, columns) if folder else _library_parts(name, tables, columns)
 
 
 def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns: tuple[str, str]) -> list[Part]:
