@@ -103,7 +103,7 @@ def train_again(run: Run, epochs: int = 1, steps: int | None = None) -> float:
     from suite.training.meter import Meter
     from suite.training.states import Progress
 
-    run.progress, run.meter = Progress(run.data.fingerprint), Meter(run.model, run.devices)
+    run.progress, run.meter = Progress(run.data.fingerprint, run.devices.kind), Meter(run.model, run.devices)
     run.total_steps = steps or epochs * run.steps_per_epoch
 
     def end_epoch(predictions: Any) -> None:
