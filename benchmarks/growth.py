@@ -1,6 +1,7 @@
 """Start-up, time an epoch and memory against the number of reviews: time should be linear, memory flat.
 
     python -m benchmarks.growth                                10,000, 40,000 and 160,000 reviews: minutes on two cores
+    python -m benchmarks.growth --rows 1000                    a quick look
     python -m benchmarks.growth --start-up MODEL DATASET       the first step of config.yaml with this model and data
 
 Each row trains the demo's BERT for one epoch on 80 % of that many reviews of random words, with `main.py` in a process
