@@ -16,10 +16,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import expect, run_here, run_script, train_here, write_reviews
+from transformers import BertModel
 
 from benchmarks import ablations, deletion, elsewhere, gpu, inference, memory, noise, prediction, profile, saving, speed
 from benchmarks.packing import packed
-from benchmarks.workload import config_for, workload
+from benchmarks.workload import config_for, encoder_config, workload, write_encoder
 from main import train_step
 from suite.inference import quantize
 from suite.training.devices import SingleDevice
@@ -136,12 +137,15 @@ def test_the_other_programs_measure(measure, trained, cpu):
     ("ablations", ["--shape", "bert-tiny", *SIZE, "--reviews", "6", "--rounds", "1", "--only", "compile"],
      "torch.compile"),
     ("growth", ["--rows", "200"], "\n     200 "),
-    ("growth", ["--start-up", "demo/bert", "demo/reviews.csv"], "with filled ones"),
+    ("growth", ["--start-up", "ENCODER", "demo/reviews.csv"], "with filled ones"),
     ("prediction", ["--memory", "10"], "\n| 10 | "),
-    ("memory", ["--shape", "bert-tiny"], "\n       256              256"),
+    ("memory", ["--shape", "bert-tiny"], f"\n{256:11}  {256:15}  {'':8}"),  # and then a number
     ("gpu", ["--rehearse"], "trainer-512: done")])
-def test_programs_that_start_others_measure(cpu, name, arguments, expected):
+def test_programs_that_start_others_measure(cpu, tmp_path, name, arguments, expected):
     """Half a minute to some minutes each: all of their processes, and what is compiled."""
+    write_encoder(tmp_path, "bert-tiny")
+    BertModel(encoder_config("bert-tiny")).save_pretrained(tmp_path)
+    arguments = [str(tmp_path) if argument == "ENCODER" else argument for argument in arguments]
     done = expect(0, run_script("-m", f"benchmarks.{name}", *arguments, environment={"MOST_NOISE": "1"}, timeout=1200))
     assert expected in done.stdout
 
