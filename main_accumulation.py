@@ -77,7 +77,7 @@ class AcceleratedDevices(SingleDevice):
 
     def __str__(self) -> str:
         sharding = f", {self.accelerator.distributed_type.value}" if self.is_sharded else ""
-        return f"{self.num_processes} x {super().__str__()}{sharding}"
+        return f"{self.num_processes} x {self.kind}{sharding}"
 
     def main_process_first(self):
         return self.accelerator.local_main_process_first()  # of each machine: its caches may be on a disk of its own

@@ -31,7 +31,7 @@ import torch
 from benchmarks.workload import describe_machine, overrides_for, workload
 from utils import PROJECT
 
-BOTH, SMALL = ["--shape", "bert-base", "modernbert-base"], ["--shape", "minilm"]
+BOTH, SMALL = ["--shape", "bert-base", "modernbert-base"], ["--shape", "bert-tiny"]
 CHECKED_FILES = ("best/model.safetensors", "history.jsonl", "valid_predictions.csv")
 
 
@@ -54,7 +54,7 @@ STEPS = [
          [*SMALL, "--reviews", "48", "--rounds", "1", "--batch", "8"]),
     Step("packing", 3, ["benchmarks.ablations", "--shape", "modernbert-base", "--tokens", "512", "--batch", "64",
                         "--reviews", "4000", "--only", "packed"],
-         ["--shape", "modernbert-small", "--tokens", "128", "--reviews", "32", "--batch", "8", "--rounds", "1"]),
+         ["--shape", "modernbert-tiny", "--tokens", "128", "--reviews", "32", "--batch", "8", "--rounds", "1"]),
     Step("memory", 3, ["benchmarks.memory", "--shape", "bert-base"], [*SMALL, "--row", "8", "8"]),
     Step("saving", 2, ["benchmarks.saving", "--shape", "bert-base", "--batch", "64"], [*SMALL, "--batch", "8"]),
     Step("parts", 6, ["benchmarks.ablations", "--shape", "bert-base", "--batch", "64", "--reviews", "4000"],
@@ -86,7 +86,7 @@ def finish(process: subprocess.Popen) -> str:
 def same_bits(shape: str, reviews: int, batch: int) -> None:
     """Two runs, and one that is killed after its second saved state, in each precision that this device trains in."""
     with workload(shape, reviews) as work:
-        for precision in ("bf16", "fp16") if torch.cuda.is_available() else ("no",):
+        for precision in ("bf16", "fp16") if torch.cuda.is_available() else ("auto",):
             arguments = overrides_for(work, 128, batch, "train_config.epochs=2", "train_config.save_every_steps=4",
                                       f"train_config.mixed_precision={precision}")
             for name in ("one", "two"):
@@ -121,7 +121,7 @@ def check(name: str) -> None:
     if torch.cuda.is_available():
         sizes = {"same-bits": ("bert-base", 1280, 64), "out-of-memory": ("bert-base", 8192, 8192)}[name]
     else:
-        sizes = ("minilm", 96, 8)
+        sizes = ("bert-tiny", 96, 8)
     {"same-bits": same_bits, "out-of-memory": out_of_memory}[name](*sizes)
 
 

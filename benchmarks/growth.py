@@ -1,6 +1,7 @@
 """Start-up, time an epoch and memory against the number of reviews: time should be linear, memory flat.
 
     python -m benchmarks.growth                                10,000, 40,000 and 160,000 reviews: minutes on two cores
+    python -m benchmarks.growth --rows 1000                    a quick look
     python -m benchmarks.growth --start-up MODEL DATASET       the first step of config.yaml with this model and data
 
 Each row trains the demo's BERT for one epoch on 80 % of that many reviews of random words, with `main.py` in a process
@@ -20,7 +21,6 @@ from pathlib import Path
 
 from benchmarks.workload import PROJECT, write_reviews
 
-ROWS = (10_000, 40_000, 160_000)
 POLL_SECONDS = 0.02
 
 
@@ -58,13 +58,13 @@ def train(arguments: list[str], folder: Path, only_first_step: bool = False) -> 
     return measured
 
 
-def grow(folder: Path) -> None:
+def grow(folder: Path, counts: list[int]) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo/bert")
     print(f"{'reviews':>8}  {'first step, cold (s)':>20}  {'cached (s)':>10}  {'epoch (s)':>9}  "
           f"{'ms a 1,000 reviews':>18}  {'own memory (MB)':>15}  {'mapped files (MB)':>17}", flush=True)
-    for rows in ROWS:
+    for rows in counts:
         work = folder / str(rows)
         work.mkdir()
         write_reviews(work / "reviews.csv", rows, tokenizer)
@@ -78,10 +78,11 @@ def grow(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start-up", nargs=2, metavar=("MODEL", "DATASET"))
+    parser.add_argument("--rows", nargs="+", type=int, default=[10_000, 40_000, 160_000])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.start_up:
-            grow(Path(folder))
+            grow(Path(folder), arguments.rows)
             return
         model, dataset = arguments.start_up
         command = [f"model_config.model_name={model}", f"data_config.dataset={dataset}"]

@@ -22,10 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, ModernBertConfig
 
 from benchmarks.noise import in_turn, ratios, refuse_busy_machine
-from benchmarks.workload import SHAPES, describe_machine, new_parser
+from benchmarks.workload import describe_machine, encoder_config, new_parser
 from model import ClassifierConfig, EncoderForClassification
 from suite.encoders.placement import place_model
 from suite.inference.onnx_file import OnnxModel, write_onnx
@@ -38,10 +37,8 @@ TOKENS, BATCHES, UNCOUNTED = 128, (1, 32), 3
 
 def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], object]]:
     """{name: what takes input_ids (batch, tokens) to logits}."""
-    kind, sizes = SHAPES[shape]
     torch.manual_seed(0)
-    encoder = {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes)
-    model = EncoderForClassification(ClassifierConfig(encoder))
+    model = EncoderForClassification(ClassifierConfig(encoder_config(shape)))
     place_model(model.eval(), CPU)
     write_onnx(model, folder / "model.onnx")
     exported = OnnxModel(folder / "model.onnx", model.config)

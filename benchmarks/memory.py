@@ -18,8 +18,8 @@ import sys
 import numpy as np
 import torch
 import transformers
-from transformers import BertConfig, ModernBertConfig
 
+from benchmarks.workload import encoder_config, new_parser
 from data import IMDBDataset
 from main import train_step
 from model import ClassifierConfig, EncoderForClassification
@@ -32,8 +32,6 @@ from utils import Config
 
 TOKENS, STEPS = 128, 2
 ROWS = [(64, 64), (64, 256), (64, 1024), (128, 128), (256, 256)]  # (micro-batch, effective batch)
-SHAPES = {"minilm": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536), "bert-base": BertConfig(),
-          "modernbert-base": ModernBertConfig()}
 
 
 def random_reviews(reviews: int, vocabulary: int) -> IMDBDataset:
@@ -45,14 +43,14 @@ def random_reviews(reviews: int, vocabulary: int) -> IMDBDataset:
 
 def measure(shape: str, micro_batch: int, effective_batch: int, checkpointed: bool) -> float:
     """Peak memory in MB."""
-    config, encoder_config = Config(), SHAPES[shape]
+    config, encoder = Config(), encoder_config(shape)
     devices = SingleDevice(config)
-    model = EncoderForClassification(ClassifierConfig(encoder_config))
+    model = EncoderForClassification(ClassifierConfig(encoder))
     place_model(model, devices.device)
     if checkpointed:
         checkpoint_gradients(model, shape)
     optimizer = build_optimizer(model, config.train_config)
-    dataset = random_reviews(effective_batch, encoder_config.vocab_size)
+    dataset = random_reviews(effective_batch, encoder.vocab_size)
     rounds = cut(np.arange(effective_batch), dataset.lengths, micro_batch, processes=1)
     for _ in range(STEPS):
         train_step(model, optimizer, dataset[[rows for rows, in rounds]], effective_batch, devices)
@@ -60,8 +58,7 @@ def measure(shape: str, micro_batch: int, effective_batch: int, checkpointed: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="minilm")
+    parser = new_parser(__doc__)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--row", nargs=2, type=int, help=argparse.SUPPRESS)  # of one process
     arguments = parser.parse_args()

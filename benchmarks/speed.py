@@ -57,8 +57,8 @@ def time_suite(work: Path, arguments: argparse.Namespace) -> tuple[float, float]
 
     overrides = {"suite-fp32": ["train_config.mixed_precision=no"], "suite-compile": ["train_config.compile=true"]}
     make_deterministic()
-    config = config_for(work, arguments.tokens, arguments.batch, f"train_config.epochs={arguments.epochs}",
-                        *overrides.get(arguments.contender, []))
+    config = config_for(work, arguments.tokens, arguments.batch, f"run_name={arguments.contender}-{arguments.tokens}",
+                        f"train_config.epochs={arguments.epochs}", *overrides.get(arguments.contender, []))
     run = Run.open(config, SingleDevice(config))
     train_again(run, steps=WARM_UP_STEPS)
     seconds = train_again(run, arguments.epochs)

@@ -15,13 +15,19 @@ from unittest import mock
 from utils import PROJECT, Config, load_config
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from suite.training.run import Run
 
 SMALL = {"hidden_size": 384, "num_hidden_layers": 6}
+TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 # ModernBERT's small shape alternates its attention as the base shape does: every third layer is global.
 SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_size": 1536}),
           "modernbert-small": ("modernbert", {**SMALL, "num_attention_heads": 6, "intermediate_size": 576}),
-          "bert-base": ("bert", {}), "modernbert-base": ("modernbert", {})}
+          "bert-base": ("bert", {}), "modernbert-base": ("modernbert", {}),
+          # To see that a benchmark runs, in seconds; its figures mean nothing.
+          "bert-tiny": ("bert", {**TINY, "num_hidden_layers": 2}),
+          "modernbert-tiny": ("modernbert", {**TINY, "num_hidden_layers": 4})}
 WARM_UP_STEPS = 2
 EVALUATED = 1 / 3  # reviews, as a share of those that are trained on
 LOG_MEAN, LOG_STD = 5.53, 0.65  # of the lengths of IMDB's reviews in BERT's tokens, fitted to every fifth of train
@@ -53,17 +59,24 @@ def workload(shape: str, reviews: int):
         yield work
 
 
-def write_encoder(folder: Path, shape: str) -> None:
-    """config.json of the shape, and the demo's tokenizer, whose tokens are a part of the encoder's vocabulary."""
-    from transformers import AutoTokenizer, BertConfig, ModernBertConfig
+def encoder_config(shape: str, **more: int) -> PreTrainedConfig:
+    from transformers import BertConfig, ModernBertConfig
 
     kind, sizes = SHAPES[shape]
+    return {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes, **more)
+
+
+def write_encoder(folder: Path, shape: str) -> None:
+    """config.json of the shape, and the demo's tokenizer, whose tokens are a part of the encoder's vocabulary."""
+    from transformers import AutoTokenizer
+
+    kind, _ = SHAPES[shape]
     tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo" / kind)
     special = {"pad_token_id": tokenizer.pad_token_id}
     if kind == "modernbert":
         special |= {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id,
                     "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-    {"bert": BertConfig, "modernbert": ModernBertConfig}[kind](**sizes, **special).save_pretrained(folder)
+    encoder_config(shape, **special).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -103,7 +116,7 @@ def train_again(run: Run, epochs: int = 1, steps: int | None = None) -> float:
     from suite.training.meter import Meter
     from suite.training.states import Progress
 
-    run.progress, run.meter = Progress(run.data.fingerprint), Meter(run.model, run.devices)
+    run.progress, run.meter = Progress(run.data.fingerprint, run.devices.kind), Meter(run.model, run.devices)
     run.total_steps = steps or epochs * run.steps_per_epoch
 
     def end_epoch(predictions: Any) -> None:

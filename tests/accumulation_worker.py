@@ -22,7 +22,7 @@ from suite.reviews.sampling import StepSampler
 from suite.training.devices import SingleDevice
 from utils import Config, ModelConfig, TrainConfig, process_rank
 
-CONFIG = Config(train_config=TrainConfig(device="cpu", mixed_precision="no"))
+CONFIG = Config(train_config=TrainConfig(device="cpu"))
 REVIEWS = 200  # effective batches of 64: three full ones and one of 8
 
 

@@ -20,6 +20,11 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests share the cores, and the bits of a result depend on the threads
 for variable in ("WORLD_SIZE", "RANK", "WANDB_API_KEY"):
     os.environ.pop(variable, None)
+# Nothing that a test sees depends on this machine's CPU: see tests/cpu_of_tests, and the fixture `cpu`
+CPU_OF_TESTS = str(Path(__file__).resolve().parent / "cpu_of_tests")
+sys.path.insert(0, CPU_OF_TESTS)
+os.environ["PYTHONPATH"] = os.pathsep.join([CPU_OF_TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ["CPU_OF_TESTS"] = "fp32"
 
 import pytest
 import torch
@@ -57,9 +62,9 @@ def pytest_addoption(parser):
 
 
 # From the longest to the shortest: files that come last should be short, so that no process waits for the other.
-LONGEST_FILES = ["test_accumulation", "test_resuming", "test_outside", "test_training", "test_hub", "test_experiment",
-                 "test_demo", "test_native_heads", "test_data", "test_kills", "test_cpu_kernels", "test_processes",
-                 "test_model", "test_quantize", "test_bad_surroundings", "test_predict"]
+LONGEST_FILES = ["test_accumulation", "test_resuming", "test_benchmarks", "test_outside", "test_training", "test_hub",
+                 "test_experiment", "test_demo", "test_native_heads", "test_data", "test_kills", "test_cpu_kernels",
+                 "test_processes", "test_model", "test_quantize", "test_bad_surroundings", "test_predict"]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -118,6 +123,14 @@ def overrides(tmp_path, reviews_file, encoder_folder) -> list[str]:
             "data_config.max_len=32", "data_config.batch_size=16", "model_config.pooling=mean", "train_config.epochs=2",
             "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu",
             "log_config.wandb_mode=disabled", "log_config.log_every_steps=3"]
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def cpu(request, monkeypatch) -> str:
+    """The test runs twice, here and in the processes that it starts: on a CPU for which mixed_precision=auto picks
+    fp32, and on one for which it picks bf16, which torch computes everywhere. Other tests run on the first kind."""
+    monkeypatch.setenv("CPU_OF_TESTS", request.param)
+    return request.param
 
 
 def free_port() -> int:

@@ -32,11 +32,12 @@ def after(folder: str, micro_batch: int, steps: int | None = None, dtype: torch.
 @pytest.mark.parametrize("micro_batch", [32, 8, 13])
 @pytest.mark.parametrize("steps", [1, None])
 @pytest.mark.parametrize("encoder", ["bert", "modernbert"])
-def test_any_micro_batch_gives_the_same_parameters(encoder_folder, encoder, steps, micro_batch):
+def test_any_micro_batch_gives_the_same_parameters(encoder_folder, encoder, steps, micro_batch, cpu):
+    """An optimizer step is the mean over its effective batch, however it is cut, in either precision."""
     folder = encoder_folder(encoder)
     start, whole = build_model(folder).state_dict(), after(folder, 64, steps)
-    assert distance(start, whole) > 1e-4  # it trained at all
-    assert distance(whole, after(folder, micro_batch, steps)) < 1e-6
+    assert (moved := distance(start, whole)) > 1e-4  # it trained at all
+    assert distance(whole, after(folder, micro_batch, steps)) < {"fp32": 1e-6, "bf16": 0.01 * moved}[cpu]
 
 
 @pytest.mark.parametrize("class_weights", [None, [0.5, 3.0]])
@@ -200,8 +201,9 @@ def test_two_machines_give_the_weights_of_one_process(overrides, tmp_path):
     assert distance(*weights) < 1e-6
 
 
-def test_both_scripts_give_the_same_bits_on_the_demo(tmp_path):
-    arguments = [f"output_dir={tmp_path}", "data_config.limit=800", "train_config.epochs=2"]
+def test_both_scripts_give_the_same_bits_on_the_demo(tmp_path, cpu):
+    arguments = [f"output_dir={tmp_path}", "data_config.limit=800", "train_config.epochs=2",
+                 "train_config.mixed_precision=auto"]
     train_here(*arguments, "run_name=main", config="demo.yaml")
     train("--config", "demo.yaml", *arguments, "run_name=main_accumulation", script="main_accumulation.py")
     for name in ("best/model.safetensors", "history.jsonl", "test_predictions.csv", "misclassified.csv"):

@@ -1,28 +1,153 @@
-"""The programs that measure: do they see a busy machine, count every operation once, and pack reviews rightly?"""
+"""The programs that measure: do they run on either kind of CPU, see a busy machine, count every operation once, and
+pack reviews rightly?
+
+A figure that cannot be measured again on another machine proves nothing, so each program has a small run here.
+"""
 
 import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import expect, run_here, run_script, train_here, write_reviews
+from transformers import BertModel
 
-from benchmarks import gpu, noise, profile
+from benchmarks import ablations, deletion, elsewhere, gpu, inference, memory, noise, prediction, profile, saving, speed
 from benchmarks.packing import packed
-from benchmarks.workload import config_for, workload
+from benchmarks.workload import config_for, encoder_config, workload, write_encoder
 from main import train_step
+from suite.inference import quantize
 from suite.training.devices import SingleDevice
 from suite.training.run import Run
 
+SIZE = ["--tokens", "16", "--batch", "2"]
+UNCOMPILED = [name for name in speed.CONTENDERS if not name.endswith("-compile")]
+
 
 @pytest.fixture
-def small_workload(monkeypatch):
+def environment():
+    """What the benchmarks put into os.environ is gone after the test."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def small_workload(environment):
     """work = small_workload(shape): an encoder of this shape and 16 reviews to train on."""
-    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back after the test
     return lambda shape: workload(shape, 16)
+
+
+@pytest.fixture
+def measure(environment, cpu, monkeypatch, capsys):
+    """measure(benchmark, *arguments): what it prints, on either kind of CPU, whatever else the machine does."""
+    monkeypatch.setattr(noise, "MOST", 1.0)
+    monkeypatch.setattr(noise, "LOOK_SECONDS", 0.01)
+
+    def measure(benchmark, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+        benchmark.main()
+        return capsys.readouterr().out
+
+    yield measure
+    AcceleratorState._reset_state(reset_partial_state=True)  # Trainer leaves its precision there
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, encoder_folder):
+    """(the folder of a finished and exported run, its reviews with columns text and label)"""
+    folder = tmp_path_factory.mktemp("trained")
+    reviews = write_reviews(folder / "reviews.csv")
+    reviews.write_text(reviews.read_text().replace("review,verdict", "text,label"))
+    overrides = [f"output_dir={folder}", "run_name=run", f"model_config.model_name={encoder_folder('bert')}",
+                 f"data_config.dataset={reviews}", "data_config.max_len=32", "data_config.batch_size=16",
+                 "train_config.epochs=1", "train_config.mixed_precision=no", "log_config.wandb_mode=disabled"]
+    train_here(*overrides)
+    with mock.patch.object(quantize, "FEWEST", 20):
+        expect(0, run_here(*overrides, mode="export", formats=("onnx", "transformers"), int8=True))
+    return folder / "run", reviews
+
+
+def test_all_contenders_of_speed_train(measure, monkeypatch, cpu):
+    """Here in one process; in theirs, and compiled, in the long test below."""
+    monkeypatch.setattr(speed, "start", lambda work, arguments, tokens, contender: speed.contend(
+        work, Namespace(**vars(arguments) | {"tokens": tokens, "contender": contender})))
+    monkeypatch.setitem(speed.MATRIX, "cpu", 64)
+    printed = measure(speed, "--shape", "bert-tiny", *SIZE, "--reviews", "8", "--rounds", "2", "--contenders",
+                      *UNCOMPILED)
+    for name in UNCOMPILED:
+        assert f"\n  {name:15}  " in printed
+    assert f"cpu ({cpu})" in printed
+    assert "suite-fp32 / trainer: " in printed
+    assert ("suite-fp32" in speed.usual_contenders()) == (cpu == "bf16")
+
+
+@pytest.mark.parametrize("shape", ["bert-tiny", "modernbert-tiny"])
+def test_all_ablations_train(measure, monkeypatch, shape):
+    variants = [variant for variant in ablations.VARIANTS if variant[0] != "torch.compile"]
+    monkeypatch.setattr(ablations, "VARIANTS", variants)
+    printed = measure(ablations, "--shape", shape, *SIZE, "--reviews", "6", "--rounds", "1")
+    for name, _, patch in variants:
+        assert (f"\n{name:44}  " in printed) == (patch is not packed or shape == "modernbert-tiny"), name
+
+
+def test_all_contenders_of_inference_answer(measure, cpu):
+    printed = measure(inference, "--shape", "bert-tiny", "--rounds", "1", "--seconds", "0.01")
+    found = {line.split("|")[2].strip(" `") for line in printed.splitlines() if line.startswith(("| 1 |", "| 32 |"))}
+    assert found == {"pytorch", "onnxruntime", "onnxruntime-int8"} | ({"pytorch-bf16"} if cpu == "bf16" else set())
+
+
+def test_all_contenders_of_prediction_label(measure, trained, cpu):
+    run, reviews = trained
+    printed = measure(prediction, "--model", str(run / "best"), "--reviews", str(reviews), "--rows", "20")
+    assert f"20 reviews, cpu ({cpu})" in printed
+    rows = {line.split("|")[1].strip(" `"): line.split("|")[-2].strip() for line in printed.splitlines()
+            if line.startswith("| `")}
+    assert rows.keys() == {"suite", "pipeline", "pipeline-bf16", "pipeline-own"}
+    assert rows["pipeline"] == rows["suite"] == "0"  # labels other than the suite's
+
+
+def test_an_export_is_compared_with_its_run(measure, trained):
+    printed = measure(elsewhere, str(trained[0]))
+    assert [line.split("|")[2].strip() for line in printed.splitlines()[2:]][0] == "0"
+    for name in ("`pipeline`, bfloat16", "the suite's model, weights cast to float16", "`onnx/model_quantized.onnx`"):
+        assert f"| {name} | " in printed
+
+
+def test_the_other_programs_measure(measure, trained, cpu):
+    run, reviews = trained
+    assert "| with the least | 20% | " in measure(deletion, "--model", str(run / "best"), "--input", str(reviews),
+                                                 "--reviews", "4")
+    assert f"cpu ({cpu})" in (printed := measure(saving, "--shape", "bert-tiny", *SIZE))
+    assert "saving adds" in printed
+    assert "| kernel | " in measure(profile, "--shape", "modernbert-tiny", *SIZE, "--reviews", "6")
+    for more in ([], ["--gradient-checkpointing"]):
+        assert float(measure(memory, "--shape", "bert-tiny", "--row", "2", "4", *more)) > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "arguments", "expected"), [
+    ("speed", ["--shape", "bert-tiny", *SIZE, "--reviews", "8", "--rounds", "1", "--contenders", *speed.CONTENDERS],
+     "suite-compile / trainer-compile: "),
+    ("ablations", ["--shape", "bert-tiny", *SIZE, "--reviews", "6", "--rounds", "1", "--only", "compile"],
+     "torch.compile"),
+    ("growth", ["--rows", "200"], "\n     200 "),
+    ("growth", ["--start-up", "ENCODER", "demo/reviews.csv"], "with filled ones"),
+    ("prediction", ["--memory", "10"], "\n| 10 | "),
+    ("memory", ["--shape", "bert-tiny"], f"\n{256:11}  {256:15}  {'':8}"),  # and then a number
+    ("gpu", ["--rehearse"], "trainer-512: done")])
+def test_programs_that_start_others_measure(cpu, tmp_path, name, arguments, expected):
+    """Half a minute to some minutes each: all of their processes, and what is compiled."""
+    write_encoder(tmp_path, "bert-tiny")
+    BertModel(encoder_config("bert-tiny")).save_pretrained(tmp_path)
+    arguments = [str(tmp_path) if argument == "ENCODER" else argument for argument in arguments]
+    done = expect(0, run_script("-m", f"benchmarks.{name}", *arguments, environment={"MOST_NOISE": "1"}, timeout=1200))
+    assert expected in done.stdout
 
 
 def test_other_programs_are_noticed():
@@ -60,7 +185,7 @@ def test_a_profile_counts_all_of_the_time_once(small_workload):
 
 def test_packed_reviews_give_the_loss_and_the_gradients_of_padded_ones(small_workload):
     found = []
-    with small_workload("modernbert-small") as work:
+    with small_workload("modernbert-tiny") as work:
         for name, patch in (("padded", nullcontext), ("packed", packed)):
             config = config_for(work, 160, 16, f"run_name={name}", "train_config.mixed_precision=no")
             with patch():

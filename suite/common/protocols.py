@@ -18,6 +18,7 @@ class Devices(Protocol):
 
     device: torch.device  # of this process
     precision: str  # no, bf16 or fp16
+    kind: str  # device and precision: cpu (bf16)
     num_processes: int
     is_main: bool  # whether this process writes the files
 

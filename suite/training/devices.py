@@ -61,8 +61,13 @@ class SingleDevice:
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.guard = FiniteGuard(self.device)
 
-    def __str__(self) -> str:
+    @property
+    def kind(self) -> str:
+        """What `auto` may have picked: `cpu (bf16)`."""
         return f"{self.device.type} ({self.precision if self.precision != 'no' else 'fp32'})"
+
+    def __str__(self) -> str:
+        return self.kind
 
     def main_process_first(self):
         return nullcontext()

@@ -37,6 +37,7 @@ from suite.training.states import (
     lock_within,
     random_state,
     refuse_other_data,
+    refuse_other_device,
     save_state,
     saved_states,
     set_random_state,
@@ -122,7 +123,7 @@ class Run:
         self.scheduler = build_scheduler(self.optimizer, train_config, self.total_steps)
         if process_rank() > 0:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
-        self.progress = Progress(data_fingerprint=data.fingerprint)
+        self.progress = Progress(data.fingerprint, devices.kind)
         self.start_step, self.saved_at = 0, time.monotonic()  # where this process began, and when it last saved
         self._out_of_memory = False
 
@@ -153,6 +154,7 @@ class Run:
         """Continue from a saved state."""
         self.progress = load_progress(state, identity(self.folder))
         refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
+        refuse_other_device(state, self.progress.device, self.devices.kind)
         if self.progress.best_epoch:
             best_model(self.folder)  # raises UserError if it is lost or damaged
         own = state / f"process_{process_rank()}.pt"

@@ -48,6 +48,7 @@ class Progress:
     """Where a run is, apart from weights, optimizer, random generators and the meter."""
 
     data_fingerprint: str  # of the reviews and their split
+    device: str  # and precision that the run trains in: cpu (bf16)
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done
     steps_in_epoch: int = 0  # optimizer steps done in the current epoch
@@ -146,6 +147,13 @@ def refuse_other_data(config: Config, then: str, now: str) -> None:
     if then != now:
         raise UserError(f"{config.data_config.dataset} has changed since the run in {config.run_folder} began, and so "
                         "has its split: choose another run_name")
+
+
+def refuse_other_device(state: Path, then: str, now: str) -> None:
+    """Raises UserError if `auto` means another device or precision here: the run would be neither of the two."""
+    if then != now:
+        raise UserError(f"{state} was trained on {then}, and would go on with {now} here: finish the run where and as "
+                        "it began, or start it afresh with train_config.resume=never")
 
 
 def begin_run(config: Config) -> None:

@@ -1,0 +1,120 @@
+"""What mixed_precision=auto decides: fp32 or bf16 by the CPU, in each process, and for a whole run.
+
+These tests hold two promises: the same command ends with the same bits after a stop, and an optimizer step is the mean
+over its effective batch, on either kind of CPU.
+"""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROJECT, content_of, metrics_of, train_here
+
+import main
+from suite.common.stopping import StopRequested
+from suite.inference import classifier, labelling
+from suite.training.devices import SingleDevice, pick_precision
+from suite.training.run import Run
+from utils import load_config
+
+PICKED = {"fp32": "no", "bf16": "bf16"}
+READER = """
+import torch
+from suite.training.devices import pick_precision
+print(pick_precision("auto", torch.device("cpu")))
+"""
+
+
+def test_the_tests_and_their_children_believe_in_the_same_cpu(cpu):
+    """Or tests in automatic precision would prove one kind of CPU alone, that of the machine."""
+    child = subprocess.run([sys.executable, "-c", READER], capture_output=True, text=True, check=True)
+    assert (pick_precision("auto", torch.device("cpu")), child.stdout.strip()) == (PICKED[cpu], PICKED[cpu])
+
+
+def stop_at(step: int, arguments: list[str], monkeypatch) -> None:
+    """Train, and stop after this optimizer step with the state saved."""
+    config = load_config(PROJECT / "config.yaml", arguments)
+    run = Run.open(config, SingleDevice(config))
+
+    def stop_if_asked(devices):
+        if run.progress.step == step:
+            raise StopRequested
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "stop_if_asked", stop_if_asked)
+        with pytest.raises(SystemExit):
+            main.train(run)
+
+
+@pytest.fixture
+def automatic(overrides) -> list[str]:
+    return [*overrides, "train_config.mixed_precision=auto"]
+
+
+def test_a_run_in_automatic_precision_ends_with_the_same_bits_after_a_stop(automatic, tmp_path, cpu, monkeypatch):
+    """And is the run of the precision that auto has picked, to the last bit."""
+    stop_at(13, [*automatic, "run_name=stopped"], monkeypatch)
+    assert "continuing from" in train_here(*automatic, "run_name=stopped").stdout
+    train_here(*automatic, "run_name=whole", f"train_config.mixed_precision={PICKED[cpu]}")
+    stopped, whole = tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole"
+    for name in ("best/model.safetensors", "history.jsonl", "valid_predictions.csv", "test_predictions.csv"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+    assert metrics_of(stopped)["environment"]["precision"] == PICKED[cpu]
+    assert metrics_of(stopped)["test"]["accuracy"] == 1.0
+
+
+def test_a_run_is_not_continued_in_another_precision(automatic, tmp_path, cpu, monkeypatch):
+    """The same command ends with the same bits, or with one line: never half in bf16 and half in fp32."""
+    stop_at(13, automatic, monkeypatch)
+    before, [other] = content_of(tmp_path / "runs"), {"fp32", "bf16"} - {cpu}
+    monkeypatch.setenv("CPU_OF_TESTS", other)
+    [line] = train_here(*automatic, code=2).stderr.splitlines()
+    assert f"was trained on cpu ({cpu}), and would go on with cpu ({other}) here: finish the run" in line
+    assert content_of(tmp_path / "runs") == before
+
+
+def test_pretraining_takes_the_precision_that_auto_picks(automatic, tmp_path, cpu):
+    for name, precision in (("auto", "auto"), ("picked", PICKED[cpu])):
+        train_here(*automatic, f"run_name={name}", f"train_config.mixed_precision={precision}", mode="pretrain")
+    auto, picked = ((tmp_path / "runs" / name / "history.jsonl").read_bytes() for name in ("auto", "picked"))
+    assert auto == picked
+
+
+def test_labelling_says_what_the_test_said(automatic, tmp_path, reviews_file, cpu):
+    """Whatever shares a batch with a review: in bf16, sums that round in another order move a probability further."""
+    train_here(*automatic)
+    train_here(*automatic, mode="predict", input=str(reviews_file), output=str(tmp_path / "labelled.csv"))
+    with open(tmp_path / "labelled.csv", newline="") as labelled, open(
+            tmp_path / "runs" / "run" / "test_predictions.csv", newline="") as tested:
+        rows, expected = list(csv.DictReader(labelled)), list(csv.DictReader(tested))
+    assert len(expected) == 20
+    for row in expected:
+        again = rows[int(row["id"])]
+        assert again["predicted"] == row["predicted"]
+        assert float(again["probability_good"]) == pytest.approx(
+            float(row["probability_good"]), abs={"fp32": 1e-6, "bf16": 2e-3}[cpu])
+
+
+def test_a_labelling_job_is_not_continued_in_another_precision(automatic, tmp_path, reviews_file, cpu, monkeypatch):
+    """No labelled file is half of one precision and half of another."""
+    train_here(*automatic)
+    monkeypatch.setattr(labelling, "CHUNK_ROWS", 64)
+    calls, label = [], classifier.Classifier.probabilities
+
+    def stopping(self, texts):
+        calls.append(texts)
+        if len(calls) == 2:
+            raise SystemExit(130)
+        return label(self, texts)
+
+    monkeypatch.setattr(classifier.Classifier, "probabilities", stopping)
+    job = {"mode": "predict", "input": str(reviews_file), "output": str(tmp_path / "labelled.csv")}
+    train_here(*automatic, code=130, **job)
+    [other] = {"fp32", "bf16"} - {cpu}
+    monkeypatch.setenv("CPU_OF_TESTS", other)
+    [line] = train_here(*automatic, code=2, **job).stderr.splitlines()
+    assert "holds the rows of an interrupted job with another precision" in line
+    monkeypatch.setenv("CPU_OF_TESTS", cpu)
+    assert "going on: 1 chunks" in train_here(*automatic, **job).stdout
