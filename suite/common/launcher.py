@@ -25,9 +25,9 @@ def refuse_lost_processes() -> None:
         return
     asked, started = asked_processes(words), num_processes()
     if asked not in (None, started):
-        raise UserError(f"accelerate launch was asked for {asked} processes and has started {started}: give it --multi_gpu, "
-                        "which starts them on CPUs, too (leave out --cpu), or start them with torchrun --nproc_per_node; "
-                        "--num_processes counts those of all machines, as many on each")
+        raise UserError(f"accelerate launch was asked for {asked} processes and has started {started}: give it "
+                        "--multi_gpu, which starts them on CPUs, too (leave out --cpu), or start them with torchrun "
+                        "--nproc_per_node; --num_processes counts those of all machines, as many on each")
 
 
 
