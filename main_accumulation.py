@@ -3,9 +3,10 @@
     python main_accumulation.py train_config.gradient_accumulation_steps=4   4 micro-batches of 64: batches of 256
     python main_accumulation.py train_config.effective_batch_size=1024       16 of them, asked for by their sum
     python main_accumulation.py --mode test                                  evaluate the best model of that run again
-    accelerate launch --num_processes 2 main_accumulation.py --mode predict --input FILE --output FILE
+    accelerate launch --multi_gpu --num_processes 2 main_accumulation.py --mode predict --input FILE --output FILE
                                                                              label the rows of a file
-    accelerate launch --num_processes 2 main_accumulation.py [...]           several devices, or machines
+    accelerate launch --multi_gpu --num_processes 2 main_accumulation.py     several devices, or machines
+    torchrun --nproc_per_node 2 main_accumulation.py train_config.device=cpu     2 processes on a CPU
 
 The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: Accelerate wraps model and optimizer,
 backpropagates, exchanges gradients only at the last micro-batch of an optimizer step, and gathers over the processes.
@@ -43,7 +44,7 @@ from utils import Config, UserError, brief, num_processes
 
 
 class AcceleratedDevices(SingleDevice):
-    """The devices that `accelerate launch` gives to this run, one process each."""
+    """The devices that `accelerate launch` or torchrun gives to this run, one process each."""
 
     def __init__(self, config: Config):
         # What a launcher's environment says counts where the configuration leaves it open.
@@ -54,10 +55,10 @@ class AcceleratedDevices(SingleDevice):
             precision = os.environ["ACCELERATE_MIXED_PRECISION"]
         device = pick_device(name)
         self.precision = pick_precision(precision, device)
-        # MPI, for example, counts its processes by other variables, which Accelerate reads, too.
+        # MPI counts its processes by other variables. Accelerate would join them, after the configuration counted one.
         if (found := get_cpu_distributed_information().world_size) != num_processes():
             raise UserError(f"Accelerate would join {found} processes, but the environment variable WORLD_SIZE stands "
-                            f"for {num_processes()}: start them with torchrun or accelerate launch")
+                            f"for {num_processes()}: start them with torchrun")
         try:
             with SIGNALS.at_once():  # it waits for the other processes, for half an hour if they do not come
                 self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
