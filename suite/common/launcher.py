@@ -30,7 +30,6 @@ def refuse_lost_processes() -> None:
                         "--nproc_per_node; --num_processes counts those of all machines, as many on each")
 
 
-
 def asked_processes(words: list[str]) -> int | None:
     """The number of processes that a command line of `accelerate launch`, or else its file, asks for.
 
