@@ -15,7 +15,7 @@
     python main.py --mode baseline                                      a bag of words on the same split, in seconds
     python main_accumulation.py data_config.batch_size=64 train_config.gradient_accumulation_steps=4
                                                                         large batches: gradient accumulation
-    accelerate launch --num_processes 2 main_accumulation.py            several devices
+    accelerate launch --multi_gpu --num_processes 2 main_accumulation.py    several devices; on CPUs: torchrun
     python experiment.py experiments/exp2.yaml                          a grid of settings and seeds, and its report
     python compare.py checkpoints/RUN checkpoints/RUN                   finished runs side by side
     python ensemble.py checkpoints/RUN checkpoints/RUN --output FOLDER  finished runs combined by stacking

@@ -3,9 +3,10 @@
     python main_accumulation.py train_config.gradient_accumulation_steps=4   4 micro-batches of 64: batches of 256
     python main_accumulation.py train_config.effective_batch_size=1024       16 of them, asked for by their sum
     python main_accumulation.py --mode test                                  evaluate the best model of that run again
-    accelerate launch --num_processes 2 main_accumulation.py --mode predict --input FILE --output FILE
+    accelerate launch --multi_gpu --num_processes 2 main_accumulation.py --mode predict --input FILE --output FILE
                                                                              label the rows of a file
-    accelerate launch --num_processes 2 main_accumulation.py [...]           several devices, or machines
+    accelerate launch --multi_gpu --num_processes 2 main_accumulation.py     several devices, or machines
+    torchrun --nproc_per_node 2 main_accumulation.py train_config.device=cpu     2 processes on a CPU
 
 The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: Accelerate wraps model and optimizer,
 backpropagates, exchanges gradients only at the last micro-batch of an optimizer step, and gathers over the processes.
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from accelerate.utils.environment import get_cpu_distributed_information
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
@@ -36,35 +38,39 @@ from transformers.integrations import unset_hf_deepspeed_config
 from main import main
 from suite.common.stopping import SIGNALS
 from suite.encoders.placement import layer_classes
+from suite.training.accelerated import asked_sharding, is_true, refuse_other_settings
 from suite.training.devices import FiniteGuard, SingleDevice, pick_device, pick_precision
 from utils import Config, UserError, brief, num_processes
 
 
 class AcceleratedDevices(SingleDevice):
-    """The devices that `accelerate launch` gives to this run, one process each."""
+    """The devices that `accelerate launch` or torchrun gives to this run, one process each."""
 
     def __init__(self, config: Config):
-        device = pick_device(config.train_config.device)
-        precision = config.train_config.mixed_precision
+        # What a launcher's environment says counts where the configuration leaves it open.
+        name, precision = config.train_config.device, config.train_config.mixed_precision
+        if name == "auto" and is_true("ACCELERATE_USE_CPU"):
+            name = "cpu"
         if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-            precision = os.environ["ACCELERATE_MIXED_PRECISION"]  # the launcher's choice, or `accelerate config`'s
+            precision = os.environ["ACCELERATE_MIXED_PRECISION"]
+        device = pick_device(name)
         self.precision = pick_precision(precision, device)
-        # Accelerate's own gradient_accumulation_steps stays 1: its `backward` would divide by it, and train_step has
-        # already divided by the reviews of the effective batch.
+        # MPI counts its processes by other variables. Accelerate would join them, after the configuration counted one.
+        if (found := get_cpu_distributed_information().world_size) != num_processes():
+            raise UserError(f"Accelerate would join {found} processes, but the environment variable WORLD_SIZE stands "
+                            f"for {num_processes()}: start them with torchrun")
         try:
             with SIGNALS.at_once():  # it waits for the other processes, for half an hour if they do not come
                 self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"Accelerate cannot work as its environment variables say ({brief(error)}): correct them, "
                             "or start with accelerate launch") from error
+        refuse_other_settings(self.accelerator, device)
         if (asked := asked_sharding()) and not self.is_sharded:
             raise UserError(f"{asked} is asked for, and Accelerate starts it on GPUs only: leave out the launcher's "
                             "--config_file, and DDP runs on CPUs")
         self.device, self.scaler = self.accelerator.device, self.accelerator.scaler
         self.num_processes = self.accelerator.num_processes
-        if self.num_processes != num_processes():  # MPI, for example, tells it by other variables
-            raise UserError(f"Accelerate has found {self.num_processes} processes, but the environment variable "
-                            f"WORLD_SIZE stands for {num_processes()}: start them with accelerate launch")
         self.is_main = self.accelerator.is_main_process
         # Flags travel over the network, not over the GPUs, which would first have to finish what they are doing.
         self.flags = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None
@@ -163,12 +169,6 @@ class AcceleratedDevices(SingleDevice):
             self.accelerator.load_state(str(folder / "accelerate"))
         else:
             super().read_state(folder, model, optimizer)
-
-
-def asked_sharding() -> str | None:
-    """What the launcher asks for, FSDP or DeepSpeed; None if neither."""
-    names = ("FSDP", "DEEPSPEED")
-    return next((name for name in names if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"), None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Several processes decide alike: who fills the caches first, and when a number that is not finite ends the run."""
+"""As many processes as were asked for, and they decide alike: who fills the caches first, and when a number that is
+not finite ends the run."""
 
 import json
 import os
@@ -6,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROJECT, free_port
+from accelerate.commands.config import config_args
+from conftest import PROJECT, free_port, run_script
+
+from suite.common.launcher import asked_processes
 
 WORKER = "tests/processes_worker.py"
 
@@ -49,3 +53,40 @@ def test_all_processes_name_the_step_whose_loss_is_not_finite_in_one(results, ov
     assert f"reviews {', '.join(map(str, one['reviews']))}." in one["error"]
     assert one["unchanged"]
     assert two["unchanged"]
+
+
+def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_noticed(overrides, tmp_path):
+    """Wrong settings end in one line with the fix and exit code 2: Accelerate starts one process here, without a word,
+    and the effective batch would be half of what was asked for."""
+    result = run_script("-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2",
+                        "main_accumulation.py", *overrides)
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
+        line for line in result.stderr.splitlines()
+        if "accelerate launch was asked for 2 processes and has started 1: give it --multi_gpu" in line]
+    assert "returned non-zero exit status 2." in result.stderr  # the launcher's word about the script
+    assert not (tmp_path / "runs").exists()
+
+
+PYTHON = ["python", "-u"]
+CONSOLE = [*PYTHON, "/venv/bin/accelerate", "launch"]
+MULTI_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 3\n"
+
+
+@pytest.mark.parametrize(("words", "default_file", "asked"), [
+    ([*CONSOLE, "--num_processes", "2", "main.py", "--num_processes", "5"], False, 2),
+    ([*PYTHON, "/venv/bin/accelerate-launch", "--cpu", "--num-processes=2", "main.py"], True, 2),
+    ([*PYTHON, "-m", "accelerate.commands.launch", "--num_machines", "2", "--num_processes", "8", "main.py"], False, 8),
+    ([*PYTHON, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "FILE", "main.py"], False, 3),
+    ([*CONSOLE, "--config_file", "FILE", "--num_processes", "4", "main.py", "run_name="], False, 4),
+    ([*CONSOLE, "main.py"], True, 3),
+    ([*CONSOLE, "--cpu", "main.py"], True, None),  # Accelerate does not read its default file then
+    ([*CONSOLE, "main.py"], False, None),
+    (["sh", "-c", "accelerate launch --num_processes 2 main.py"], True, None),
+    (["/venv/bin/torchrun", "--nproc_per_node", "2", "main.py"], True, None),
+    ([], True, None)])
+def test_what_a_launcher_was_asked_for(words, default_file, asked, tmp_path, monkeypatch):
+    """As its own parser reads its options, and else the file of `accelerate config`."""
+    (tmp_path / "FILE").write_text(MULTI_CPU)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config_args, "default_config_file", "FILE" if default_file else "absent")
+    assert asked_processes(words) == asked

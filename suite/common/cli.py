@@ -11,6 +11,7 @@ from pathlib import Path
 
 from suite.common.checks import INPUTS, encodes
 from suite.common.hub import usable_cache
+from suite.common.launcher import refuse_lost_processes
 from suite.common.run_folder import (
     is_encoder,
     is_same_place,
@@ -81,6 +82,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     try:
         refuse_other_encodings(sys.argv[1:])
         refuse_environment()
+        refuse_lost_processes()
     except UserError as error:
         leave(error)
     return parser

@@ -165,7 +165,8 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> str:
     """no, bf16 or fp16; `auto` takes bf16 where the hardware supports it."""
     if name == "fp16" and device.type == "cpu":
-        raise UserError("train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
+        raise UserError("train_config.mixed_precision (or, where that is auto, ACCELERATE_MIXED_PRECISION) is 'fp16', "
+                        "which a CPU cannot train in: set train_config.mixed_precision to bf16 or no")
     if name in ("no", "bf16", "fp16"):
         return name
     if name != "auto":  # the configuration allows no such value, but a launcher may ask for one
