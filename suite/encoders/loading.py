@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +50,10 @@ from suite.encoders.refusals import (
     refuse_types,
     refuse_vocabulary,
     room_for_weights,
+    unread_weights,
     weight_files,
 )
-from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief
+from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief, printable, process_rank, say
 
 PRETRAINED_TEXTS = "pretraining_texts.npy"  # beside the weights that a pretraining run has saved
 STACK = "stack"  # the model_type of finished runs that were combined
@@ -106,6 +109,7 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
         raise UserError(f"model_config.model_name: the weights in {name} are not of the model in its "
                         f"config.json ({key} is {list(stored)} instead of {list(expected)}): take a model "
                         "whose files belong together")
+    refuse_unread("model_config.model_name", name, model, report["unexpected_keys"])
     # A missing weight would be drawn at random and train to a number that nobody can explain.
     of_encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(report["missing_keys"])
@@ -115,6 +119,28 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
     refuse_types(weight_files(model_folder(name)), model)
     refuse_not_finite(model.named_parameters())
     return model, lacking
+
+
+def refuse_unread(key: str, name: str, model: PreTrainedModel, unread: Iterable[str]) -> None:
+    """Raises UserError if weights of the encoder are among the `unread` ones of a checkpoint: relative positions, an
+    unmerged adapter. Another model than the published one would be trained. Further layers may be meant to stay
+    unread, and a line says so. `key` gives the checkpoint `name`."""
+    layers, others = unread_weights(model, unread)
+    if others:
+        raise UserError(f"{key}: {name} has {len(others)} weights of its encoder that a {type(model).__name__} of "
+                        f"transformers does not read ({others[0]}, ...): merge its adapters into it, or take a model "
+                        "that is read completely")
+    if layers:
+        remark(key, f"{name}: config.json asks for fewer layers than its weights have: {len(layers)} of these stay "
+                    f"unread ({layers[0]}, ...)")
+
+
+def remark(key: str, text: str) -> None:
+    """Print a line about the model that `key` gives. It leaves standard output to what a model has labelled."""
+    if key != "--model":
+        say(text)
+    elif process_rank() == 0:
+        print(printable(text), file=sys.stderr)
 
 
 def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
@@ -324,6 +350,7 @@ def _load_foreign(folder: Path, config: PreTrainedConfig) -> nn.Module:
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
         ignore_mismatched_sizes=True, output_loading_info=True)
+    refuse_unread("--model", str(folder), model, report["unexpected_keys"])
     lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if lacking:
         raise UserError(f"{folder / WEIGHTS}: no weights for {lacking[0]}: take a trained classifier, not an encoder")
