@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import concatenate_datasets
 
-from data import Encode, PreparedData, fingerprint, load_split, tokenize
-from suite.encoders.loading import load_tokenizer, pretrained_texts
+from data import Encode, PreparedData, fingerprint, load_split, refuse_no_tokens, tokenize
+from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, pretrained_texts
 from suite.pretraining.masking import MaskedWindows
 from suite.reviews.sources import refuse_no_texts
 from suite.reviews.splitting import text_digests
@@ -35,13 +35,14 @@ def prepare_texts(config: Config) -> PretrainingData:
     digests = np.concatenate([labelled, *(text_digests(part.table) for part in reviews.unlabelled)])
     train, valid = choose(split.ids_of["train"], np.arange(len(labelled), len(table)), digests, split.held_out,
                           data_config)
-    tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks)
+    tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks, texts=table[:COMPARED_TEXTS]["text"])
     if tokenizer.mask_token is None:
         raise UserError(f"model_config.model_name: the tokenizer of {name} has no mask token: take a model that was "
                         "pretrained with one, such as bert-base-uncased")
     used = np.sort(np.concatenate([train, valid]))
     tokens, offsets, first_windows = tokenize(
         table.select(used), Encode(tokenizer, data_config.max_len, "windows", max_windows=sys.maxsize), digests[used])
+    refuse_no_tokens(np.diff(offsets)[first_windows[:-1]], used, [*reviews.parts, *reviews.unlabelled])
     text_of = np.repeat(used, np.diff(first_windows))  # (windows,)
     splits = {}
     for name_of_split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
