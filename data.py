@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from suite.common.stopping import EXIT_CODES
-from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer
+from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, trained_texts
 from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
 from suite.reviews.sources import Part, Reviews, load_reviews, locate
@@ -244,6 +244,7 @@ class PreparedData:
     label_names: list[str]
     fingerprint: str  # that of the Split
     held_out: np.ndarray  # that of the Split
+    digests: np.ndarray  # (texts,) of 16 bytes: of what is trained on here, and of what the model was trained on before
 
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
@@ -255,14 +256,16 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     reviews, digests, ids_of = split.reviews, split.digests, split.ids_of
     for part in reviews.unlabelled:
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
+    seen = split.digests[ids_of["train"]]
     if trained_model is None:
+        seen = np.union1d(seen, trained_texts(config.model_config))
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks,
                                    texts=reviews.table[:COMPARED_TEXTS]["text"])
     else:
         tokenizer = load_tokenizer(trained_model)  # it was saved with its rule for line breaks
     used = np.sort(np.concatenate(list(ids_of.values())))  # with a limit, only these rows are tokenized
     encode = Encode(tokenizer, data_config.max_len, data_config.truncation, data_config.max_windows)
-    if config.model_config.pooling == "cls" and not encode.prefix:
+    if trained_model is None and config.model_config.pooling == "cls" and not encode.prefix:
         raise UserError(f"model_config.pooling is cls, but the tokenizer of {config.model_config.model_name} puts no "
                         "token before a text, and the first word would stand for it: set model_config.pooling=mean")
     tokens, offsets, first_windows = tokenize(reviews.table.select(used), encode, digests[used])
@@ -271,7 +274,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
               for name, ids in ids_of.items()}
-    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out)
+    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out, seen)
 
 
 def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf

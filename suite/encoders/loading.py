@@ -56,6 +56,7 @@ from suite.encoders.refusals import (
 from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief, printable, process_rank, say
 
 PRETRAINED_TEXTS = "pretraining_texts.npy"  # beside the weights that a pretraining run has saved
+TRAINED_TEXTS = "training_texts.npy"  # beside those of a classifier
 STACK = "stack"  # the model_type of finished runs that were combined
 NO_ENCODERS = (BAG_OF_WORDS, STACK)
 MANY_WORDS = 0.05  # of a vocabulary; one that was made of texts in lower case has none, or the 26 letters
@@ -74,24 +75,53 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
     """A new head on the encoder `model_config.model_name`; fresh weights everywhere if not `pretrained`.
 
     `label_names`: None numbers the classes; `encoder_config`: what `load_encoder_config` gave, None loads it. Raises
-    UserError if the encoder cannot be loaded or lacks weights.
+    UserError if the encoder cannot be loaded or lacks weights. Of a classifier of this suite, the encoder is taken, and
+    the head if it was trained for the same classes and pooling.
     """
     name = model_config.model_name
     if encoder_config is None:
         encoder_config = load_encoder_config(model_config)
+    encoder = None
     with explained("model_config.model_name", name, any_error=True):
-        if model_config.pretrained:
-            encoder, _ = load_weights(AutoModel, name, encoder_config)
-        else:
+        own = own_classifier(name) if model_config.pretrained else None
+        if not model_config.pretrained:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
+        elif own is None:
+            encoder, _ = load_weights(AutoModel, name, encoder_config)
     names = label_names or [str(label) for label in range(model_config.num_labels)]
     encoder_config.name_or_path = ""  # a path of this machine, which concerns nobody else
     config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
                               id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
     with explained("model_config.model_name", name, any_error=True):
         model = EncoderForClassification(config, encoder)
+        if own is not None:
+            _take_weights(name, own, model)
         refuse_broken(model)
     return model
+
+
+def own_classifier(name: str) -> ClassifierConfig | None:
+    """The configuration of a classifier of this suite; None if `name` is another model."""
+    if kind_of(model_folder(name)) != ClassifierConfig.model_type:
+        return None
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    refuse_senseless(config)
+    return config
+
+
+def _take_weights(name: str, own: ClassifierConfig, model: EncoderForClassification) -> None:
+    """Into `model`, the encoder of this suite's classifier `name`, whose configuration is `own`, and where it fits its
+    head. A line says what was taken."""
+    differs = ("its classes are " + ", ".join(map(str, own.id2label.values())) if own.id2label != model.config.id2label
+               else f"it was trained with pooling={own.pooling}" if own.pooling != model.config.pooling else None)
+    path = Path(cached_file(name, WEIGHTS))
+    weights = safetensors.torch.load_file(path)
+    if differs:
+        weights |= {f"head.{key}": values for key, values in model.head.state_dict().items()}
+    model.load_state_dict(weights)
+    refuse_types([path], model)
+    refuse_not_finite(model.named_parameters())
+    say(f"{name}: going on from its encoder " + (f"with a new head, because {differs}" if differs else "and its head"))
 
 
 def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
@@ -145,10 +175,11 @@ def remark(key: str, text: str) -> None:
         print(printable(text), file=sys.stderr)
 
 
-def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
-    """The digests (texts,) of 16 bytes of what a pretraining run of this suite has read, if the encoder is from one."""
-    path = Path(model_config.model_name) / PRETRAINED_TEXTS
-    if not os.path.lexists(path):
+def trained_texts(model_config: ModelConfig) -> np.ndarray:
+    """The digests (texts,) of 16 bytes of what the encoder was trained on, if it is from a run of this suite."""
+    paths = [Path(model_config.model_name) / name for name in (PRETRAINED_TEXTS, TRAINED_TEXTS)]
+    path = next(filter(os.path.lexists, paths), None)
+    if path is None:
         return np.empty(0, "V16")
     if not model_config.pretrained:
         raise UserError(f"model_config.pretrained is false, so nothing that {path.parent} has learned would be used: "
@@ -184,7 +215,8 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
             refuse_damage(folder)
         read_config(folder / "config.json")
         files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
-        encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own = own_classifier(name)
+        encoder_config = own.encoder if own else AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = encoder_config.model_type
     is_decoder = getattr(encoder_config, "is_decoder", False) or encoder_config.is_encoder_decoder or (
         kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
@@ -214,7 +246,7 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     """The encoder's tokenizer, from the Hub or a folder, as `key` gives it. Raises UserError if it cannot pad.
 
     With line_breaks="space" it reads `<br />` as a space, also wherever it is loaded from a trained model's folder.
-    `texts`: some of the data, see `compare_with_file`.
+    `texts`: some of those that it will read, which `compare_with_file` compares.
     """
     with explained(key, name, any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -227,8 +259,13 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
                         "tokenizer_config.json")
-    if line_breaks == "space":
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.normalizer and len(set(map(
+            backend.normalizer.normalize_str, ("a<br />b", "a b")))) == 1:  # it was saved with its rule
+        if line_breaks == "keep" and texts:
+            say(f"{name}: its tokenizer reads <br /> as a space, as in its own training, although "
+                "data_config.line_breaks is 'keep'")
+    elif line_breaks == "space":
         if backend is None:
             raise UserError(f"data_config.line_breaks is 'space', but the tokenizer of {name} cannot be told so: set "
                             "data_config.line_breaks=keep")

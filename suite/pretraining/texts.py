@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 from datasets import concatenate_datasets
 
 from data import Encode, PreparedData, fingerprint, load_split, refuse_no_tokens, tokenize
-from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, pretrained_texts
+from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, trained_texts
 from suite.pretraining.masking import MaskedWindows
 from suite.reviews.sources import refuse_no_texts
 from suite.reviews.splitting import text_digests
@@ -18,15 +17,11 @@ from utils import Config, DataConfig, UserError, say
 VALID_SHARE, MOST_VALID = 0.05, 1000  # of the texts. A thousand give the loss to within about 0.01 nats
 
 
-@dataclass
-class PretrainingData(PreparedData):
-    """Its splits are `train` and `valid`; a row of them is a window."""
+def prepare_texts(config: Config) -> PreparedData:
+    """Load the reviews, labelled or not, leave out those that validate or test, and cut the others into windows.
 
-    digests: np.ndarray  # (texts,) of 16 bytes: of all texts in these two, and of what the encoder has read before
-
-
-def prepare_texts(config: Config) -> PretrainingData:
-    """Load the reviews, labelled or not, leave out those that validate or test, and cut the others into windows."""
+    The splits are `train` and `valid`, a row of them is a window, and `digests` are those of both.
+    """
     data_config, name = config.data_config, config.model_config.model_name
     split = load_split(config)
     reviews, labelled = split.reviews, split.digests
@@ -51,8 +46,8 @@ def prepare_texts(config: Config) -> PretrainingData:
     if not len(splits["valid"][np.arange(len(splits["valid"]))]["labels"]):
         raise UserError(f"{data_config.dataset}: {len(valid)} texts to validate on are too few, none of their words is "
                         "masked: raise data_config.limit or add texts")
-    return PretrainingData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,
-                           np.union1d(digests[used], pretrained_texts(config.model_config)))
+    return PreparedData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,
+                        np.union1d(digests[used], trained_texts(config.model_config)))
 
 
 def choose(labelled: np.ndarray, unlabelled: np.ndarray, digests: np.ndarray, held_out: np.ndarray,
