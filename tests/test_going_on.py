@@ -112,7 +112,7 @@ def test_texts_of_all_earlier_trainings_count(going_on, undisturbed, tmp_path):
     going_on(f"model_config.model_name={second}")  # on the first run's split, nothing of it was trained on
 
 
-def test_a_model_that_does_not_say_its_texts_is_taken_with_a_line(going_on, earlier, tmp_path):
+def test_a_model_that_does_not_say_its_texts_is_taken_with_a_line(going_on, earlier, encoder_folder, tmp_path):
     unknown = shutil.copytree(earlier, tmp_path / "unknown")  # as earlier versions have written it
     for name in ("training_texts.npy", "manifest.json"):
         (unknown / name).unlink()
@@ -121,4 +121,7 @@ def test_a_model_that_does_not_say_its_texts_is_taken_with_a_line(going_on, earl
     out = going_on(model, "data_config.split_seed=1", "run_name=other").stdout
     assert "has no training_texts.npy" in out
     assert "the accuracy is too high" in out
-    assert json.loads((unknown / "config.json").read_text())["data_fingerprint"]
+    plain = shutil.copytree(encoder_folder("bert"), tmp_path / "plain")  # as an export is written
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"data_fingerprint": "of other data"}))
+    assert "the accuracy is too high" in going_on(f"model_config.model_name={plain}", "run_name=plain").stdout

@@ -20,10 +20,11 @@ def refuse_misfit(config: Config, encoder_config: PreTrainedConfig, data: Prepar
     if count := np.isin(data.held_out, seen).sum():
         raise UserError(f"model_config.model_name: {name} was trained on {count:,} texts that are validated or tested "
                         "on here: give data_config the values of its training, or train it again with these")
-    if config.model_config.pretrained and not len(seen) and (own := own_classifier(name)) and (
-            own.data_fingerprint != data.fingerprint):
-        say(f"{name} has no {TRAINED_TEXTS}, so nobody can tell whether it was trained on texts that are validated or "
-            "tested on here: if it was, the accuracy is too high")
+    if config.model_config.pretrained and not len(seen):
+        learned = getattr(own_classifier(name) or encoder_config, "data_fingerprint", None)
+        if learned not in (None, data.fingerprint):  # of an earlier version, from the Hub, or exported
+            say(f"{name} has no {TRAINED_TEXTS}, so nobody can tell whether it was trained on texts that are validated "
+                "or tested on here: if it was, the accuracy is too high")
     tokens = data.splits["train"].tokens  # those of all splits
     if problem := too_long(config.data_config.max_len, name, position_limit(encoder_config.to_dict())):
         raise UserError(problem)
