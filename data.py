@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from suite.common.stopping import EXIT_CODES
-from suite.encoders.loading import load_tokenizer
+from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, trained_texts
 from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
-from suite.reviews.sources import Reviews, load_reviews
+from suite.reviews.sources import Part, Reviews, load_reviews, locate
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
-from utils import Config, DataConfig, num_processes, process_rank, say
+from utils import Config, DataConfig, UserError, num_processes, process_rank, say
 
 CPU_TOKENS = 8192  # of a pass without a backward one, measured in benchmarks/README.md
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
@@ -180,6 +180,19 @@ def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.nd
     return tokens.values.to_numpy(), offsets, lengths.offsets.to_numpy().astype(np.int64)
 
 
+def refuse_no_tokens(lengths: np.ndarray, rows: np.ndarray, parts: list[Part]) -> None:
+    """Raises UserError, naming the first few, for texts without a token: a tokenizer that puts none around a text can
+    leave nothing of it. `lengths` (n,): the tokens of each text; `rows` (n,): its row in the pooled `parts`."""
+    empty = rows[lengths == 0]
+    if len(empty):
+        places = [locate(parts, row) for row in empty[:5]]
+        named = "; ".join(f"{place}: rows {', '.join(str(number) for _, number in found)}"
+                          for place, found in itertools.groupby(places, key=lambda located: located[0]))
+        more = ", ..." if len(empty) > 5 else ""
+        raise UserError(f"{len(empty):,} texts give no token ({named}{more}): remove them, or take a model whose "
+                        "tokenizer puts tokens such as [CLS] around a text")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The three splits, and their loaders
 
@@ -231,6 +244,7 @@ class PreparedData:
     label_names: list[str]
     fingerprint: str  # that of the Split
     held_out: np.ndarray  # that of the Split
+    digests: np.ndarray  # (texts,) of 16 bytes: of what is trained on here, and of what the model was trained on before
 
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
@@ -242,18 +256,25 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     reviews, digests, ids_of = split.reviews, split.digests, split.ids_of
     for part in reviews.unlabelled:
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
+    seen = split.digests[ids_of["train"]]
     if trained_model is None:
-        tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks)
+        seen = np.union1d(seen, trained_texts(config.model_config))
+        tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks,
+                                   texts=reviews.table[:COMPARED_TEXTS]["text"])
     else:
         tokenizer = load_tokenizer(trained_model)  # it was saved with its rule for line breaks
     used = np.sort(np.concatenate(list(ids_of.values())))  # with a limit, only these rows are tokenized
     encode = Encode(tokenizer, data_config.max_len, data_config.truncation, data_config.max_windows)
+    if trained_model is None and config.model_config.pooling == "cls" and not encode.prefix:
+        raise UserError(f"model_config.pooling is cls, but the tokenizer of {config.model_config.model_name} puts no "
+                        "token before a text, and the first word would stand for it: set model_config.pooling=mean")
     tokens, offsets, first_windows = tokenize(reviews.table.select(used), encode, digests[used])
+    refuse_no_tokens(np.diff(offsets)[first_windows[:-1]], used, reviews.parts)
     has_token_types = "token_type_ids" in tokenizer.model_input_names
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
               for name, ids in ids_of.items()}
-    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out)
+    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out, seen)
 
 
 def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf

@@ -305,7 +305,7 @@ def test_a_split_without_labels_is_unlabelled_whatever_its_name(tmp_path, kind, 
     ("pretrain", ["run_name=finished", "train_config.seed=1"], "train_config.seed: 42 -> 1"),
     ("pretrain", ["run_name=x", "model_config.model_name={unmasked}"], "has no mask token"),
     ("pretrain", ["run_name=x", "model_config.model_name={damaged}"], "damaged: it has changed"),
-    ("pretrain", ["run_name=x", "model_config.model_name={best}", "data_config.split_seed=1"], "was pretrained on"),
+    ("pretrain", ["run_name=x", "model_config.model_name={best}", "data_config.split_seed=1"], "was trained on"),
     ("train", ["run_name=x", "model_config.model_name={best}", "model_config.pretrained=false"], "pretrained is false"),
     ("pretrain", ["run_name=x", "data_config.text_column=label"], "are both 'label'"),
 ])

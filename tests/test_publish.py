@@ -56,7 +56,7 @@ def test_without_yes_nothing_is_sent_and_nothing_asked(run, hub):
     lines = result.stdout.splitlines()
     assert lines[0] == "owner/name: a private repository, licence mit"
     assert any(line.startswith("  model.safetensors  ") and line.endswith(" MB") for line in lines)
-    assert "not sent: manifest.json" in lines
+    assert "not sent: manifest.json, training_texts.npy" in lines
     assert "license: mit" in lines
     assert 'model="owner/name"' in result.stdout  # the card's example works as it is printed
     assert "`FOLDER` is a copy: `hf download owner/name --local-dir FOLDER`." in result.stdout
@@ -69,7 +69,7 @@ def test_a_model_arrives_whole_and_nothing_else_does(run, hub, tmp_path, public)
     assert result.returncode == 0, result.stderr
     assert hub.private == {"owner/name": not public}
     sent, best = hub.files["owner/name"], content_of(run / "best")
-    assert set(sent) == set(best) - {"manifest.json"} <= set(FILES)
+    assert set(sent) == set(best) - {"manifest.json", "training_texts.npy"} <= set(FILES)
     assert {name for name in sent if sent[name] != best[name]} <= {"README.md"}
     assert not any(b"secret-place" in content and name != "README.md" for name, content in sent.items())
     assert not any(str(tmp_path.parent).encode() in content for content in sent.values())  # no path of this machine

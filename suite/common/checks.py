@@ -173,7 +173,8 @@ def max_positions(model_name: str) -> int | None:
         if not isinstance(path, str):
             return None
     try:
-        return position_limit(json.loads(Path(path).read_text(encoding="utf-8")))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return position_limit(values.get("encoder", values))  # this suite's classifiers have their encoder's in theirs
     except (OSError, ValueError, AttributeError, RecursionError):
         return None  # loading the model will say what is wrong with the folder
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from tokenizers import Regex, normalizers
+from tokenizers import Regex, Tokenizer, normalizers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -48,13 +50,17 @@ from suite.encoders.refusals import (
     refuse_types,
     refuse_vocabulary,
     room_for_weights,
+    unread_weights,
     weight_files,
 )
-from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief
+from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief, printable, process_rank, say
 
 PRETRAINED_TEXTS = "pretraining_texts.npy"  # beside the weights that a pretraining run has saved
+TRAINED_TEXTS = "training_texts.npy"  # beside those of a classifier
 STACK = "stack"  # the model_type of finished runs that were combined
 NO_ENCODERS = (BAG_OF_WORDS, STACK)
+MANY_WORDS = 0.05  # of a vocabulary; one that was made of texts in lower case has none, or the 26 letters
+COMPARED_TEXTS, COMPARED_CHARACTERS = 100, 2000  # of the data, and of each text: enough to see a difference
 LINE_BREAKS = r"(\s*<[bB][rR]\s*/?>\s*)+"  # for JavaScript, too, which knows no (?i)
 
 AutoConfig.register(ClassifierConfig.model_type, ClassifierConfig)  # here, transformers needs no code from the folder
@@ -69,24 +75,53 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
     """A new head on the encoder `model_config.model_name`; fresh weights everywhere if not `pretrained`.
 
     `label_names`: None numbers the classes; `encoder_config`: what `load_encoder_config` gave, None loads it. Raises
-    UserError if the encoder cannot be loaded or lacks weights.
+    UserError if the encoder cannot be loaded or lacks weights. Of a classifier of this suite, the encoder is taken, and
+    the head if it was trained for the same classes and pooling.
     """
     name = model_config.model_name
     if encoder_config is None:
         encoder_config = load_encoder_config(model_config)
+    encoder = None
     with explained("model_config.model_name", name, any_error=True):
-        if model_config.pretrained:
-            encoder, _ = load_weights(AutoModel, name, encoder_config)
-        else:
+        own = own_classifier(name) if model_config.pretrained else None
+        if not model_config.pretrained:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
+        elif own is None:
+            encoder, _ = load_weights(AutoModel, name, encoder_config)
     names = label_names or [str(label) for label in range(model_config.num_labels)]
     encoder_config.name_or_path = ""  # a path of this machine, which concerns nobody else
     config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
                               id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
     with explained("model_config.model_name", name, any_error=True):
         model = EncoderForClassification(config, encoder)
+        if own is not None:
+            _take_weights(name, own, model)
         refuse_broken(model)
     return model
+
+
+def own_classifier(name: str) -> ClassifierConfig | None:
+    """The configuration of a classifier of this suite; None if `name` is another model."""
+    if kind_of(model_folder(name)) != ClassifierConfig.model_type:
+        return None
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    refuse_senseless(config)
+    return config
+
+
+def _take_weights(name: str, own: ClassifierConfig, model: EncoderForClassification) -> None:
+    """Into `model`, the encoder of this suite's classifier `name`, whose configuration is `own`, and where it fits its
+    head. A line says what was taken."""
+    differs = ("its classes are " + ", ".join(map(str, own.id2label.values())) if own.id2label != model.config.id2label
+               else f"it was trained with pooling={own.pooling}" if own.pooling != model.config.pooling else None)
+    path = Path(cached_file(name, WEIGHTS))
+    weights = safetensors.torch.load_file(path)
+    if differs:
+        weights |= {f"head.{key}": values for key, values in model.head.state_dict().items()}
+    model.load_state_dict(weights)
+    refuse_types([path], model)
+    refuse_not_finite(model.named_parameters())
+    say(f"{name}: going on from its encoder " + (f"with a new head, because {differs}" if differs else "and its head"))
 
 
 def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
@@ -106,6 +141,7 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
         raise UserError(f"model_config.model_name: the weights in {name} are not of the model in its "
                         f"config.json ({key} is {list(stored)} instead of {list(expected)}): take a model "
                         "whose files belong together")
+    refuse_unread("model_config.model_name", name, model, report["unexpected_keys"])
     # A missing weight would be drawn at random and train to a number that nobody can explain.
     of_encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(report["missing_keys"])
@@ -117,10 +153,33 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
     return model, lacking
 
 
-def pretrained_texts(model_config: ModelConfig) -> np.ndarray:
-    """The digests (texts,) of 16 bytes of what a pretraining run of this suite has read, if the encoder is from one."""
-    path = Path(model_config.model_name) / PRETRAINED_TEXTS
-    if not os.path.lexists(path):
+def refuse_unread(key: str, name: str, model: PreTrainedModel, unread: Iterable[str]) -> None:
+    """Raises UserError if weights of the encoder are among the `unread` ones of a checkpoint: relative positions, an
+    unmerged adapter. Another model than the published one would be trained. Further layers may be meant to stay
+    unread, and a line says so. `key` gives the checkpoint `name`."""
+    layers, others = unread_weights(model, unread)
+    if others:
+        raise UserError(f"{key}: {name} has {len(others)} weights of its encoder that a {type(model).__name__} of "
+                        f"transformers does not read ({others[0]}, ...): merge its adapters into it, or take a model "
+                        "that is read completely")
+    if layers:
+        remark(key, f"{name}: config.json asks for fewer layers than its weights have: {len(layers)} of these stay "
+                    f"unread ({layers[0]}, ...)")
+
+
+def remark(key: str, text: str) -> None:
+    """Print a line about the model that `key` gives. It leaves standard output to what a model has labelled."""
+    if key != "--model":
+        say(text)
+    elif process_rank() == 0:
+        print(printable(text), file=sys.stderr)
+
+
+def trained_texts(model_config: ModelConfig) -> np.ndarray:
+    """The digests (texts,) of 16 bytes of what the encoder was trained on, if it is from a run of this suite."""
+    paths = [Path(model_config.model_name) / name for name in (PRETRAINED_TEXTS, TRAINED_TEXTS)]
+    path = next(filter(os.path.lexists, paths), None)
+    if path is None:
         return np.empty(0, "V16")
     if not model_config.pretrained:
         raise UserError(f"model_config.pretrained is false, so nothing that {path.parent} has learned would be used: "
@@ -156,7 +215,8 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
             refuse_damage(folder)
         read_config(folder / "config.json")
         files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
-        encoder_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own = own_classifier(name)
+        encoder_config = own.encoder if own else AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = encoder_config.model_type
     is_decoder = getattr(encoder_config, "is_decoder", False) or encoder_config.is_encoder_decoder or (
         kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
@@ -181,15 +241,17 @@ def set_encoder_dropout(encoder_config: PreTrainedConfig, rate: float) -> None:
             setattr(encoder_config, name, rate)
 
 
-def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks: str = "keep"
-                   ) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks: str = "keep",
+                   texts: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The encoder's tokenizer, from the Hub or a folder, as `key` gives it. Raises UserError if it cannot pad.
 
     With line_breaks="space" it reads `<br />` as a space, also wherever it is loaded from a trained model's folder.
+    `texts`: some of those that it will read, which `compare_with_file` compares.
     """
     with explained(key, name, any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_vocabulary(tokenizer)
+        compare_with_file(tokenizer, name, key, texts)
         if key == "model_config.model_name":  # what cannot be written would end the training at its first save
             with (room_for(Path(tempfile.gettempdir()), needed=0, fix="set TMPDIR to another disk"),
                   tempfile.TemporaryDirectory() as folder):
@@ -197,14 +259,53 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
                         "tokenizer_config.json")
-    if line_breaks == "space":
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.normalizer and len(set(map(
+            backend.normalizer.normalize_str, ("a<br />b", "a b")))) == 1:  # it was saved with its rule
+        if line_breaks == "keep" and texts:
+            say(f"{name}: its tokenizer reads <br /> as a space, as in its own training, although "
+                "data_config.line_breaks is 'keep'")
+    elif line_breaks == "space":
         if backend is None:
             raise UserError(f"data_config.line_breaks is 'space', but the tokenizer of {name} cannot be told so: set "
                             "data_config.line_breaks=keep")
         replace = normalizers.Replace(Regex(LINE_BREAKS), " ")
         backend.normalizer = normalizers.Sequence([replace, backend.normalizer]) if backend.normalizer else replace
     return tokenizer
+
+
+def compare_with_file(tokenizer: PreTrainedTokenizerBase, name: str, key: str, texts: Sequence[str]) -> None:
+    """Say where transformers reads texts in another way than the tokenizer's files: a class such as BertTokenizer is
+    built anew from the vocabulary, lower-cases where its configuration does not forbid it, and ignores the normalizer
+    and the pre-tokenizer of tokenizer.json. Training goes on, because others who load the model get the same class.
+    """
+    words, known = words_never_read(tokenizer), len(tokenizer)
+    if len(words) > MANY_WORDS * known:
+        remark(key, f"{name}: its tokenizer reads every text in lower case, so {len(words):,} of its {known:,} words "
+                    f"are never found, such as {words[0]}: if the model is a cased one, write "
+                    '{"do_lower_case": false} into its tokenizer_config.json')
+    path = texts and cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False,
+                                 _raise_exceptions_for_connection_errors=False)
+    if path:
+        of_file = Tokenizer.from_file(path)
+        of_file.no_truncation()
+        of_file.no_padding()
+        texts = [text[:COMPARED_CHARACTERS] for text in texts]
+        read, in_file = tokenizer(texts, verbose=False)["input_ids"], of_file.encode_batch(texts)
+        if differing := sum(tokens != other.ids for tokens, other in zip(read, in_file, strict=True)):
+            remark(key, f"{name}: transformers builds a {type(tokenizer).__name__} in place of its tokenizer.json, and "
+                        f"{differing:,} of the first {len(texts):,} texts get other tokens: if the file is right, set "
+                        '"tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json')
+
+
+def words_never_read(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The words of its vocabulary with capitals, if the tokenizer lower-cases every text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.normalizer is None or backend.normalizer.normalize_str("A") != "a":
+        return []
+    words = tokenizer.batch_decode([[token] for token in set(tokenizer.get_vocab().values())
+                                    - set(tokenizer.added_tokens_decoder)])
+    return sorted((word for word in words if any(map(str.isupper, word))), key=len, reverse=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +425,7 @@ def _load_foreign(folder: Path, config: PreTrainedConfig) -> nn.Module:
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
         ignore_mismatched_sizes=True, output_loading_info=True)
+    refuse_unread("--model", str(folder), model, report["unexpected_keys"])
     lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if lacking:
         raise UserError(f"{folder / WEIGHTS}: no weights for {lacking[0]}: take a trained classifier, not an encoder")

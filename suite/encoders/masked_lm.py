@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from model import attention_masks, is_known
 from suite.common.hub import explained
-from suite.encoders.loading import load_weights
+from suite.encoders.loading import load_weights, own_classifier
 from suite.encoders.refusals import WEIGHTS
 from utils import ModelConfig, UserError, say
 
@@ -84,6 +84,9 @@ def new_masked_lm(model_config: ModelConfig, config: PreTrainedConfig) -> Masked
                         f"{config.model_type} model: take one such as bert-base-uncased or answerdotai/ModernBERT-base")
     with explained("model_config.model_name", name, any_error=True):
         if model_config.pretrained:
+            if own_classifier(name):
+                raise UserError(f"model_config.model_name: {name} is a trained classifier: pretrain first, then "
+                                "fine-tune; name the encoder that it was made of")
             model, missing = load_weights(AutoModelForMaskedLM, name, config)
             if missing:
                 say(f"{name} has no head for masked words: a fresh one is trained")

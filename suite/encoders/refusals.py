@@ -7,6 +7,7 @@ fix.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from suite.common.storage import read_json
 from utils import brief
@@ -68,6 +69,9 @@ def _entry_problem(key: str, value: Any) -> str | None:
         is_count = isinstance(value, int) and (key.startswith("num_") or "layer" in key)
         if not abs(value) <= (MOST_LAYERS if is_count else 2 ** 53):  # true for NaN, too
             return f"{key} is {str(value)[:20]}, which is no size that a model can have"
+    if key == "position_embedding_type" and str(value).startswith("relative_key"):
+        return (f"{key} is {str(value)[:40]!r}: transformers no longer computes such positions, and would leave their "
+                "weights, distance_embedding, unread")
     if key in NOT_FOLLOWED and value:
         return f"{key} makes the model depend on other code or files, which is not supported"
     if "attn_implementation" in key or "experts_implementation" in key:
@@ -136,6 +140,26 @@ def weight_files(folder: Path) -> list[Path]:
     if lost := [name for name in names if name not in there]:
         raise ValueError(f"{index.name} names the file {str(lost[0])[:80]!r}, and this folder has no such safetensors")
     return [folder / name for name in sorted(names)]
+
+
+def unread_weights(model: PreTrainedModel, unread: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(those of further layers, the others) among the `unread` weights of a checkpoint that have names of the encoder.
+    Heads and poolers are other parts; `position_ids` are numbers from 0.
+    """
+    prefix = f"{model.base_model_prefix}."  # in the file there may be one where the model has none, and vice versa
+    parts = {name for name, _ in model.base_model.named_children()}
+    known = {_unnumbered(name) for name, _ in model.base_model.named_parameters()}
+    layers, others = [], []
+    for name in sorted(unread):
+        own = name.removeprefix(prefix)
+        part = own.partition(".")[0]
+        if (own != name or part in parts) and part != "pooler" and not own.endswith("position_ids"):
+            (layers if _unnumbered(own) in known else others).append(name)
+    return layers, others
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".", name)
 
 
 def refuse_types(files: list[Path], model: nn.Module) -> None:

@@ -16,7 +16,13 @@ from data import Encode, IMDBDataset, eval_batch_size
 from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
 from suite.common.protocols import Devices
-from suite.encoders.loading import load_model, load_tokenizer, says_how_to_cut
+from suite.encoders.loading import (
+    COMPARED_TEXTS,
+    compare_with_file,
+    load_model,
+    load_tokenizer,
+    says_how_to_cut,
+)
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.refusals import largest_token, refuse_unknown_words
 from suite.reviews.sampling import LengthSampler
@@ -34,6 +40,10 @@ class Labeller:
 
     def cast_weights(self) -> None:
         """Make the model ready for many texts."""
+
+    def gives_tokens(self, text: str) -> bool:
+        """Whether the model can read anything of a text."""
+        return True
 
     def probabilities(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64."""
@@ -82,6 +92,9 @@ class Classifier(Labeller):
                 if isinstance(module, nn.Linear):
                     module.to(dtype)
 
+    def gives_tokens(self, text: str) -> bool:
+        return bool(self.encode.prefix or self.encode.suffix or self.encode.windows([text])[0][0])
+
     def refuse_unknown_words(self, tokens: np.ndarray) -> None:
         """Raises UserError if these tokens, of several reviews, show that the tokenizer does not know their words."""
         try:
@@ -99,6 +112,7 @@ class Classifier(Labeller):
         tokens = np.fromiter(itertools.chain.from_iterable(windows), np.int64, offsets[-1])
         if not self.knows_words:
             self.refuse_unknown_words(tokens)
+            compare_with_file(self.tokenizer, str(self.folder), "--model", texts[:COMPARED_TEXTS])
         rows = np.arange(len(texts))
         reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id,
                               first_windows=first_windows)

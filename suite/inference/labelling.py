@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from utils import Config, UserError, file_kind, num_processes, process_rank, say
 SHOWN = 3  # broken rows that are printed; the file of rejected rows has all of them
 
 
-def read_chunks(path: str, column: str, added: list[str]) -> Iterator[list[Row]]:
-    """The rows of a file, or of standard input for `-`, CHUNK_ROWS at a time. A row without a usable text is broken.
+def read_chunks(path: str, column: str, added: list[str], gives_tokens: Callable[[str], bool] = bool
+                ) -> Iterator[list[Row]]:
+    """The rows of a file, or of standard input for `-`, CHUNK_ROWS at a time. A row without a usable text is broken, as
+    is one whose text does not `gives_tokens`.
 
     Raises UserError if there is no text column, or if a column has the name of one that will be `added`.
     """
@@ -46,12 +48,12 @@ def read_chunks(path: str, column: str, added: list[str]) -> Iterator[list[Row]]
         raise UserError(f"{path}: no column {column!r}; found {listed(columns)}: set data_config.text_column")
     if taken := set(added) & set(columns):
         raise UserError(f"{path}: it has a column {min(taken)!r} already: rename or remove it")
-    rows = (checked(row, column, added) for row in rows)
+    rows = (checked(row, column, added, gives_tokens) for row in rows)
     while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
         yield chunk
 
 
-def checked(row: Row, column: str, added: list[str]) -> Row:
+def checked(row: Row, column: str, added: list[str], gives_tokens: Callable[[str], bool]) -> Row:
     """The row with its text, or a broken row that says why it cannot be labelled."""
     if row.problem:
         return row
@@ -60,6 +62,8 @@ def checked(row: Row, column: str, added: list[str]) -> Row:
         row.text = as_text(row.values[column]) or ""
         if not row.text.strip():
             problem = f"row {row.number} has no text: fill it or remove the row"
+        elif not gives_tokens(row.text):
+            problem = f"row {row.number} has a text of which the model's tokenizer makes no token: change or remove it"
     if taken := row.values.keys() & added:
         problem = f"row {row.number} has a column {min(taken)!r} already: rename or remove it"
     if problem:
@@ -170,8 +174,8 @@ class Job:
         numbers: list[int] = []
         bar = tqdm(desc="predict", total=size_of(source), unit="row" if file_kind(source) == ".parquet" else "B",
                    unit_scale=True, dynamic_ncols=True, disable=process_rank() > 0 or not sys.stderr.isatty())
-        column = self.config.data_config.text_column
-        for number, chunk in enumerate(read_chunks(source, column, self.classifier.added), start=1):
+        column, model = self.config.data_config.text_column, self.classifier
+        for number, chunk in enumerate(read_chunks(source, column, model.added, model.gives_tokens), start=1):
             broken = [row for row in chunk if row.problem]
             for row in broken[:max(0, SHOWN - counts["broken"])]:
                 say(f"skipped: {row.problem}")

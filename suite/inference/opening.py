@@ -67,6 +67,9 @@ class Stack(Labeller):
         for member in self.members:
             member.cast_weights()
 
+    def gives_tokens(self, text: str) -> bool:
+        return all(member.gives_tokens(text) for member in self.members)
+
     def logits(self, texts: list[str]) -> np.ndarray:
         features = log_odds([member.probabilities(texts) for member in self.members])
         return class_logits(features @ self.weights.T + self.intercept)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from data import PreparedData
 from suite.common.protocols import Devices
 from suite.encoders.loading import PRETRAINED_TEXTS
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import Batch, to_device
 from suite.pretraining.card import write_card
-from suite.pretraining.texts import PretrainingData, prepare_texts
+from suite.pretraining.texts import prepare_texts
 from suite.training.run import Run
 from utils import Config
 
@@ -34,7 +35,7 @@ class PretrainingRun(Run):
     prepare_data, metrics_of = staticmethod(prepare_texts), staticmethod(metrics_of)
 
     @staticmethod
-    def new_model(config: Config, encoder_config: PreTrainedConfig, data: PretrainingData) -> nn.Module:
+    def new_model(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> nn.Module:
         return new_masked_lm(config.model_config, encoder_config)
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:

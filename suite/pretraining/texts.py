@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 from datasets import concatenate_datasets
 
-from data import Encode, PreparedData, fingerprint, load_split, tokenize
-from suite.encoders.loading import load_tokenizer, pretrained_texts
+from data import Encode, PreparedData, fingerprint, load_split, refuse_no_tokens, tokenize
+from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, trained_texts
 from suite.pretraining.masking import MaskedWindows
 from suite.reviews.sources import refuse_no_texts
 from suite.reviews.splitting import text_digests
@@ -18,15 +17,11 @@ from utils import Config, DataConfig, UserError, say
 VALID_SHARE, MOST_VALID = 0.05, 1000  # of the texts. A thousand give the loss to within about 0.01 nats
 
 
-@dataclass
-class PretrainingData(PreparedData):
-    """Its splits are `train` and `valid`; a row of them is a window."""
+def prepare_texts(config: Config) -> PreparedData:
+    """Load the reviews, labelled or not, leave out those that validate or test, and cut the others into windows.
 
-    digests: np.ndarray  # (texts,) of 16 bytes: of all texts in these two, and of what the encoder has read before
-
-
-def prepare_texts(config: Config) -> PretrainingData:
-    """Load the reviews, labelled or not, leave out those that validate or test, and cut the others into windows."""
+    The splits are `train` and `valid`, a row of them is a window, and `digests` are those of both.
+    """
     data_config, name = config.data_config, config.model_config.model_name
     split = load_split(config)
     reviews, labelled = split.reviews, split.digests
@@ -35,13 +30,14 @@ def prepare_texts(config: Config) -> PretrainingData:
     digests = np.concatenate([labelled, *(text_digests(part.table) for part in reviews.unlabelled)])
     train, valid = choose(split.ids_of["train"], np.arange(len(labelled), len(table)), digests, split.held_out,
                           data_config)
-    tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks)
+    tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks, texts=table[:COMPARED_TEXTS]["text"])
     if tokenizer.mask_token is None:
         raise UserError(f"model_config.model_name: the tokenizer of {name} has no mask token: take a model that was "
                         "pretrained with one, such as bert-base-uncased")
     used = np.sort(np.concatenate([train, valid]))
     tokens, offsets, first_windows = tokenize(
         table.select(used), Encode(tokenizer, data_config.max_len, "windows", max_windows=sys.maxsize), digests[used])
+    refuse_no_tokens(np.diff(offsets)[first_windows[:-1]], used, [*reviews.parts, *reviews.unlabelled])
     text_of = np.repeat(used, np.diff(first_windows))  # (windows,)
     splits = {}
     for name_of_split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
@@ -50,8 +46,8 @@ def prepare_texts(config: Config) -> PretrainingData:
     if not len(splits["valid"][np.arange(len(splits["valid"]))]["labels"]):
         raise UserError(f"{data_config.dataset}: {len(valid)} texts to validate on are too few, none of their words is "
                         "masked: raise data_config.limit or add texts")
-    return PretrainingData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,
-                           np.union1d(digests[used], pretrained_texts(config.model_config)))
+    return PreparedData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,
+                        np.union1d(digests[used], trained_texts(config.model_config)))
 
 
 def choose(labelled: np.ndarray, unlabelled: np.ndarray, digests: np.ndarray, held_out: np.ndarray,

@@ -21,7 +21,7 @@ from suite.common.protocols import Devices
 from suite.common.run_folder import identity
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
-from suite.encoders.loading import best_model, load_encoder_config, new_model, save_model
+from suite.encoders.loading import TRAINED_TEXTS, best_model, load_encoder_config, new_model, save_model
 from suite.encoders.placement import Batch, checkpoint_gradients, pass_tokens, place_model
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
@@ -62,6 +62,7 @@ class Run:
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         save_model(folder, self.model_config, weights, self.data.tokenizer)
+        np.save(folder / TRAINED_TEXTS, self.data.digests)
 
     def write_predictions(self, predictions: Predictions) -> None:
         write_predictions(self.folder / VALID_PREDICTIONS, predictions, self.data.label_names)
