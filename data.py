@@ -26,7 +26,7 @@ from suite.common.stopping import EXIT_CODES
 from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, trained_texts
 from suite.reviews.caches import cached
 from suite.reviews.sampling import LengthSampler, StepSampler
-from suite.reviews.sources import Part, Reviews, load_reviews, locate
+from suite.reviews.sources import Part, Reviews, load_reviews, name_rows
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
 from utils import Config, DataConfig, UserError, num_processes, process_rank, say
 
@@ -181,16 +181,12 @@ def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.nd
 
 
 def refuse_no_tokens(lengths: np.ndarray, rows: np.ndarray, parts: list[Part]) -> None:
-    """Raises UserError, naming the first few, for texts without a token: a tokenizer that puts none around a text can
+    """Raises UserError, which counts them, for texts without a token: a tokenizer that puts none around a text can
     leave nothing of it. `lengths` (n,): the tokens of each text; `rows` (n,): its row in the pooled `parts`."""
-    empty = rows[lengths == 0]
-    if len(empty):
-        places = [locate(parts, row) for row in empty[:5]]
-        named = "; ".join(f"{place}: rows {', '.join(str(number) for _, number in found)}"
-                          for place, found in itertools.groupby(places, key=lambda located: located[0]))
-        more = ", ..." if len(empty) > 5 else ""
-        raise UserError(f"{len(empty):,} texts give no token ({named}{more}): remove them, or take a model whose "
-                        "tokenizer puts tokens such as [CLS] around a text")
+    if len(empty := rows[lengths == 0]):
+        other = "or take a model whose tokenizer puts tokens such as [CLS] around a text"
+        raise UserError(name_rows(parts, empty, f"gives no token: remove it, {other}",
+                                  f"give no token: remove them, {other}"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
