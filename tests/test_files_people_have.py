@@ -212,10 +212,11 @@ def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(tmp_path)
 
 
 @pytest.mark.parametrize("values", [
-    [0, 4], [-1, 1], [-1, 0, 1], [1, 2, 3, 4, 7, 8, 9, 10], [0.5, 1, 10], ["no", "yes"], ["1e3", "on"]])
+    [0, 4], [-1, 1], [-1, 0, 1], [1, 2, 3, 4, 7, 8, 9, 10], [0.5, 1, 10], ["1.0", "1.00"], ["no", "yes"],
+    ["1e3", "on"], ["--1", "9" * 5000]])
 def test_as_many_values_as_classes_are_the_classes(tmp_path, values):
     path = write(tmp_path / "r.csv", labelled([f"film {row}" for row in range(20 * len(values))], values * 20))
-    for given in (2, 5, 8, 9):
+    for given in (2, 5, 8):
         if given != len(values):
             assert f"set model_config.num_labels={len(values)}" in refusal(path, given)
     reviews = reviews_of(path, len(values))

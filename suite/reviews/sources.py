@@ -48,7 +48,6 @@ FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows h
 SPLIT_NAMES = {  # other names of the three splits
     "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
 DECLARING = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # files that say what a dataset folder holds
-NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 READER = 2  # the version of what reads rows: it is part of the name under which they are cached
 MOST_NAMED = 3  # rows that a message names
 
@@ -377,24 +376,27 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
         raise UserError(name_rows(parts, rows, "has no label: fill it or remove the row",
                                   "have no label: fill them or remove these rows"))
     encoded = values.dictionary_encode()
-    distinct, are_numbers = encoded.dictionary.to_pylist(), all(map(NUMBER.fullmatch, encoded.dictionary.to_pylist()))
-    if all(value.lstrip("-").isdecimal() for value in distinct):
-        distinct = [str(int(value)) for value in distinct]  # "01" is 1
-    if declared := _declared_classes(parts):
-        named = [declared[int(value)] if value.isdecimal() and int(value) < len(declared) else value
-                 for value in distinct]
-        order = declared
+    named = encoded.dictionary.to_pylist()  # the class of each distinct value
+    if all(re.fullmatch("-?[0-9]{1,18}", value) for value in named):
+        named = [str(int(value)) for value in named]  # "01" is 1
+    if order := _declared_classes(parts):
+        numbers = {str(number): label for number, label in enumerate(order)}
+        named = [numbers.get(value, value) for value in named]
+    elif all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) for value in named):
+        order = sorted(set(named), key=lambda value: (float(value), value))
     else:
-        named, order = distinct, sorted(set(distinct), key=float if are_numbers else None)
-    if unknown := sorted(set(named) - set(order)):
+        order = sorted(set(named))
+    present = set(named)
+    if unknown := sorted(present - set(order)):
         is_unknown = np.array([label in unknown for label in named])
         rows = np.flatnonzero(is_unknown[encoded.indices]).tolist()
         raise UserError(f"{name_rows(parts, rows, 'has', 'have')} labels such as {unknown[0]!r}, and the dataset "
-                        f"declares the classes {listed(declared)}: correct them or remove these rows")
-    if lacking := [label for label in order if label not in set(named)]:
+                        f"declares the classes {listed(order)}: correct them or remove these rows")
+    if lacking := [label for label in order if label not in present]:
         say(f"{name}: no row has the class {listed(lacking)}, which the dataset declares: it is left out")
-    names = [label for label in order if label in set(named)]
-    labels = np.array([names.index(label) for label in named], np.int64)[encoded.indices]
+    names = [label for label in order if label in present]
+    place = {label: index for index, label in enumerate(names)}
+    labels = np.array([place[label] for label in named], np.int64)[encoded.indices]
     if len(names) == 1:
         raise UserError(f"{name}: all rows have the label {names[0]!r} in the column {column!r}: add rows of another "
                         "class, or set data_config.label_column")
