@@ -139,7 +139,7 @@ def test_it_labels_as_it_was_tested(finished, tmp_path, named):
     ("baseline", ["data_config.line_breaks=space"], {}, "data_config.line_breaks: keep -> space"),
     ("baseline", ["run_name=new", "train_config.resume=must"], {}, "no saved state to go on from"),
     ("baseline", ["run_name=new", "data_config.text_column=verdict", "data_config.label_column=review",
-                  "model_config.num_labels=200"], {}, "each of the three splits needs one")])
+                  "model_config.num_labels=200"], {}, "have the same texts as earlier rows")])
 def test_what_cannot_be_is_refused_in_one_line(finished, mode, more, options, reason):
     overrides, folder = finished
     before = content_of(folder.parent)
