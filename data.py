@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from suite.common.stopping import EXIT_CODES
-from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, trained_texts
+from suite.encoders.loading import trained_texts
+from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.caches import cached
+from suite.reviews.classes import Reviews, load_reviews, name_rows
 from suite.reviews.sampling import LengthSampler, StepSampler
-from suite.reviews.sources import Part, Reviews, load_reviews, name_rows
+from suite.reviews.sources import Part
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
 from utils import Config, DataConfig, UserError, num_processes, process_rank, say
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import PROJECT, write_reviews
 
 import data
-from suite.reviews import sources
+from suite.reviews import classes, sources
 from suite.training import run
 from utils import DataConfig, UserError, load_config
 
@@ -195,7 +195,7 @@ ODD_FOLDERS = [  # (name, what writes `many`)
 def test_odd_but_good_folders(tmp_path, write):
     write(tmp_path)
     config = DataConfig(dataset=str(tmp_path / MANY), text_column="review", label_column="verdict")
-    reviews = sources.load_reviews(config, num_labels=2)
+    reviews = classes.load_reviews(config, num_labels=2)
     assert np.bincount(reviews.labels).tolist() == [20, 20]
     assert all(isinstance(name, str) for name in reviews.label_names)
 
@@ -212,7 +212,7 @@ def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides):
 def test_a_folder_of_csv_files_is_read_like_the_files(tmp_path):
     tree(train__csv=HEADED + GOOD, test__csv=HEADED + "NA,good\n")(tmp_path)
     config = DataConfig(dataset=str(tmp_path / MANY), text_column="review", label_column="verdict")
-    reviews = sources.load_reviews(config, num_labels=2)
+    reviews = classes.load_reviews(config, num_labels=2)
     assert reviews.split_names.tolist() == ["train"] * 40 + ["test"]
     assert reviews.table[40]["text"] == "NA"
 
@@ -232,5 +232,5 @@ def test_copies_count_towards_the_limit(tmp_path, overrides, drop):
 def test_a_bug_in_the_reader_of_a_file_keeps_its_traceback(reviews_file, monkeypatch):
     monkeypatch.setattr(sources, "as_text", lambda value: value.bug())
     with pytest.raises(Exception, match="generating the dataset") as caught:
-        sources.load_reviews(DataConfig(dataset=str(reviews_file), text_column="review", label_column="verdict"), 2)
+        classes.load_reviews(DataConfig(dataset=str(reviews_file), text_column="review", label_column="verdict"), 2)
     assert not isinstance(caught.value, UserError)

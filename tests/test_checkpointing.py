@@ -10,8 +10,8 @@ from transformers import MPNetConfig
 
 import main
 from suite.common.stopping import StopRequested
-from suite.encoders.loading import load_tokenizer
 from suite.encoders.placement import checkpoint_gradients, place_model
+from suite.encoders.tokenizers import load_tokenizer
 from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 

@@ -17,8 +17,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from suite.encoders.loading import load_encoder_config, load_model, load_tokenizer, new_model
+from suite.encoders.loading import load_encoder_config, load_model, new_model
 from suite.encoders.masked_lm import new_masked_lm
+from suite.encoders.tokenizers import load_tokenizer
 from utils import ModelConfig, UserError
 
 HEADS = (AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSequenceClassification,

@@ -12,10 +12,10 @@ from conftest import PROJECT, SHARED, write_reviews
 from transformers import AutoTokenizer
 
 import data
-from suite.encoders.loading import load_tokenizer
+from suite.encoders.tokenizers import load_tokenizer
 from suite.reviews import splitting
+from suite.reviews.classes import load_reviews
 from suite.reviews.sampling import StepSampler, cut
-from suite.reviews.sources import load_reviews
 from utils import DataConfig, UserError, load_config
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from conftest import ENCODERS, train_here, write_reviews
 
 import main
 from suite.common import cli
-from suite.encoders.loading import load_model, load_tokenizer, new_model, save_model
+from suite.encoders.loading import load_model, new_model, save_model
+from suite.encoders.tokenizers import load_tokenizer
 from suite.inference import explain
 from suite.inference.attribution import TOLERANCE, attribute
 from suite.inference.classifier import Classifier

@@ -18,7 +18,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 import main
 from suite.common import cli
 from suite.common.storage import seal
-from suite.encoders.loading import load_tokenizer, new_model, save_model
+from suite.encoders.loading import new_model, save_model
+from suite.encoders.tokenizers import load_tokenizer
 from suite.inference import export, onnx_file
 from suite.inference.classifier import Classifier
 from suite.training.devices import SingleDevice

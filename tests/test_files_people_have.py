@@ -17,7 +17,7 @@ from conftest import PROJECT, expect, run_here
 
 import data
 from suite.reviews import rows
-from suite.reviews.sources import load_reviews
+from suite.reviews.classes import load_reviews
 from utils import ROW_FILES, DataConfig, UserError, file_kind, load_config
 
 # What readers like to take for a missing value, a number, a date or a truth value

@@ -10,7 +10,8 @@ import torch
 from conftest import expect, run_here, train_here, write_reviews
 from safetensors.torch import load_file
 
-from suite.encoders.loading import load_model, load_tokenizer, new_model
+from suite.encoders.loading import load_model, new_model
+from suite.encoders.tokenizers import load_tokenizer
 from utils import ModelConfig
 
 

@@ -25,7 +25,8 @@ import torch
 from conftest import PROJECT, RESULTS, bits_of, content_of, run_here, train, train_here, write_reviews
 
 from suite.common.storage import damage, room_for, seal
-from suite.encoders.loading import load_model, load_tokenizer
+from suite.encoders.loading import load_model
+from suite.encoders.tokenizers import load_tokenizer
 from suite.training.states import newest_good_state, saved_states
 from utils import UserError
 

@@ -10,7 +10,7 @@ import torch
 from conftest import PROJECT, expect, metrics_of, run_here, train_here
 
 import data
-from suite.encoders.loading import load_tokenizer
+from suite.encoders.tokenizers import load_tokenizer
 from suite.training.devices import SingleDevice
 from suite.training.run import Run
 from utils import load_config

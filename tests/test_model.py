@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModel
 
 from data import Encode
 from model import EncoderForClassification, mean_over_tokens
-from suite.encoders.loading import load_model, load_tokenizer, new_model, save_model
+from suite.encoders.loading import load_model, new_model, save_model
 from suite.encoders.placement import place_model
+from suite.encoders.tokenizers import load_tokenizer
 from utils import ModelConfig, UserError
 
 

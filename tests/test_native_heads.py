@@ -12,8 +12,9 @@ from transformers import AlbertConfig, AutoModel, AutoTokenizer, DebertaConfig, 
 
 from model import EncoderForClassification
 from suite.encoders import native_heads
-from suite.encoders.loading import load_tokenizer, new_model, save_model
+from suite.encoders.loading import new_model, save_model
 from suite.encoders.native_heads import native_model, problem_of
+from suite.encoders.tokenizers import load_tokenizer
 from suite.inference.classifier import Classifier
 from suite.training.devices import SingleDevice
 from utils import ModelConfig, load_config

@@ -21,7 +21,7 @@ from test_accumulation import launch
 from transformers import BertForSequenceClassification
 
 from suite.common import cli
-from suite.encoders.loading import load_tokenizer
+from suite.encoders.tokenizers import load_tokenizer
 from suite.inference import classifier, labelling, parts
 from suite.training.devices import SingleDevice
 from utils import load_config

@@ -21,7 +21,7 @@ from suite.encoders.masked_lm import MaskedLanguageModel, new_masked_lm
 from suite.pretraining.masking import Step
 from suite.pretraining.run import PretrainingRun
 from suite.pretraining.texts import prepare_texts
-from suite.reviews.sources import load_reviews
+from suite.reviews.classes import load_reviews
 from suite.reviews.splitting import text_digests
 from suite.training.devices import SingleDevice
 from utils import Config, DataConfig, ModelConfig, UserError, load_config

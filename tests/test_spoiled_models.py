@@ -17,7 +17,8 @@ from conftest import PROJECT, run_here, train_here
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
-from suite.encoders.loading import load_tokenizer, new_model, save_model
+from suite.encoders.loading import new_model, save_model
+from suite.encoders.tokenizers import load_tokenizer
 from suite.training.model_card import plain
 from utils import ModelConfig
 

@@ -14,7 +14,7 @@ from conftest import PROJECT, expect, run_here, train_here
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from suite.encoders.loading import load_tokenizer
+from suite.encoders.tokenizers import load_tokenizer
 
 NOTHING = "\u200b\u200b"  # characters of no width, which a normalizer removes
 
@@ -155,6 +155,6 @@ def test_a_deberta_with_spm_model_alone_trains_and_predicts(overrides, encoder_f
     for text in (*texts[:20], "Numbers  and \u00e9 new words", "dull, dreary"):
         assert tokenizer(text)["input_ids"] == [1, *original.encode(text), 2], text
     code = ("import sys; sys.modules['sentencepiece'] = None; sys.path.insert(0, sys.argv[2]); "
-            "from suite.encoders.loading import load_tokenizer; print(load_tokenizer(sys.argv[1], '--model')('dull'))")
+            "from suite.encoders.tokenizers import load_tokenizer as load; print(load(sys.argv[1], '--model')('dull'))")
     child = subprocess.run([sys.executable, "-c", code, best, PROJECT], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

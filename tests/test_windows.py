@@ -17,8 +17,9 @@ import main
 from data import Encode, get_dataloader, prepare_data, truncate
 from model import mean_over_windows
 from suite.common.stopping import StopRequested
-from suite.encoders.loading import load_model, load_tokenizer
+from suite.encoders.loading import load_model
 from suite.encoders.placement import pass_tokens
+from suite.encoders.tokenizers import load_tokenizer
 from suite.inference.classifier import Classifier
 from suite.reviews.sampling import cut
 from suite.training.devices import SingleDevice

@@ -23,7 +23,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, regular, write_json
-from suite.encoders.loading import LINE_BREAKS
+from suite.encoders.tokenizers import LINE_BREAKS
 from utils import BAG_OF_WORDS, UserError, brief
 
 WORDS = {"ngram_range": [1, 2], "sublinear_tf": True}  # pairs catch "not good"; a word's tenth mention says little more

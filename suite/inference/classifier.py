@@ -16,15 +16,10 @@ from data import Encode, IMDBDataset, eval_batch_size
 from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
 from suite.common.protocols import Devices
-from suite.encoders.loading import (
-    COMPARED_TEXTS,
-    compare_with_file,
-    load_model,
-    load_tokenizer,
-    says_how_to_cut,
-)
+from suite.encoders.loading import load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.refusals import largest_token, refuse_unknown_words
+from suite.encoders.tokenizers import COMPARED_TEXTS, compare_with_file, load_tokenizer
 from suite.reviews.sampling import LengthSampler
 from utils import Config, UserError
 

@@ -8,9 +8,10 @@ import numpy as np
 from datasets import concatenate_datasets
 
 from data import Encode, PreparedData, fingerprint, load_split, refuse_no_tokens, tokenize
-from suite.encoders.loading import COMPARED_TEXTS, load_tokenizer, trained_texts
+from suite.encoders.loading import trained_texts
+from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.pretraining.masking import MaskedWindows
-from suite.reviews.sources import refuse_no_texts
+from suite.reviews.classes import refuse_no_texts
 from suite.reviews.splitting import text_digests
 from utils import Config, DataConfig, UserError, say
 

@@ -28,6 +28,7 @@ import pyarrow.parquet
 from utils import UserError, brief, file_kind
 
 LONGEST_FIELD = 1 << 24  # characters of a .csv field: a quote that is never closed would swallow the rest of the file
+MOST_NAMED = 3  # rows that a message names
 DEEPEST = 100  # nested brackets in a .jsonl line; Python's own limit depends on how deep the calling code already is
 
 

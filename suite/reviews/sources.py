@@ -1,4 +1,4 @@
-"""Labelled reviews from a Hub dataset, a dataset folder, or a file, as one pooled table.
+"""Texts and labels from a file, a dataset folder, or a dataset on the Hub, as they stand there.
 
 The datasets library says which files of a folder belong to which split. Their rows are read by suite/reviews/rows.py,
 so that a folder takes what a file takes, an error can name the row, and every text is the one in the file. A dataset on
@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 from datasets import (
     ClassLabel,
@@ -27,7 +25,6 @@ from datasets import (
     DatasetDict,
     Features,
     Value,
-    concatenate_datasets,
     get_dataset_config_names,
     load_dataset,
     load_dataset_builder,
@@ -41,27 +38,21 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from suite.common.hub import explained, is_hub_name
 from suite.common.storage import read_json, write_json
 from suite.reviews.caches import cached, digest_of
-from suite.reviews.rows import as_text, column_problem, columns_of, listed, read_rows, read_texts, text_files
+from suite.reviews.rows import (
+    MOST_NAMED,
+    as_text,
+    column_problem,
+    columns_of,
+    listed,
+    read_rows,
+    read_texts,
+    text_files,
+)
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
 
 FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows have a column for the label
-SPLIT_NAMES = {  # other names of the three splits
-    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
 DECLARING = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # files that say what a dataset folder holds
 READER = 2  # the version of what reads rows: it is part of the name under which they are cached
-MOST_NAMED = 3  # rows that a message names
-
-
-@dataclass
-class Reviews:
-    """All labelled reviews of a dataset. The id of a review is its row in `table`."""
-
-    table: Dataset  # columns text (str) and label (str), memory-mapped
-    labels: np.ndarray  # (rows,) int64: index into label_names
-    label_names: list[str]
-    split_names: np.ndarray  # (rows,) str: train, validation, test, or another split of the dataset, of each row
-    parts: list[Part]  # the tables that were pooled, in the order of their rows
-    unlabelled: list[Part]  # for pretraining alone; their texts are not checked yet
 
 
 @dataclass
@@ -75,61 +66,8 @@ class Part:
     files: Sequence[Path] = ()  # of a folder with a file for each text: that of each row
 
 
-def locate(parts: list[Part], row: int) -> tuple[str, int | None]:
-    """Where row `row` of the pooled table comes from: (place, row in that place, counted from 1; None: all of it)."""
-    for part in parts:
-        if row < len(part.table):
-            return (str(part.files[row]), None) if part.files else (part.place, int(row) + 1)
-        row -= len(part.table)
-    raise IndexError(row)
-
-
-def name_rows(parts: list[Part], rows: Sequence[int], one: str = "", many: str = "") -> str:
-    """The first of these rows of the pooled table, as their author counts them, and how many more there are.
-
-    `one` or `many` follows, whichever fits: `a.csv: row 2 has no text`, or `a.csv: rows 2, 5, 6 and 40 more have no
-    text`.
-    """
-    places: dict[str, list[str]] = {}
-    for place, number in (locate(parts, row) for row in rows[:MOST_NAMED]):
-        places.setdefault(place, []).extend([] if number is None else [str(number)])
-    named = [f"{place}: row{'s' * (len(rows) > len(places))} {', '.join(numbers)}" if numbers else place
-             for place, numbers in places.items()]
-    more = [f"and {len(rows) - MOST_NAMED:,} more"] if len(rows) > MOST_NAMED else []
-    return " ".join(["; ".join(named), *more, one if len(rows) == 1 else many]).rstrip()
-
-
-def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
-    """Read and pool all labelled splits of a dataset.
-
-    Raises UserError, with the rows and the fix, for a missing column, missing or empty texts, missing labels, and
-    classes that do not match `num_labels`.
-    """
-    name, column = data_config.dataset, data_config.label_column
-    parts, unlabelled = [], []
-    for part in _load_parts(data_config):
-        part.split = next((split for split, names in SPLIT_NAMES.items() if part.split in names), part.split)
-        if _is_unlabelled(part):
-            unlabelled.append(part)
-        elif data_config.split == "official" and part.split not in SPLIT_NAMES:
-            say(f"{part.place}: the split {part.split} is none of {', '.join(SPLIT_NAMES)}: it is not used with "
-                f"data_config.split=official ({len(part.table):,} rows)")
-        else:
-            parts.append(part)
-    if not any(len(part.table) for part in parts):
-        raise UserError(f"data_config.dataset: {name} holds no labelled rows: name a file or folder with some")
-    refuse_no_texts(parts)
-    table = concatenate_datasets([part.table for part in parts])
-    labels, label_names = _encode_labels(table, name, parts, column, num_labels)
-    split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
-    return Reviews(table, labels, label_names, split_names, parts, unlabelled)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a name to tables
-
-
-def _load_parts(data_config: DataConfig) -> list[Part]:
+def load_parts(data_config: DataConfig) -> list[Part]:
+    """The tables of the dataset that the configuration names. Raises UserError for what cannot be read."""
     name, columns = data_config.dataset, (data_config.text_column, data_config.label_column)
     if os.path.isfile(name):  # unlike Path's own, these functions take names that no file can have
         if file_kind(name) not in FILE_TYPES:
@@ -338,84 +276,3 @@ def _refuse_missing(columns: tuple[str, str], found: list[str], name: str) -> No
     for key, column in zip(("text_column", "label_column"), columns, strict=True):
         if found and column not in found:
             raise UserError(f"{name}: no column {column!r}; found {listed(found)}: set data_config.{key}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From tables to classes
-
-
-def _is_unlabelled(part: Part) -> bool:
-    if part.split == "unsupervised":
-        return True
-    without = pc.match_substring_regex(part.table.data.column("label"), r"^\s*(-[0-9]+)?\s*$")
-    return pc.all(pc.fill_null(without, True)).as_py()
-
-
-def refuse_no_texts(parts: list[Part]) -> None:
-    rows, start = [], 0
-    for texts in (chunk for part in parts for chunk in part.table.data.column("text").chunks):
-        # chunk by chunk, because trimming copies the texts
-        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
-        rows += (start + np.flatnonzero(empty.to_numpy(zero_copy_only=False))).tolist()
-        start += len(texts)
-    if rows:
-        raise UserError(name_rows(parts, rows, "has no text: fill it or remove the row",
-                                  "have no text: fill them or remove these rows"))
-
-
-def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int
-                   ) -> tuple[np.ndarray, list[str]]:
-    """The labels as indices (rows,) int64, and the names of the classes.
-
-    The names are the dataset's own if it declares them, less those without rows. Otherwise they are the values that
-    are found: numbers in their order, or texts sorted by Unicode code point (so `Z` comes before `a`, and `z` before
-    `ä`).
-    """
-    values = pc.utf8_trim_whitespace(table.data.column("label")).combine_chunks()
-    if rows := np.flatnonzero(pc.fill_null(pc.equal(values, ""), True)).tolist():
-        raise UserError(name_rows(parts, rows, "has no label: fill it or remove the row",
-                                  "have no label: fill them or remove these rows"))
-    encoded = values.dictionary_encode()
-    named = encoded.dictionary.to_pylist()  # the class of each distinct value
-    if all(re.fullmatch("-?[0-9]{1,18}", value) for value in named):
-        named = [str(int(value)) for value in named]  # "01" is 1
-    if order := _declared_classes(parts):
-        numbers = {str(number): label for number, label in enumerate(order)}
-        named = [numbers.get(value, value) for value in named]
-    elif all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) for value in named):
-        order = sorted(set(named), key=lambda value: (float(value), value))
-    else:
-        order = sorted(set(named))
-    present = set(named)
-    if unknown := sorted(present - set(order)):
-        is_unknown = np.array([label in unknown for label in named])
-        rows = np.flatnonzero(is_unknown[encoded.indices]).tolist()
-        raise UserError(f"{name_rows(parts, rows, 'has', 'have')} labels such as {unknown[0]!r}, and the dataset "
-                        f"declares the classes {listed(order)}: correct them or remove these rows")
-    if lacking := [label for label in order if label not in present]:
-        say(f"{name}: no row has the class {listed(lacking)}, which the dataset declares: it is left out")
-    names = [label for label in order if label in present]
-    place = {label: index for index, label in enumerate(names)}
-    labels = np.array([place[label] for label in named], np.int64)[encoded.indices]
-    if len(names) == 1:
-        raise UserError(f"{name}: all rows have the label {names[0]!r} in the column {column!r}: add rows of another "
-                        "class, or set data_config.label_column")
-    if len(names) != num_labels:
-        counts = np.bincount(labels)
-        rare = int(np.flatnonzero(counts == counts.min())[-1])
-        rows = np.flatnonzero(labels == rare).tolist()
-        raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({listed(names)}), but "
-                        f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}, or "
-                        f"correct the data; the rarest class is {names[rare]!r} ({name_rows(parts, rows)})")
-    return labels, names
-
-
-def _declared_classes(parts: list[Part]) -> list[str] | None:
-    """The names of the classes 0, 1, ... that the dataset declares; None if it declares none."""
-    declaring = [part for part in parts if part.class_names]
-    for part in declaring:
-        if part.class_names != declaring[0].class_names:
-            raise UserError(f"{declaring[0].place} declares the classes {listed(declaring[0].class_names)}, and "
-                            f"{part.place} {listed(part.class_names)}: one number would mean two classes; write names "
-                            "in place of the numbers")
-    return declaring[0].class_names if declaring else None

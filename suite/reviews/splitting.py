@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from sklearn.model_selection import train_test_split
 
-from suite.reviews.sources import Reviews, name_rows
+from suite.reviews.classes import Reviews, name_rows
 from utils import DataConfig, UserError, say
 
 

@@ -1,0 +1,157 @@
+"""From the tables of a dataset to pooled reviews with their classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets
+
+from suite.reviews.rows import MOST_NAMED, listed
+from suite.reviews.sources import Part, load_parts
+from utils import DataConfig, UserError, say
+
+SPLIT_NAMES = {  # other names of the three splits
+    "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
+
+
+@dataclass
+class Reviews:
+    """All labelled reviews of a dataset. The id of a review is its row in `table`."""
+
+    table: Dataset  # columns text (str) and label (str), memory-mapped
+    labels: np.ndarray  # (rows,) int64: index into label_names
+    label_names: list[str]
+    split_names: np.ndarray  # (rows,) str: train, validation, test, or another split of the dataset, of each row
+    parts: list[Part]  # the tables that were pooled, in the order of their rows
+    unlabelled: list[Part]  # for pretraining alone; their texts are not checked yet
+
+
+def locate(parts: list[Part], row: int) -> tuple[str, int | None]:
+    """Where row `row` of the pooled table comes from: (place, row in that place, counted from 1; None: all of it)."""
+    for part in parts:
+        if row < len(part.table):
+            return (str(part.files[row]), None) if part.files else (part.place, int(row) + 1)
+        row -= len(part.table)
+    raise IndexError(row)
+
+
+def name_rows(parts: list[Part], rows: Sequence[int], one: str = "", many: str = "") -> str:
+    """The first of these rows of the pooled table, as their author counts them, and how many more there are.
+
+    `one` or `many` follows, whichever fits: `a.csv: row 2 has no text`, or `a.csv: rows 2, 5, 6 and 40 more have no
+    text`.
+    """
+    places: dict[str, list[str]] = {}
+    for place, number in (locate(parts, row) for row in rows[:MOST_NAMED]):
+        places.setdefault(place, []).extend([] if number is None else [str(number)])
+    more = [f"and {len(rows) - MOST_NAMED:,} more"] if len(rows) > MOST_NAMED else []
+    named = [f"{place}: row{'s' if more or len(numbers) > 1 else ''} {', '.join(numbers)}" if numbers else place
+             for place, numbers in places.items()]
+    return " ".join(["; ".join(named), *more, one if len(rows) == 1 else many]).rstrip()
+
+
+def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
+    """Read and pool all labelled splits of a dataset.
+
+    Raises UserError, with the rows and the fix, for a missing column, missing or empty texts, missing labels, and
+    classes that do not match `num_labels`.
+    """
+    name, column = data_config.dataset, data_config.label_column
+    parts, unlabelled = [], []
+    for part in load_parts(data_config):
+        part.split = next((split for split, names in SPLIT_NAMES.items() if part.split in names), part.split)
+        if _is_unlabelled(part):
+            unlabelled.append(part)
+        elif data_config.split == "official" and part.split not in SPLIT_NAMES:
+            say(f"{part.place}: the split {part.split} is none of {', '.join(SPLIT_NAMES)}: it is not used with "
+                f"data_config.split=official ({len(part.table):,} rows)")
+        else:
+            parts.append(part)
+    if not any(len(part.table) for part in parts):
+        raise UserError(f"data_config.dataset: {name} holds no labelled rows: name a file or folder with some")
+    refuse_no_texts(parts)
+    table = concatenate_datasets([part.table for part in parts])
+    labels, label_names = _encode_labels(table, name, parts, column, num_labels)
+    split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
+    return Reviews(table, labels, label_names, split_names, parts, unlabelled)
+
+
+def _is_unlabelled(part: Part) -> bool:
+    if part.split == "unsupervised":
+        return True
+    without = pc.match_substring_regex(part.table.data.column("label"), r"^\s*(-[0-9]+)?\s*$")
+    return pc.all(pc.fill_null(without, True)).as_py()
+
+
+def refuse_no_texts(parts: list[Part]) -> None:
+    rows, start = [], 0
+    for texts in (chunk for part in parts for chunk in part.table.data.column("text").chunks):
+        # chunk by chunk, because trimming copies the texts
+        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+        rows += (start + np.flatnonzero(empty.to_numpy(zero_copy_only=False))).tolist()
+        start += len(texts)
+    if rows:
+        raise UserError(name_rows(parts, rows, "has no text: fill it or remove the row",
+                                  "have no text: fill them or remove these rows"))
+
+
+def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int
+                   ) -> tuple[np.ndarray, list[str]]:
+    """The labels as indices (rows,) int64, and the names of the classes.
+
+    The names are the dataset's own if it declares them, less those without rows. Otherwise they are the values that
+    are found: numbers in their order, or texts sorted by Unicode code point (so `Z` comes before `a`, and `z` before
+    `ä`).
+    """
+    values = pc.utf8_trim_whitespace(table.data.column("label")).combine_chunks()
+    if rows := np.flatnonzero(pc.fill_null(pc.equal(values, ""), True)).tolist():
+        raise UserError(name_rows(parts, rows, "has no label: fill it or remove the row",
+                                  "have no label: fill them or remove these rows"))
+    encoded = values.dictionary_encode()
+    named = encoded.dictionary.to_pylist()  # the class of each distinct value
+    if all(re.fullmatch("-?[0-9]{1,18}", value) for value in named):
+        named = [str(int(value)) for value in named]  # "01" is 1
+    if order := _declared_classes(parts):
+        numbers = {str(number): label for number, label in enumerate(order)}
+        named = [numbers.get(value, value) for value in named]
+    elif all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) for value in named):
+        order = sorted(set(named), key=lambda value: (float(value), value))
+    else:
+        order = sorted(set(named))
+    present = set(named)
+    if unknown := sorted(present - set(order)):
+        is_unknown = np.array([label in unknown for label in named])
+        rows = np.flatnonzero(is_unknown[encoded.indices]).tolist()
+        raise UserError(f"{name_rows(parts, rows, 'has', 'have')} labels such as {unknown[0]!r}, and the dataset "
+                        f"declares the classes {listed(order)}: correct them or remove these rows")
+    if lacking := [label for label in order if label not in present]:
+        say(f"{name}: no row has the class {listed(lacking)}, which the dataset declares: it is left out")
+    names = [label for label in order if label in present]
+    place = {label: index for index, label in enumerate(names)}
+    labels = np.array([place[label] for label in named], np.int64)[encoded.indices]
+    if len(names) == 1:
+        raise UserError(f"{name}: all rows have the label {names[0]!r} in the column {column!r}: add rows of another "
+                        "class, or set data_config.label_column")
+    if len(names) != num_labels:
+        counts = np.bincount(labels)
+        rare = int(np.flatnonzero(counts == counts.min())[-1])
+        rows = np.flatnonzero(labels == rare).tolist()
+        raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({listed(names)}), but "
+                        f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}, or "
+                        f"correct the data; the rarest class is {names[rare]!r} ({name_rows(parts, rows)})")
+    return labels, names
+
+
+def _declared_classes(parts: list[Part]) -> list[str] | None:
+    """The names of the classes 0, 1, ... that the dataset declares; None if it declares none."""
+    declaring = [part for part in parts if part.class_names]
+    for part in declaring:
+        if part.class_names != declaring[0].class_names:
+            raise UserError(f"{declaring[0].place} declares the classes {listed(declaring[0].class_names)}, and "
+                            f"{part.place} {listed(part.class_names)}: one number would mean two classes; write names "
+                            "in place of the numbers")
+    return declaring[0].class_names if declaring else None
