@@ -105,19 +105,18 @@ def _cached_table(place: str, files: list[Path], columns: tuple[str, str],
 
 def _labelled_rows(place: str, files: list[Path], columns: tuple[str, str]) -> Iterator[dict[str, str | None]]:
     """Raises UserError, which counts them, for rows that cannot be read."""
-    found, broken = False, {}
-    for row in read_rows(place, columns, only=True):
-        found = True
+    number, broken, first_problem = 0, [], ""
+    for number, row in enumerate(read_rows(place, columns, only=True), start=1):
         if problem := row.problem or column_problem(row, columns):
-            broken[row.number] = problem
+            first_problem = first_problem or problem
+            broken.append(number)
         elif not broken:
             yield {"text": as_text(row.values[columns[0]]), "label": as_text(row.values[columns[1]])}
     if broken:
-        first, *others = broken
-        raise UserError(f"{place}: {broken[first]}" + (
-            f"; {len(others):,} more cannot be read, such as row {', '.join(map(str, others[:MOST_NAMED]))}"
-            if others else ""))
-    if not found:
+        others = ", ".join(map(str, broken[1:MOST_NAMED + 1]))
+        raise UserError(f"{place}: {first_problem}" + (
+            f"; {len(broken) - 1:,} more cannot be read, such as row {others}" if others else ""))
+    if not number:
         raise UserError(f"{place}: holds no labelled rows: add some, or name another file")
 
 
