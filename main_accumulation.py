@@ -59,16 +59,19 @@ class AcceleratedDevices(SingleDevice):
         if (found := get_cpu_distributed_information().world_size) != num_processes():
             raise UserError(f"Accelerate would join {found} processes, but the environment variable WORLD_SIZE stands "
                             f"for {num_processes()}: start them with torchrun")
+        asked = asked_sharding()
+        on_gpus_only = (f"{asked} is asked for, and Accelerate starts it on GPUs only: leave out the launcher's "
+                        "--config_file, and DDP runs on CPUs")
         try:
             with SIGNALS.at_once():  # it waits for the other processes, for half an hour if they do not come
                 self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
-            raise UserError(f"Accelerate cannot work as its environment variables say ({brief(error)}): correct them, "
+            raise UserError(on_gpus_only if asked and device.type == "cpu" else
+                            f"Accelerate cannot work as its environment variables say ({brief(error)}): correct them, "
                             "or start with accelerate launch") from error
         refuse_other_settings(self.accelerator, device)
-        if (asked := asked_sharding()) and not self.is_sharded:
-            raise UserError(f"{asked} is asked for, and Accelerate starts it on GPUs only: leave out the launcher's "
-                            "--config_file, and DDP runs on CPUs")
+        if asked and not self.is_sharded:
+            raise UserError(on_gpus_only)
         self.device, self.scaler = self.accelerator.device, self.accelerator.scaler
         self.num_processes = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process

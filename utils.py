@@ -26,7 +26,7 @@ from suite.common.checks import INPUTS, deep_yaml, impossible_values, odd_number
 
 PROJECT = Path(__file__).resolve().parent
 TRUNCATIONS = ("head", "tail", "head_tail", "windows")
-ROW_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")  # files of rows; see suite/reviews/rows.py
+ROW_FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")  # suite/reviews/rows.py reads them
 BAG_OF_WORDS = "bag-of-words"  # the model_name of a run of --mode baseline
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
 

@@ -1,9 +1,9 @@
 """The configuration: the documented defaults, and one clear error for everything that cannot work."""
 
 import re
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import PROJECT, SHARED, run_script
@@ -131,9 +131,10 @@ def test_a_missing_file():
 
 
 def test_errors_come_before_torch_and_within_two_seconds():
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)  # processor time, because other programs may be busy
     result = run_script("main.py", "train_config.epoch=3")
-    assert time.perf_counter() - started < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: command line: unknown key train_config.epoch; did you mean train_config.epochs?\n"
     code = "import sys, utils; utils.load_config('config.yaml'); sys.exit('torch' in sys.modules)"

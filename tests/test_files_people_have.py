@@ -45,7 +45,7 @@ def write(path: Path, records: list[dict]) -> Path:
         pyarrow.parquet.write_table(pa.Table.from_pylist(records), path)
     elif kind in (".csv", ".tsv"):
         write_table(path, records, "\t" if kind == ".tsv" else ",")
-    elif kind == ".jsonl" or "lines" in path.name:
+    elif kind in (".jsonl", ".ndjson") or "lines" in path.name:
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     else:
         path.write_text(json.dumps(records, indent=1), encoding="utf-8")
@@ -76,7 +76,7 @@ def classes(*names: str) -> datasets.Features:
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of files. Promise: wrong data ends in one line, and right data is read, through every door alike.
 
-NAMES = ["r.csv", "R.CSV", "r.tsv", "r.jsonl", "r.json", "lines.json", "r.parquet", "r.csv.gz", "r.tsv.gz",
+NAMES = ["r.csv", "R.CSV", "r.tsv", "r.jsonl", "r.ndjson", "r.json", "lines.json", "r.parquet", "r.csv.gz", "r.tsv.gz",
          "r.jsonl.gz", "r.json.gz"]
 
 
@@ -200,6 +200,14 @@ def test_the_official_validation_rows_are_not_trained_on_whatever_their_split_is
     assert "the split extra is none of train, validation, test" in capsys.readouterr().out
 
 
+def test_files_that_belong_to_no_split_are_named(tmp_path, capsys):
+    for name in ("train.csv", "test.csv", "heldout.csv"):
+        write(tmp_path / "many" / name, labelled([f"{name} {row}" for row in range(20)], [0, 1] * 10))
+    assert len(reviews_of(tmp_path / "many").table) == 40
+    assert (f"files whose names tell none of the splits train, test are not read (1, such as "
+            f"{tmp_path / 'many' / 'heldout.csv'})") in capsys.readouterr().out
+
+
 def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(tmp_path):
     write(tmp_path / "many" / "train-00000-of-00002.parquet", labelled([f"a{row}" for row in range(20)], [0, 1] * 10))
     write(tmp_path / "many" / "train-00001-of-00002.parquet", [
@@ -212,7 +220,7 @@ def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(tmp_path)
 
 
 @pytest.mark.parametrize("values", [
-    [0, 4], [-1, 1], [-1, 0, 1], [1, 2, 3, 4, 7, 8, 9, 10], [0.5, 1, 10], ["1.0", "1.00"], ["no", "yes"],
+    [0, 4], [-1, 1], [-1, 0, 1], [1, 2, 3, 4, 7, 8, 9, 10], [0.5, 1, 10], ["no", "yes"],
     ["1e3", "on"], ["--1", "9" * 5000]])
 def test_as_many_values_as_classes_are_the_classes(tmp_path, values):
     path = write(tmp_path / "r.csv", labelled([f"film {row}" for row in range(20 * len(values))], values * 20))
@@ -222,6 +230,42 @@ def test_as_many_values_as_classes_are_the_classes(tmp_path, values):
     reviews = reviews_of(path, len(values))
     assert reviews.label_names == list(map(str, values))  # in their order: 10 comes after 9
     assert reviews.labels.tolist() == list(range(len(values))) * 20
+
+
+def test_one_number_written_in_several_ways_is_one_class(tmp_path):
+    write(tmp_path / "many" / "train.csv", labelled([f"a{row}" for row in range(40)], ["0", "1"] * 20))
+    write(tmp_path / "many" / "test.csv", labelled([f"b{row}" for row in range(40)], ["0.0", "1.0", "01", "00"] * 10))
+    reviews = reviews_of(tmp_path / "many")
+    assert reviews.label_names == ["0", "1"]
+    assert reviews.labels.tolist() == [0, 1] * 20 + [0, 1, 1, 0] * 10
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.parquet"])
+def test_a_declared_name_comes_before_a_declared_number(tmp_path, name):
+    """The classes are called 1, 2 and 3. A text is a name; a number counts the classes from 0."""
+    (tmp_path / "many").mkdir()
+    numbers = [0, 1, 2] if name == "r.parquet" else [1, 2, 3]
+    values = [str(number) if name == "r.jsonl" else number for number in numbers]
+    write(tmp_path / "many" / name, labelled([f"film {row}" for row in range(60)], values * 20))
+    (tmp_path / "many" / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
+        "      class_label: {names: {'0': '1', '1': '2', '2': '3'}}\n---\n")
+    reviews = reviews_of(tmp_path / "many", 3)
+    assert reviews.label_names == ["1", "2", "3"]
+    assert reviews.labels.tolist() == [0, 1, 2] * 20
+
+
+def test_minus_one_is_a_class_wherever_it_stands_unless_a_split_holds_nothing_else(tmp_path, capsys):
+    for shard, label in enumerate((-1, 0, 1)):  # sorted by label, as some programs write them
+        write(tmp_path / "many" / f"train-{shard:05}-of-00003.csv",
+              labelled([f"{label} {row}" for row in range(20)], [label] * 20))
+    assert reviews_of(tmp_path / "many", 3).label_names == ["-1", "0", "1"]
+    path = write(tmp_path / "r.csv", labelled([f"film {row}" for row in range(20)], [-2, -1] * 10))
+    assert reviews_of(path).label_names == ["-2", "-1"]
+    write(tmp_path / "secret" / "train.csv", labelled([f"a{row}" for row in range(20)], [0, 1] * 10))
+    write(tmp_path / "secret" / "test.csv", labelled([f"b{row}" for row in range(20)], [-1] * 20))
+    reviews = reviews_of(tmp_path / "secret")
+    assert (len(reviews.table), [part.split for part in reviews.unlabelled]) == (20, ["test"])
 
 
 @pytest.mark.parametrize("rows_of_classes", [[0, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]])
@@ -321,7 +365,8 @@ def test_the_encoding_is_named_with_its_fix(tmp_path, encoding):
 
 @pytest.mark.parametrize(("header", "row"), [
     ("text;label", '"film; {}";{}'), ("text\tlabel", "film {}\t{}"), ("text|label", "film {}|{}"),
-    ('"text";"label"', '"film {}";"{}"'), ("text, label", '"film, {}", {}'), (" text ,label", "film {},{}")])
+    ('"text";"label"', '"film {}";"{}"'), ("text, label", '"film, {}", {}'), (" text ,label", "film {},{}"),
+    ("sep=;\ntext;label", '"film; {}";{}'), ("sep=^\ntext^label", "film {}^{}")])
 def test_the_separator_is_the_one_under_which_the_columns_are_there(tmp_path, header, row):
     path = tmp_path / "r.csv"
     path.write_text(f"{header}\n" + "".join(row.format(number, number % 2) + "\n" for number in range(40)))
@@ -335,6 +380,33 @@ def test_a_question_with_a_semicolon_is_one_column(tmp_path):
     (tmp_path / "survey.csv").write_text("What was good; and why?\nacting; it moved me\nnothing; dull\n")
     found = rows.read_rows(str(tmp_path / "survey.csv"), ["What was good; and why?"])
     assert [list(row.values.values()) for row in found] == [["acting; it moved me"], ["nothing; dull"]]
+
+
+def test_quotes_do_not_swallow_the_rows_of_a_file_that_was_written_without_any(tmp_path):
+    """Promise: no row of a labelled file is lost; a broken one is set aside with its reason."""
+    path = tmp_path / "r.tsv"
+    path.write_text('text\tlabel\n"I loved it.\t1\nso so\t0\nIt was great."\t1\n"two\nlines"\t0\nbleak\t0\n')
+    found = list(rows.read_rows(str(path), ["text", "label"]))
+    assert [row.values.get("text") for row in found] == [None, "so so", 'It was great."', "two\nlines", "bleak"]
+    assert "line 2: the quotes would make one text of this row and the 2 below it" in found[0].problem
+    assert found[0].content == '"I loved it.\t1'
+
+
+def test_columns_of_the_same_name_matter_only_if_they_are_asked_for(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("text,label,note,note\n" + "".join(f"film {row},{row % 2},a,b\n" for row in range(40)))
+    assert len(reviews_of(path).table) == 40
+    assert next(rows.read_rows(str(path), ["text"])).values == {
+        "text": "film 0", "label": "0", "note": "a", "note (column 4)": "b"}
+    assert "two columns are called 'note'" in refusal(path, label_column="note")
+
+
+def test_what_rows_of_json_leave_out_is_missing(tmp_path):
+    records = labelled([f"film {row}" for row in range(40)], [0, 1] * 20)
+    del records[5]["text"], records[8]["text"]
+    path = write(tmp_path / "r.jsonl", records)
+    assert f"{path}: rows 6, 9 have no text" in refusal(path)
+    assert "no column 'body'; found text, label: set data_config.text_column" in refusal(path, text_column="body")
 
 
 def test_a_configuration_is_chosen_by_a_key_and_the_message_lists_them(tmp_path):

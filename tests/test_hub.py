@@ -53,9 +53,17 @@ def test_texts_of_the_hub_are_what_its_files_say_with_and_without_the_hub(tmp_pa
                                                                for row, text in enumerate(texts)]))
     port = "8918"
     server = subprocess.Popen([sys.executable, SHARED / "tools/local_hub.py", "--port", port,
-                               "--dataset", f"somebody/films={tmp_path / 'files'}"], stdout=subprocess.PIPE)
-    code = ("import data, utils; split = data.load_split(utils.load_config('config.yaml', "
-            "['data_config.dataset=somebody/films'])); print(split.reviews.table['text'][:])")
+                               "--dataset", f"somebody/films={tmp_path / 'files'}",
+                               "--dataset", f"somebody/two={tmp_path / 'two'}"], stdout=subprocess.PIPE)
+    for name in ("first", "second"):  # two configurations
+        (tmp_path / "two" / name).mkdir(parents=True)
+        (tmp_path / "two" / name / "train.csv").write_text("text,label\n" + "".join(
+            f"{name} {row},{row % 2}\n" for row in range(40)))
+    (tmp_path / "two" / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {name}/*.csv\n" for name in ("first", "second")) + "---\n")
+    code = ("import data, utils; read = lambda *more: data.load_split(utils.load_config('config.yaml', more))"
+            ".reviews.table['text'][:]; print(read('data_config.dataset=somebody/films')); "
+            "print(len(set(read('data_config.dataset=somebody/two', 'data_config.subset=second'))))")
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
     try:
         server.stdout.readline()
@@ -64,7 +72,7 @@ def test_texts_of_the_hub_are_what_its_files_say_with_and_without_the_hub(tmp_pa
         server.kill()
         server.wait()
     for result in (read, run_script("-c", code, environment=hub)):
-        assert result.stdout.splitlines()[-1:] == [str(list(map(str, texts)))], result.stderr
+        assert result.stdout.splitlines()[-2:] == [str(list(map(str, texts))), "40"], result.stderr
 
 
 def test_without_the_hub_one_line_says_the_ways_on_within_20_seconds(tmp_path):

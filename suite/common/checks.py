@@ -71,7 +71,8 @@ def too_long(max_len: int, model_name: str, longest: int | None) -> str | None:
     """What is wrong with max_len if the encoder takes at most `longest` tokens (None: any number); None if nothing."""
     if longest is None or max_len <= longest:
         return None
-    return f"data_config.max_len is {max_len}: {model_name} takes at most {longest} tokens"
+    return (f"data_config.max_len is {max_len}: {model_name} takes at most {longest} tokens: set "
+            f"data_config.max_len={longest}")
 
 
 def _out_of_bounds(value: Any, bounds: dict[str, Any]) -> str | None:

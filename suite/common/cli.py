@@ -343,5 +343,7 @@ def run(work: Callable[[], None]) -> None:
 
 def leave(error: UserError) -> None:
     """Print the error on one line and exit with code 2."""
-    print("error:", printable(" ".join(str(error).splitlines())), file=sys.stderr, flush=True)
+    # In one piece, because the other processes of a launcher print theirs at the same time.
+    sys.stderr.write(f"error: {printable(' '.join(str(error).splitlines()))}\n")
+    sys.stderr.flush()
     raise SystemExit(2) from None

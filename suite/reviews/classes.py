@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -61,10 +62,12 @@ def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
     classes that do not match `num_labels`.
     """
     name, column = data_config.dataset, data_config.label_column
-    parts, unlabelled = [], []
-    for part in load_parts(data_config):
+    parts, unlabelled, found = [], [], load_parts(data_config)
+    for part in found:
         part.split = next((split for split, names in SPLIT_NAMES.items() if part.split in names), part.split)
-        if _is_unlabelled(part):
+    without_labels = _unlabelled_splits(found)
+    for part in found:
+        if part.split in without_labels:
             unlabelled.append(part)
         elif data_config.split == "official" and part.split not in SPLIT_NAMES:
             say(f"{part.place}: the split {part.split} is none of {', '.join(SPLIT_NAMES)}: it is not used with "
@@ -80,11 +83,15 @@ def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
     return Reviews(table, labels, label_names, split_names, parts, unlabelled)
 
 
-def _is_unlabelled(part: Part) -> bool:
-    if part.split == "unsupervised":
-        return True
-    without = pc.match_substring_regex(part.table.data.column("label"), r"^\s*(-[0-9]+)?\s*$")
-    return pc.all(pc.fill_null(without, True)).as_py()
+def _unlabelled_splits(parts: list[Part]) -> set[str]:
+    """The splits that hold no label, or none but a negative number that stands nowhere else, as in secret tests."""
+    found: dict[str, set[str]] = {}
+    for part in parts:
+        values = pc.unique(pc.utf8_trim_whitespace(part.table.data.column("label")))
+        found.setdefault(part.split, set()).update(value for value in values.to_pylist() if value)
+    return {split for split, values in found.items() if split == "unsupervised" or split != "train" and all(
+        re.fullmatch("-[0-9]+", value) for value in values) and not any(
+        values & others for other, others in found.items() if other != split)}
 
 
 def refuse_no_texts(parts: list[Part]) -> None:
@@ -113,13 +120,13 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
                                   "have no label: fill them or remove these rows"))
     encoded = values.dictionary_encode()
     named = encoded.dictionary.to_pylist()  # the class of each distinct value
-    if all(re.fullmatch("-?[0-9]{1,18}", value) for value in named):
-        named = [str(int(value)) for value in named]  # "01" is 1
-    if order := _declared_classes(parts):
-        numbers = {str(number): label for number, label in enumerate(order)}
+    if order := _declared_classes(parts):  # by its name, or as a text by its number
+        numbers = {str(number): label for number, label in enumerate(order)} | {label: label for label in order}
         named = [numbers.get(value, value) for value in named]
     elif all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) for value in named):
-        order = sorted(set(named), key=lambda value: (float(value), value))
+        longest_first = sorted(named, key=lambda value: (len(value), value), reverse=True)
+        written = {Decimal(value): value for value in longest_first}  # 1, 1.0 and 01 are one number, written as 1
+        named, order = [written[Decimal(value)] for value in named], [written[number] for number in sorted(written)]
     else:
         order = sorted(set(named))
     present = set(named)
@@ -140,9 +147,10 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
         counts = np.bincount(labels)
         rare = int(np.flatnonzero(counts == counts.min())[-1])
         rows = np.flatnonzero(labels == rare).tolist()
+        alike = "some differ in capitals alone; " if len({label.casefold() for label in names}) < len(names) else ""
         raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({listed(names)}), but "
                         f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}, or "
-                        f"correct the data; the rarest class is {names[rare]!r} ({name_rows(parts, rows)})")
+                        f"correct the data; {alike}the rarest class is {names[rare]!r} ({name_rows(parts, rows)})")
     return labels, names
 
 

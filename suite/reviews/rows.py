@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from utils import UserError, brief, file_kind
 
 LONGEST_FIELD = 1 << 24  # characters of a .csv field: a quote that is never closed would swallow the rest of the file
 MOST_NAMED = 3  # rows that a message names
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of columns, and what they are called
 DEEPEST = 100  # nested brackets in a .jsonl line; Python's own limit depends on how deep the calling code already is
 
 
@@ -89,7 +91,7 @@ def size_of(path: str) -> int:
 
 def text_files(folder: str | Path) -> list[Path]:
     """All .txt files below a folder, hidden ones left out, sorted by their paths."""
-    return sorted(path for path in Path(folder).rglob("*.txt") if path.is_file()
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() == ".txt" and path.is_file()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
@@ -185,13 +187,17 @@ def _other_encoding(content: bytes) -> str:
 
 def _read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[_Lines, Any, list[str]]:
     """(lines, the csv.reader of the rows after the header, the header) of a .csv or .tsv file; an empty file's header
-    is []. A column without a name gets one, such as `column 3`, counted from 1.
+    is []. A column without a name gets one, such as `column 3`, counted from 1, and so does one whose name is taken.
 
-    The separator is the one under which the header has the `columns`; if there is none, the one of the file's kind.
+    The separator is the one under which the header has the `columns`; if there is none, the one of the file's kind, or
+    of a first line such as `sep=;`, which Excel reads and writes.
     """
     csv.field_size_limit(LONGEST_FIELD)
     lines, own = _Lines(file), "\t" if file_kind(path) == ".tsv" else ","
-    for separator in (own, *(mark for mark in ",;\t|" if mark != own), own):
+    if stated := re.fullmatch(r"sep=(.)\s*", next(lines, "")):
+        own = stated[1]
+        lines.mark()
+    for separator in (own, *(mark for mark in SEPARATORS if mark != own), own):
         lines.give_back(0)
         try:
             problem, found = None, next((row for row in csv.reader(lines, delimiter=separator, strict=True) if row), [])
@@ -202,15 +208,17 @@ def _read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[_Li
             break
     if problem := lines.encoding_problem() or problem:
         raise UserError(f"{path}: {problem}")
-    if len(set(header)) < len(header):
-        raise UserError(f"{path}: two columns have the same name in {', '.join(header)}: rename one")
-    spaced = any(name.startswith(" ") for name in found)  # `text, label`: then the rows have blanks there, too
+    if twins := [name for name in columns if header.count(name) > 1]:
+        raise UserError(f"{path}: two columns are called {twins[0]!r}: rename one")
+    header = [f"{name} (column {place})" if name in header[:place - 1] else name
+              for place, name in enumerate(header, start=1)]
+    spaced = len(found) > 1 and all(name.startswith(" ") for name in found[1:])  # `text, label`: so do the rows, too
     return lines, csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True), header
 
 
 def _read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
     lines, reader, header = _read_header(path, file, columns)
-    number = 0
+    number, separator = 0, reader.dialect.delimiter
     while True:
         lines.mark()
         problem, values = None, []
@@ -223,10 +231,19 @@ def _read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[R
         except csv.Error as error:
             lines.give_back(1)  # the quote that is wrong here may have swallowed good rows
             problem = f"line {lines.number}: {error}: mend the quotes there"
+        # A text of several lines may hold commas, but hardly one tab in each line. These are rows, of a program that
+        # writes no quotes around texts: a text begins with a quote, and a later one ends with one.
+        swallowed = len(lines.since_mark)
+        if problem is None and separator != "," and swallowed > 1 and len(header) > 1 and all(
+                line.count(separator) == len(header) - 1 for line in lines.since_mark):
+            lines.give_back(1)
+            problem = (f"line {lines.number}: the quotes would make one text of this row and the {swallowed - 1} below "
+                       "it: double the quotes in a text, and put quotes around it")
         number += 1
         if problem is None and len(values) != len(header):
             problem = (f"row {number} (line {lines.number}) has {len(values)} fields, the header has {len(header)}: "
-                       "put quotes around a text with commas")
+                       "give each row as many, with quotes around a text that holds "
+                       f"{SEPARATORS.get(separator, separator)}")
         yield lines.row(number, dict(zip(header, values, strict=False)), problem)
 
 
@@ -245,7 +262,11 @@ def _read_lines(path: str, file: BinaryIO, columns: Sequence[str],
 def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
     """An array of objects; or an object in each line, which many people call .json, too."""
     if not file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _read_lines(path, file, columns, _parse_json)
+        for row in _read_lines(path, file, columns, _parse_json):
+            if row.number == 1 and row.problem:
+                raise UserError(f"{path}: holds neither an array of objects nor an object in each line "
+                                f"({row.problem}): write one of them")
+            yield row
         return
     content = file.read()
     try:
@@ -307,6 +328,7 @@ def _is_deep(values: dict[str, Any]) -> bool:
 KINDS: dict[str, Callable[[str, BinaryIO, Sequence[str]], Iterator[Row]]] = {
     ".csv": _read_table, ".tsv": _read_table, ".json": _read_json,
     ".jsonl": functools.partial(_read_lines, parse=_parse_json),
+    ".ndjson": functools.partial(_read_lines, parse=_parse_json),
     ".txt": functools.partial(_read_lines, parse=lambda line: ({"text": line.rstrip("\r\n")}, None))}
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -61,8 +62,8 @@ class Part:
 
     split: str
     place: str  # the file, or the dataset and its split
-    table: Dataset  # columns text (str) and label (str); None for a missing value
-    class_names: list[str] | None = None  # of the labels 0, 1, ..., if the dataset declares them
+    table: Dataset  # columns text (str) and label (str, the name of the class if it is declared); None: a missing value
+    class_names: list[str] | None = None  # of the classes 0, 1, ..., if the dataset declares them
     files: Sequence[Path] = ()  # of a folder with a file for each text: that of each row
 
 
@@ -88,36 +89,50 @@ def _load_file(split: str, path: str, columns: tuple[str, str], class_names: lis
     _refuse_missing(columns, columns_of(path, columns), path)
     if class_names is None and file_kind(path) == ".parquet":
         class_names = _class_names(Features.from_arrow_schema(pyarrow.parquet.read_schema(path)), columns[1])
-    return Part(split, path, _cached_table(path, [Path(path)], columns, _labelled_rows), class_names)
+    return Part(split, path, _cached_table(path, [Path(path)], columns, _labelled_rows, class_names), class_names)
 
 
-def _cached_table(place: str, files: list[Path], columns: tuple[str, str],
-                  read: Callable[[str, list[Path], tuple[str, str]], Iterator[dict[str, str | None]]]) -> Dataset:
-    """The rows that `read` gives, from the cache if files of the same content were read before."""
+def _cached_table(place: str, files: list[Path], columns: tuple[str, str], read: Callable[..., Iterator[dict]],
+                  class_names: list[str] | None = None) -> Dataset:
+    """The rows that `read(place, files, columns, class_names)` gives, from the cache if files of the same content were
+    read before."""
     features = Features({"text": Value("string"), "label": Value("string")})
     with explained("data_config.dataset", place):
         names = [str(file.resolve()) for file in files]
-        key = hashlib.sha256(repr((READER, names, digest_of(files), columns)).encode()).hexdigest()
+        key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
         return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
             read, features=features, cache_dir=str(folder), fingerprint=key,
-            gen_kwargs={"place": place, "files": files, "columns": columns}))
+            gen_kwargs={"place": place, "files": tuple(files), "columns": columns,  # the library cuts lists into shards
+                        "class_names": class_names and tuple(class_names)}))
 
 
-def _labelled_rows(place: str, files: list[Path], columns: tuple[str, str]) -> Iterator[dict[str, str | None]]:
+def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, str], class_names: Sequence[str] | None
+                   ) -> Iterator[dict[str, str | None]]:
     """Raises UserError, which counts them, for rows that cannot be read."""
-    number, broken, first_problem = 0, [], ""
+    number, broken, first_problem, known = 0, [], "", dict.fromkeys(columns_of(place, columns))
     for number, row in enumerate(read_rows(place, columns, only=True), start=1):
+        found = row.values
+        known |= found  # a row of JSON may leave out what it has no value for
+        row.values = dict.fromkeys(columns) | found
         if problem := row.problem or column_problem(row, columns):
             first_problem = first_problem or problem
             broken.append(number)
         elif not broken:
-            yield {"text": as_text(row.values[columns[0]]), "label": as_text(row.values[columns[1]])}
+            yield {"text": as_text(row.values[columns[0]]), "label": _label(row.values[columns[1]], class_names)}
+    if number > len(broken):
+        _refuse_missing(columns, list(known), place)
     if broken:
         others = ", ".join(map(str, broken[1:MOST_NAMED + 1]))
         raise UserError(f"{place}: {first_problem}" + (
             f"; {len(broken) - 1:,} more cannot be read, such as row {others}" if others else ""))
     if not number:
-        raise UserError(f"{place}: holds no labelled rows: add some, or name another file")
+        raise UserError(f"{place}: holds no labelled rows: add some, or leave this file out")
+
+
+def _label(value: Any, class_names: Sequence[str] | None) -> str | None:
+    """A label as text: the name of its class if it is a number of a declared one."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return class_names[value] if is_number and class_names and 0 <= value < len(class_names) else as_text(value)
 
 
 def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
@@ -144,13 +159,17 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> lis
     if kinds[0] not in FILE_TYPES:
         raise UserError(f"data_config.dataset: {name} holds {kinds[0]} files: the suite reads "
                         f"{', '.join(FILE_TYPES)}, each also as .gz, and folders of .txt files: convert or unpack them")
-    declared = _class_names(builder.info.features, columns[1])
-    _refuse_unlabelled_file(name, files, columns)
-    return [_load_file(split, file, columns, declared) for split, of_split in files.items() for file in of_split]
+    used = {Path(file) for of_split in files.values() for file in of_split}
+    unread = [path for path in everything if file_kind(path) == kinds[0] and path.resolve() not in used]
+    if unread and subset is None:
+        say(f"{name}: files whose names tell none of the splits {', '.join(files)} are not read ({len(unread):,}, such "
+            f"as {unread[0]})")
+    return _load_files(files, columns, _class_names(builder.info.features, columns[1]))
 
 
-def _refuse_unlabelled_file(name: str, files: dict[str, list[str]], columns: tuple[str, str]) -> None:
-    """Raises UserError if only some of a folder's files have labels, as in a competition whose test is secret."""
+def _load_files(files: dict[str, list[str]], columns: tuple[str, str], class_names: list[str] | None) -> list[Part]:
+    """`files`: those of each split. Raises UserError if only some of them have labels, as in a competition with a
+    secret test."""
     everything = [file for of_split in files.values() for file in of_split]
     found = {file: columns_of(file, columns) for file in everything}
     labelled = [file for file, names in found.items() if set(columns) <= set(names)]
@@ -158,6 +177,7 @@ def _refuse_unlabelled_file(name: str, files: dict[str, list[str]], columns: tup
         if labelled and columns[0] in names and columns[1] not in names:
             raise UserError(f"{file}: no column {columns[1]!r}, so its rows have no labels; found {listed(names)}: "
                             f"name the file that has some, data_config.dataset={labelled[0]}")
+    return [_load_file(split, file, columns, class_names) for split, of_split in files.items() for file in of_split]
 
 
 def _load_texts(name: str, columns: tuple[str, str]) -> list[Part]:
@@ -175,13 +195,14 @@ def _load_texts(name: str, columns: tuple[str, str]) -> list[Part]:
     splits: dict[str, list[Path]] = {}
     for path, place in places.items():
         if len(place) == deepest:
-            split = "unsupervised" if place[-2] == "unsup" else place[0] if deepest > 2 else "train"
+            split = "unsupervised" if place[-2] == "unsup" else place[-3] if deepest > 2 else "train"
             splits.setdefault(split, []).append(path)
     return [Part(split, place := f"{name}, split {split}", _cached_table(place, files, columns, _labelled_texts),
                  files=files) for split, files in splits.items()]
 
 
-def _labelled_texts(place: str, files: list[Path], columns: tuple[str, str]) -> Iterator[dict[str, str | None]]:
+def _labelled_texts(place: str, files: Sequence[Path], columns: tuple[str, str], class_names: None
+                    ) -> Iterator[dict[str, str | None]]:
     for path, row in zip(files, read_texts(files), strict=True):
         if row.problem:
             raise UserError(row.problem)
@@ -189,28 +210,36 @@ def _labelled_texts(place: str, files: list[Path], columns: tuple[str, str]) -> 
 
 
 def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
-    """The files of a dataset on the Hub are read like a folder's. What they are is kept for when the Hub is gone.
+    """The files of a dataset on the Hub are read like a folder's. Which ones they are is kept for when the Hub is gone.
 
     Other kinds of files, and what somebody has prepared with the library for a machine without the Hub, are read by it.
     """
-    place = hashlib.sha256(repr((name, subset)).encode()).hexdigest()
-    listing = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"files-{place}.json"
-    folder = tables = None
+    place = hashlib.sha256(repr((name, subset, columns[1])).encode()).hexdigest()
+    listing, tables = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"files-{place}.json", None
     with explained("data_config.dataset", name, any_error=True):
         if not is_offline_mode():
-            declared = _builder(name, subset).config.data_files.values()
-            found = [re.fullmatch("hf://[^@]*@([^/]*)/(.*)", file) for of_split in declared for file in of_split]
-            if all(file and file_kind(file[2]) in FILE_TYPES for file in found):
+            builder = _builder(name, subset)
+            urls = {str(split): list(of_split) for split, of_split in builder.config.data_files.items()}
+            parsed = {url: re.fullmatch("hf://[^@]*@([^/]*)/(.*)", url)
+                      for of_split in urls.values() for url in of_split}
+            if all(found and file_kind(found[2]) in FILE_TYPES for found in parsed.values()):
                 listing.parent.mkdir(parents=True, exist_ok=True)
-                write_json(listing, {"revision": found[0][1], "allow_patterns": [
-                    *(glob.escape(file[2]) for file in found), *DECLARING]})
-        if listing.is_file():  # without the Hub, an incomplete download is refused
-            folder = snapshot_download(name, repo_type="dataset", **read_json(listing))
+                write_json(listing, {
+                    "revision": next(iter(parsed.values()))[1],
+                    "files": {split: [parsed[url][2] for url in of_split] for split, of_split in urls.items()},
+                    "class_names": _class_names(builder.info.features, columns[1])})
+        if listing.is_file():
+            known = read_json(listing)
+            patterns = [glob.escape(file) for of_split in known["files"].values() for file in of_split]
+            folder = snapshot_download(name, repo_type="dataset", revision=known["revision"], allow_patterns=patterns)
         else:
             *owner, last = name.split("/")
             cache_name = "___".join([*owner, camelcase_to_snakecase(last)])  # the library's own
             tables = cached(cache_name, lambda _: load_dataset(name, subset), shared=True)
-    return _load_folder(folder, subset, columns) if folder else _library_parts(name, tables, columns)
+    if tables is not None:
+        return _library_parts(name, tables, columns)
+    return _load_files({split: [os.path.join(folder, file) for file in of_split]
+                        for split, of_split in known["files"].items()}, columns, known["class_names"])
 
 
 def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns: tuple[str, str]) -> list[Part]:
@@ -223,14 +252,15 @@ def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns:
         kind = table.data.column(text).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise UserError(f"{place}: the column {text!r} holds {kind}, not text: set data_config.text_column")
-        labels = [as_text(value) for value in table.data.column(label).to_pylist()]
+        class_names = _class_names(table.features, label)
+        labels = [_label(value, class_names) for value in table.data.column(label).to_pylist()]
         texts = table.select_columns([text])
         if text != "text":
             texts = texts.rename_column(text, "text")
         if not pa.types.is_string(kind):
             texts = texts.cast_column("text", Value("string"))
         parts.append(Part(str(split), place, texts.add_column("label", labels, feature=Value("string")),
-                          _class_names(table.features, label)))
+                          class_names))
     return parts
 
 
@@ -274,4 +304,5 @@ def _refuse_missing(columns: tuple[str, str], found: list[str], name: str) -> No
     """`found`: the columns of `name`; [] if each row names its own."""
     for key, column in zip(("text_column", "label_column"), columns, strict=True):
         if found and column not in found:
-            raise UserError(f"{name}: no column {column!r}; found {listed(found)}: set data_config.{key}")
+            header = ", if its first line names the columns" if file_kind(name) in (".csv", ".tsv") else ""
+            raise UserError(f"{name}: no column {column!r}; found {listed(found)}: set data_config.{key}{header}")
