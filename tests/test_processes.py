@@ -59,7 +59,7 @@ def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_noticed
     """Wrong settings end in one line with the fix and exit code 2: Accelerate starts one process here, without a word,
     and the effective batch would be half of what was asked for."""
     result = run_script("-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2",
-                        "main_accumulation.py", *overrides)
+                        "main_accumulation.py", *overrides, environment={"CUDA_VISIBLE_DEVICES": ""})
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
         line for line in result.stderr.splitlines()
         if "accelerate launch was asked for 2 processes and has started 1: give it --multi_gpu" in line]
