@@ -98,7 +98,7 @@ def _cached_table(place: str, files: list[Path], columns: tuple[str, str], read:
     read before."""
     features = Features({"text": Value("string"), "label": Value("string")})
     with explained("data_config.dataset", place):
-        names = [str(file.resolve()) for file in files]
+        names = [os.path.abspath(file) for file in files]
         key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
         return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
             read, features=features, cache_dir=str(folder), fingerprint=key,
