@@ -57,7 +57,7 @@ def test_the_shipped_experiments_are_what_they_say(path, tmp_path):
     assert len(experiment.cells) == len({cell.folder for cell in experiment.cells}) == runs
     assert [cell.index for cell in experiment.cells] == list(range(1, runs + 1))
     shown = sum(len(experiment.published_for(cell.setting)) for cell in experiment.cells[:runs // 3])
-    assert shown == sum(len(accuracy) for _, accuracy in experiment.published) == {
+    assert shown == sum(len(entry.accuracy) for entry in experiment.published) == {
         "exp1": 8, "exp2": 21}.get(path.stem, 0)
 
 
@@ -77,50 +77,43 @@ def test_a_run_gets_the_settings_of_its_cell(path):
         assert load_config(base, [*arguments, f"run_name={cell.config.run_name}"]) == cell.config
 
 
-BAD_FILES = [
-    ({"grids": {}}, "unknown key grids; did you mean grid?"),
-    ({"wandb": {}}, "unknown key wandb; use name, question, script"),
-    ({"config": "absent.yaml"}, "absent.yaml: no such file"),
-    ({"script": "train.py"}, "script is 'train.py': choose one of main.py, main_accumulation.py"),
-    ({"name": "a/b"}, "name is 'a/b': use letters"),
-    ({"grid": None}, "grid is empty"),
-    ({"grid": {"train_config.learning_rate": []}}, "train_config.learning_rate must be a list of values, got []"),
-    ({"grid": {"train_config.epochs": 3}}, "train_config.epochs must be a list of values, got 3"),
-    ({"grid": {"train_config.epochs": [3, 3]}}, "train_config.epochs lists 3 twice"),
-    ({"grid": {"train_config.epoch": [3]}}, "unknown key train_config.epoch; did you mean train_config.epochs?"),
-    ({"grid": {"train_config.epochs": ["many"]}}, "train_config.epochs must be an integer, got 'many'"),
-    ({"grid": {"train_config.seed": [1, 2]}}, "train_config.seed cannot be set for an experiment: list it under"),
-    ({"grid": {"data_config.batch_size": [16, 64], "train_config.effective_batch_size": [64]}},
-     "script main.py takes one micro-batch a step, and batch_size=16, effective_batch_size=64 needs 4"),
-    ({"grid": {"train_config.effective_batch_size": [None, 32]}}, "runs 1 and 2 are the same"),
-    ({"settings": [{}]}, "grid and settings are both given"),
-    ({"grid": None, "settings": [3]}, "settings must be a list of {section.key: value}"),
-    ({"grid": None, "settings": [{}, {"train_config.epoch": 3}]}, "unknown key train_config.epoch; did you mean"),
-    ({"grid": None, "settings": [{}, {}]}, "runs 1 and 2 are the same (base; base): leave one out"),
-    ({"overrides": {"train_config.epochs": 0}}, "train_config.epochs is 0"),
-    ({"overrides": {"train_config.learning_rate": 1}}, "stands in grid and in overrides"),
-    ({"overrides": ["train_config.epochs=3"]}, "overrides must hold section.key: value"),
-    ({"overrides": {"run_name": "mine"}}, "run_name cannot be set for an experiment"),
-    ({"grid": {"data_config.split": [[0.8, 0.1, 0.1], [0.6, 0.2, 0.2]]}}, "data_config.split varies: runs on other"),
-    ({"seeds": None}, "seeds must be a list such as [42, 43, 44], got nothing"),
-    ({"seeds": []}, "seeds must be a list"),
-    ({"seeds": [1, -1, "two", True]}, "seeds: -1, 'two', True: use integers from 0"),
-    ({"seeds": [1, 1]}, "seeds: 1 more than once"),
-    ({"published": [{"accuracy": {"them": 0.9}}]}, "published, entry 1: write where"),
-    ({"published": [{"where": {"train_config.learning_rate": 0.1}, "accuracy": {"them": 0.9}}]},
-     "published, entry 1: train_config.learning_rate: 0.1 is of no setting"),
+RATES = {"train_config.learning_rate": [0.001, 0.002]}
+BAD_FILES = [  # (changes of the file, its problems)
+    ({"grids": {}, "wandb": {}, "seeds": [1, -1, "two", True], "script": "train.py", "name": "a/b"}, [
+        "7 problems: ", "unknown key grids; did you mean grid?", "unknown key wandb; use name, question, script",
+        "seeds.1 is -1: input should be greater than or equal to 0", "seeds.2 is 'two': input should be a valid int",
+        "seeds.3 is True: input should be a valid integer", "script is 'train.py': input should be 'main.py' or",
+        "name is 'a/b': string should match"]),
+    ({"seeds": None}, ["seeds is missing"]),
+    ({"grid": {"train_config.epochs": 3, "train_config": {"seed": []}}}, [
+        "grid.train_config.epochs is 3: input should be a valid list", "train_config.seed is []: list should have"]),
     ({"published": [{"where": {"train_config.learning_rate": 0.001}, "accuracy": {"them": 90}}]},
-     "the accuracy of them is 90: give a share from 0 to 1"),
+     ["published.0.accuracy.them is 90: input should be less than or equal to 1"]),
+    ({"config": "absent.yaml"}, ["absent.yaml: no such file"]),
+    ({"grid": None}, ["give the settings either as a grid"]),
+    ({"settings": [{}]}, ["give the settings either as a grid"]),
+    ({"grid": RATES | {"train_config.seed": [1], "data_config.split": ["official"]}, "overrides": {"run_name": "mine"},
+      "published": [{"where": {"train_config.learning_rate": 0.1}, "accuracy": {"them": 0.9}}]}, [
+          "4 problems: ", "train_config.seed cannot be set for an experiment: list it under `seeds`",
+          "run_name cannot be set", "data_config.split varies: set it under overrides",
+          "published: where is {'train_config.learning_rate': 0.1}, which is of no setting"]),
+    ({"grid": {"train_config.epoch": [3]}}, ["unknown key train_config.epoch; did you mean train_config.epochs?"]),
+    ({"overrides": {"train_config.epochs": 0}}, ["train_config.epochs is 0"]),
+    ({"grid": {"data_config.batch_size": [16, 64], "train_config.effective_batch_size": [64]}},
+     ["script main.py takes one micro-batch a step, and batch_size=16, effective_batch_size=64 needs 4"]),
+    ({"grid": {"train_config.effective_batch_size": [None, 32]}, "seeds": [1]}, ["runs 1 and 2 are the same"]),
+    ({"grid": RATES, "seeds": [1, 1]}, ["2 problems: runs 1 and 3 are the same (learning_rate=0.001, seed 1; "]),
 ]
 
 
-@pytest.mark.parametrize(("changes", "problem"), BAD_FILES, ids=[problem[:40] for _, problem in BAD_FILES])
-def test_a_bad_file_is_refused(tmp_path, changes, problem):
+@pytest.mark.parametrize(("changes", "problems"), BAD_FILES, ids=[problems[-1][:40] for _, problems in BAD_FILES])
+def test_a_bad_file_is_refused(tmp_path, changes, problems):
+    """Wrong settings end in one line with the fix, and all of a kind are counted at once."""
     with pytest.raises(UserError) as refused:
         read_experiment(write_experiment(tmp_path, **changes))
-    assert problem in str(refused.value)
+    assert all(problem in str(refused.value) for problem in problems), refused.value
     assert "\n" not in str(refused.value)
-    assert ("absent.yaml" if "absent" in problem else str(tmp_path / "study.yaml")) in str(refused.value)
+    assert ("absent.yaml" if "config" in changes else str(tmp_path / "study.yaml")) in str(refused.value)
 
 
 def test_settings_can_be_listed_one_by_one(tmp_path):
@@ -152,7 +145,7 @@ def test_a_bad_override_is_refused(tmp_path, overrides, problem):
 
 
 def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
-    path = write_experiment(tmp_path, grid={"train_config.epoch": [1]}, seeds=[-1], names="x")
+    path = write_experiment(tmp_path, script="train.py", seeds=[-1], names="x")
     for arguments in (["experiment.py", path], ["experiment.py", "--help"]):
         result = run_script("-X", "importtime", *arguments)
         assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)

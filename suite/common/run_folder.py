@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 import os
@@ -14,16 +13,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.common.checks import INPUTS, deep_yaml
-from suite.common.storage import OLD, PARTIAL, RECORD, atomic_write, read_json, regular, sha256_of
+from suite.common.checks import INPUTS
+from suite.common.storage import OLD, PARTIAL, atomic_write, read_json
 from utils import BAG_OF_WORDS, Config, DataConfig, ModelConfig, TrainConfig, UserError, brief, config_fields, leaves
 
-FILES = ("config.yaml", "metrics.json", "history.jsonl", "valid_predictions.csv", "test_predictions.csv",
-         "misclassified.csv", "misclassified.html", "best" + RECORD)
-FOLDERS = ("best", "best" + PARTIAL, "best" + OLD, "last", "plots", "export",
-           "onnx")  # what earlier versions have exported
-FIGURES = {"train": ("seconds", "samples_per_second", "optimizer_steps"), "valid": (),  # what each part must have
-           "test": ("accuracy", "accuracy_ci95", "loss", "f1", "n")}
+REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folders that a new run in the place removes
+            "onnx")  # what earlier versions have exported
 
 REVIEWS = ("dataset", "subset", "text_column", "label_column", "split", "split_seed", "drop_duplicates", "limit",
            "line_breaks")
@@ -33,72 +28,15 @@ SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("datase
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
 
-def refuse_wrong_kinds(folder: Path) -> None:
-    """Raises UserError if a file of a run is a folder, a pipe or a link to nowhere, or a folder of it is no folder."""
-    for name in ("", *FILES, *FOLDERS):
-        path = folder / name
-        is_link = path.is_symlink() and name not in ("", "last", *FILES)  # what it leads to is somebody else's
-        if is_link or os.path.lexists(path) and not (path.is_file() if name in FILES else path.is_dir()):
-            raise UserError(f"{path} is no {'file' if name in FILES else 'folder'}, so this run has not written it: "
-                            "move it elsewhere, or choose another run_name")
-
-
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The content of metrics.json; {} if there is no such file. Raises UserError if it is damaged."""
+    """The content of metrics.json; {} if there is no such file."""
     path = folder / "metrics.json"
-    if not os.path.lexists(path):
-        return {}
-    try:
-        metrics = read_json(path)
-        if metrics != {} and (wrong := _wrong_figure(metrics)):
-            raise ValueError(wrong)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): remove it") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({brief(error)}): remove it") from None
-    return metrics
+    return read_json(path) if path.exists() else {}
 
 
-def _wrong_figure(metrics: Any) -> str | None:
-    """Names the first value of metrics.json that is missing or that no run writes; None if there is none."""
-    if not isinstance(metrics, dict) or not metrics.keys() <= {*FIGURES, "environment"}:
-        return "other parts than a run's"
-    for name, needed in FIGURES.items():
-        if name not in metrics and (name != "test" or "train" in metrics):  # not all runs are trained, or tested
-            continue
-        part = metrics.get(name)
-        if not isinstance(part, dict):
-            return f"{name}: no figures"
-        for key in (*needed, *part):
-            value = part.get(key)
-            is_pair = key == "accuracy_ci95" and isinstance(value, list) and len(value) == 2
-            numbers = value if is_pair else [value]
-            if is_pair != (key == "accuracy_ci95") or not all(map(_is_number, numbers)) and (
-                    value is not None or key in needed):
-                return f"{name}: {key} is {brief(repr(value))}"
-    found = metrics.get("environment", {})
-    if not isinstance(found, dict) or any(isinstance(value, dict | list) for value in found.values()):
-        return "environment"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300  # and no NaN
-
-
-def read_history(path: Path, lines: int | None = None) -> list[dict[str, Any]]:
-    """The records in history.jsonl, or its first `lines`. Raises a UserError that names a damaged line."""
-    records: list[dict[str, Any]] = []
-    try:
-        for line in regular(path).read_bytes().splitlines()[:lines] if os.path.lexists(path) else []:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not all(map(_is_number, (record["step"], *record.values()))):
-                raise ValueError
-            records.append(record)
-    except (ValueError, KeyError, RecursionError):
-        raise UserError(f"{path}: line {len(records) + 1} is damaged: put back a copy of the file, or start the run "
-                        "afresh with train_config.resume=never") from None
-    return records
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The records in history.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def shaping_values(config: Config) -> dict[str, Any]:
@@ -133,18 +71,10 @@ def run_of(folder: Path) -> Path | None:
     return parent if (parent / "config.yaml").is_file() and (parent / "best").is_dir() else None
 
 
-def identity(run_folder: Path) -> str:
-    """What tells a run's files from those of other runs: the SHA-256 sum of its config.yaml, which is written once."""
-    return sha256_of(run_folder / "config.yaml")
-
-
 def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
     try:
-        text = regular(path).read_text(encoding="utf-8")
-        if problem := deep_yaml(text):
-            raise ValueError(problem)
-        saved = OmegaConf.load(io.StringIO(text))
+        saved = OmegaConf.load(path)
         if missing := Config.__dataclass_fields__.keys() - dict(saved).keys():
             raise ValueError(f"{min(missing)} is missing")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
@@ -184,22 +114,12 @@ def how_to_write_again(run_folder: Path) -> str:
 def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, str]]:
     """The first `most` rows of misclassified.csv (None: all): id, text, label, predicted and confidence.
 
-    Raises UserError if the file is missing or damaged.
+    Raises UserError if the file is missing.
     """
     path = run_folder / "misclassified.csv"
-    again = how_to_write_again(run_folder)
     csv.field_size_limit(2**31 - 1)  # the csv module's own limit is 131,072 characters, less than some reviews have
     try:
-        with open(regular(path), newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(itertools.islice(reader, most))
-            if not {"id", "text", "label"} <= set(reader.fieldnames or ()):
-                raise ValueError("columns are missing")
-            if any(None in row or None in row.values() or not row["id"].isdecimal() or not row["text"].strip()
-                   for row in rows):
-                raise ValueError("fields are missing")
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(itertools.islice(csv.DictReader(file), most))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {again}") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({brief(error)}): {again}") from None
-    return rows
+        raise UserError(f"{path} is missing: {how_to_write_again(run_folder)}") from None

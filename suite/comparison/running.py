@@ -6,9 +6,9 @@ import ctypes
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 from suite.common.locks import is_locked
 from suite.common.run_folder import read_metrics
@@ -17,7 +17,6 @@ from suite.comparison.grid import Cell, Experiment, describe, find_finished
 from suite.comparison.report_folder import LOGS
 from utils import PROJECT, say
 
-POLL_SECONDS = 0.1  # between two looks for a signal or the end of the run
 WAIT_SECONDS = 2  # between two looks for a run that no other process is working on
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -84,39 +83,43 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
     log.parent.mkdir(parents=True, exist_ok=True)
     arguments = [sys.executable, str(PROJECT / experiment.script), *cell.arguments, f"run_name={cell.config.run_name}"]
     last = ""
-    with open(log, "a", encoding="utf-8") as file:
-        # The script gets a process group of its own. Otherwise the terminal would send it Ctrl-C, we would pass on a
-        # second one, and at the second one the script leaves without saving.
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   errors="replace", start_new_session=True,
-                                   preexec_fn=_end_with_parent if LIBC else None)
-
-        def show_output() -> None:
-            nonlocal last
-            for line in process.stdout:
-                try:
-                    file.write(line)
-                    file.flush()
-                except (OSError, ValueError) as error:  # a full disk, or closed: what is said is read all the same
-                    last = last or f"{log}: {error}"
-                say("    " + line.rstrip())
-                if line.strip() and not last.startswith("error:"):
-                    last = line.strip()
-
-        reader = threading.Thread(target=show_output, daemon=True)
-        reader.start()
-        is_told = False
-        while process.poll() is None:
-            if SIGNALS.received and not is_told:
-                process.send_signal(getattr(signal, SIGNALS.received))
-                is_told = True
-            time.sleep(POLL_SECONDS)
-        reader.join(timeout=5)  # not forever: a process that the script started may outlive it and keep its output open
+    # The script gets a process group of its own. Otherwise the terminal would send it Ctrl-C, we would pass on a second
+    # one, and at the second one the script leaves without saving.
+    with (open(log, "a", encoding="utf-8") as file,
+          subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                           start_new_session=True, preexec_fn=_end_with_parent if LIBC else None) as process,
+          _passed_on(process)):
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            say("    " + line.rstrip())
+            if line.strip() and not last.startswith("error:"):
+                last = line.strip()
     if process.returncode < 0:
         return f"ended by {signal.Signals(-process.returncode).name} (the system kills what needs too much memory)"
     if process.returncode in EXIT_CODES.values():
         return "stopped by a signal; its state is saved"
     return (last or f"exit code {process.returncode}") if process.returncode else None
+
+
+@contextmanager
+def _passed_on(process: subprocess.Popen):
+    """While the process runs, it gets the signals that this one gets."""
+    def pass_on(number, frame) -> None:
+        SIGNALS.received = signal.Signals(number).name
+        process.send_signal(number)
+
+    numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
+    before = {number: signal.signal(number, pass_on) for number in numbers
+              if signal.getsignal(number) != signal.SIG_IGN}  # nohup wants SIGHUP to be ignored
+    if SIGNALS.received:  # since the process began
+        process.send_signal(getattr(signal, SIGNALS.received))
+    try:
+        yield
+        process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_with_parent() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from suite.common.protocols import Devices
-from suite.common.run_folder import identity, is_encoder, read_history
+from suite.common.run_folder import is_encoder, read_history
 from suite.common.storage import write_json
 from suite.training.efficiency import environment
 from suite.training.evaluation import (
@@ -32,7 +32,7 @@ def write_results(config: Config, devices: Devices, predictions: Predictions, la
     `text` returns the review with an id; `figures`: what metrics.json says about training and validation.
     """
     folder = config.run_folder
-    metrics = figures | {"test": compute_metrics(predictions), "environment": surroundings(config, devices)}
+    metrics = figures | {"test": compute_metrics(predictions), "environment": environment(devices)}
     rows = mistakes(predictions, text, label_names)
     write_predictions(folder / TEST_PREDICTIONS, predictions, label_names)
     write_mistakes(folder / "misclassified.csv", rows)
@@ -61,15 +61,10 @@ def write_validation(config: Config, predictions: Predictions, label_names: list
 def write_untested(config: Config, devices: Devices, figures: dict[str, Any], wandb: Wandb) -> None:
     """The end of a run without a test, in process 0."""
     if devices.is_main:
-        metrics = figures | {"environment": surroundings(config, devices)}
+        metrics = figures | {"environment": environment(devices)}
         write_json(config.run_folder / "metrics.json", metrics)  # it says that the run is finished
         print_results(config, metrics)
         wandb.finish()
-
-
-def surroundings(config: Config, devices: Devices) -> dict[str, Any]:
-    """Where the run took place, and which run it was."""
-    return environment(devices) | {"run": identity(config.run_folder)}
 
 
 def show_finished(config: Config) -> bool:

@@ -18,7 +18,6 @@ from data import PreparedData, get_dataloader, prepare_data
 from suite.common.hub import say_what_was_cached
 from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
-from suite.common.run_folder import identity
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import TRAINED_TEXTS, best_model, load_encoder_config, new_model, save_model
@@ -146,14 +145,13 @@ class Run:
         if self.devices.is_main:
             try:
                 begin_run(self.config)
-                self.progress.run = identity(self.folder)
             except OSError as error:
                 raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
         self._open_records()
 
     def resume(self, state: Path) -> None:
         """Continue from a saved state."""
-        self.progress = load_progress(state, identity(self.folder))
+        self.progress = load_progress(state)
         refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
         refuse_other_device(state, self.progress.device, self.devices.kind)
         if self.progress.best_epoch:
@@ -173,8 +171,7 @@ class Run:
 
     def _open_records(self) -> None:
         if self.devices.is_main:
-            self.history = History(self.folder / "history.jsonl", self.progress.history_lines,
-                                   self.progress.history_sum)
+            self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
         self.wandb = Wandb(self.config, self.progress.wandb_id)
         self.progress.wandb_id = self.wandb.run_id
         self.start_step = self.progress.step
@@ -265,7 +262,7 @@ class Run:
             record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
             self.history.log(record)
             self.wandb.log(record | (speed or {}))
-            self.progress.history_lines, self.progress.history_sum = self.history.lines, self.history.sum
+            self.progress.history_lines = self.history.lines
 
     def wait_and_check(self) -> None:
         """Wait for the device and stop the clock.

@@ -17,13 +17,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
 
 from suite.common.locks import confirm, lock
-from suite.common.run_folder import FOLDERS, differences, identity, read_metrics, refuse_wrong_kinds, save_config
+from suite.common.run_folder import REPLACED, differences, read_metrics, save_config
 from suite.common.storage import (
     MANIFEST,
     PARTIAL,
@@ -57,20 +57,17 @@ class Progress:
     epochs_without_improvement: int = 0
     micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
     history_lines: int = 0
-    history_sum: str = ""  # of these lines
-    run: str = ""  # see `identity`
     wandb_id: str | None = None
-    version: int = 2  # raised when a state's values mean something else, or the same seed draws other numbers
+    version: int = 3  # raised when a state's values mean something else, or the same seed draws other numbers
 
 
 def claim_run_folder(folder: Path) -> None:
     """Lock the run folder for this process, and mend what a kill may have left of replacing the best model.
 
-    Raises UserError if another process uses it, if it cannot be written, or if it holds what no run has written.
+    Raises UserError if another process uses it, if it cannot be written, or if it lies in a saved model.
     """
     if folder.is_dir() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written: give yourself the right to, or copy it and set output_dir")
-    refuse_wrong_kinds(folder)
     for parent in folder.absolute().parents:
         if (parent / MANIFEST).exists() and damage(parent) is None:  # one file more, and it would count as damaged
             raise UserError(f"{folder} lies in {parent}, a model or a state that a run has saved: set output_dir to "
@@ -100,9 +97,6 @@ def finished_metrics(config: Config) -> dict[str, Any] | None:
         raise UserError(f"{config.run_folder} holds a finished run: choose another run_name, or replace it with "
                         "train_config.overwrite=true")
     refuse_differences(config)
-    if metrics.get("environment", {}).get("run", mine := identity(config.run_folder)) != mine:
-        raise UserError(f"{config.run_folder / 'metrics.json'} is that of another run: put back this run's own, or "
-                        "write it again with --mode test")
     return metrics
 
 
@@ -134,8 +128,8 @@ def refuse_differences(config: Config, ignored: tuple[str, ...] = ()) -> None:
     path = config.run_folder / "config.yaml"
     if not path.exists():
         if any((path.parent / name).exists() for name in ("last", "best", "metrics.json")):
-            raise UserError(f"{path} is missing, so nobody knows what this run was: choose another run_name, or start "
-                            "it afresh with train_config.resume=never")
+            raise UserError(f"{path} is missing, and with it the settings of this run: choose another run_name, or "
+                            "start it afresh with train_config.resume=never")
     elif found := differences(path, config, ignored):
         fix = ("leave these settings out, or choose another run_name" if ignored else "choose another run_name, give "
                "the settings of that run, or start afresh in its place with train_config.resume=never")
@@ -170,7 +164,7 @@ def begin_run(config: Config) -> None:
                  "misclassified.html"):
         (folder / name).unlink(missing_ok=True)
     last, record = folder / "last", folder / ("best" + RECORD)
-    replaced = [folder / name for name in FOLDERS if name != "last"]
+    replaced = [folder / name for name in REPLACED]
     for path in (*saved_states(last), *last.glob("*" + PARTIAL), *replaced):  # what else is in `last/` is not a run's
         remove(path)
     record.unlink(missing_ok=True)
@@ -240,26 +234,13 @@ def newest_good_state(folder: Path) -> Path | None:
     return None
 
 
-def load_progress(state: Path, run: str) -> Progress:
-    """Raises UserError if another run than `run`, or another version of this project, has saved the state."""
-    try:
-        values = read_json(state / "progress.json")
-        progress = Progress(**values)
-        if wrong := [name for name, kind in get_type_hints(Progress).items() if not isinstance(values[name], kind)]:
-            raise TypeError(wrong)
-        if progress.version != Progress.version:
-            raise other_version(state)
-    except (OSError, ValueError, TypeError, KeyError):
-        raise other_version(state) from None
-    if progress.run != run:
-        raise UserError(f"{state} was saved by another run: put back this run's own last/, or start it afresh with "
-                        "train_config.resume=never")
-    return progress
-
-
-def other_version(state: Path) -> UserError:
-    return UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
-                     "start it afresh with train_config.resume=never")
+def load_progress(state: Path) -> Progress:
+    """Raises UserError if another version of this project has saved the state."""
+    values = read_json(state / "progress.json")
+    if values.get("version") != Progress.version:
+        raise UserError(f"{state} was saved by another version of this project: finish the run with that version, or "
+                        "start it afresh with train_config.resume=never")
+    return Progress(**values)
 
 
 def set_seed(seed: int) -> None:

@@ -6,7 +6,6 @@ files of the run folder are complete all the same.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -17,10 +16,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from suite.common.hub import answers
-from suite.common.run_folder import read_history
 from suite.common.storage import atomic_write
 from suite.training.evaluation import Predictions
-from utils import Config, UserError, brief, process_rank, say
+from utils import Config, brief, process_rank, say
 
 FINISH_TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the end; the record stays on disk
 INIT_TIMEOUT_SECONDS = 15  # wandb's own default for an unreachable server is 90
@@ -30,36 +28,19 @@ TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv h
 class History:
     """history.jsonl: one JSON object a line, with step, epoch and the values logged."""
 
-    def __init__(self, path: Path, keep_lines: int = 0, expected_sum: str = ""):
-        """Keep the first `keep_lines` lines, which have this sum. What an interrupted run wrote after its last saved
-        state is removed."""
-        self.path = path
-        read_history(path, keep_lines)  # damage is found now, not when training is over
-        written = path.read_text(encoding="utf-8") if keep_lines and path.exists() else ""
-        kept = written.splitlines(keepends=True)[:keep_lines]
-        if len(kept) < keep_lines or any(not line.endswith("\n") for line in kept):
-            raise UserError(f"{path} has lost lines that the saved state counts on: start the run afresh with "
-                            "train_config.resume=never")
-        self._digest = hashlib.sha256("".join(kept).encode())
-        if keep_lines and self.sum != expected_sum:
-            raise UserError(f"{path} has changed since the state was saved: put back a copy of it, or start the run "
-                            "afresh with train_config.resume=never")
-        with atomic_write(path) as file:
+    def __init__(self, path: Path, lines: int = 0):
+        """Keep the first `lines` lines. What an interrupted run wrote after its last saved state is removed: the run
+        writes it again, and a kill may have cut it."""
+        kept = path.read_bytes().splitlines(keepends=True)[:lines] if lines else []
+        with atomic_write(path, "wb") as file:
             file.writelines(kept)
-        self.lines = keep_lines
+        self.lines = lines
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record) + "\n"
-        self.file.write(line)
+        self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         self.lines += 1
-        self._digest.update(line.encode())
-
-    @property
-    def sum(self) -> str:
-        """The SHA-256 sum of the lines."""
-        return self._digest.hexdigest()
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
