@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from utils import config_fields
 
-SIZES = [100, -100, 10**5, 10**9, 10**12, 10**400]
 WORKERS = ["-1", "0", "1", "2", "1.5", "5000", "null", "word", "[]", "${nope}"]  # 200 would take long
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,97 +168,3 @@ def reviews(draw, kind: str) -> bytes:
     content = file_of(rows, kind, draw(st.sampled_from(HEADERS)), draw(st.sampled_from(["\n", "\r\n", "\r"])),
                       draw(st.sampled_from(encodings)), draw(st.booleans()))
     return spoiled(content, draw(damages(CSV_BYTES if kind == ".csv" else JSON_BYTES)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A model's folder: some values of its .json files are others, or some bytes
-
-WORDS = ["", "word", "auto", "float16", "bfloat16", "float64", "int8", "torch.float32", "gelu", "relu", "sdpa", "eager",
-         "../../x", "\ud800", "\0", "x" * 300, "1", "NaN"]
-JSON_VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 8, 0.5, 2.5, -1.5, 1e-12, 1e308, float("nan"), float("inf"),
-               *SIZES, [], {}, [1, 2], [None], {"a": 1}, {"0": "x", "1": "y"}, [[[[]]]], *WORDS]
-FOREIGN = {
-    "AutoConfig": "foreign.Config", "AutoModel": "foreign.Model", "AutoTokenizer": ["foreign.Slow", "foreign.Fast"],
-    "AutoModelForSequenceClassification": "foreign.Model"}
-SPECIAL = {
-    "attn_implementation": ["flash_attention_2", "flash_attention_3", "flex_attention", "eager", "paged|sdpa",
-                            "kernels-community/flash-attn", "kernels-community/flash-attn:x", {"": "sdpa"}],
-    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4},
-                            {"quant_method": "fp8"}, {"quant_method": "torchao"}, {"load_in_4bit": True},
-                            {"quant_method": 1}],
-    "dtype": ["float16", "bfloat16", "float64", "int8", "float8_e4m3fn", "bool", "torch.float16"],
-    "auto_map": [FOREIGN, {"AutoModel": "nobody/nothing--foreign.Model"}],
-    "model_type": ["bert", "modernbert", "roberta", "distilbert", "electra", "deberta-v2", "gpt2", "t5", "vit", "clip",
-                   "longformer", "encoder_for_classification", "timm_wrapper", "auto"],
-    "tokenizer_class": ["BertTokenizer", "BertTokenizerFast", "RobertaTokenizer", "T5Tokenizer",
-                        "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "Foreign",
-                        "LlamaTokenizer"],
-    "problem_type": ["regression", "multi_label_classification", "single_label_classification"],
-    "id2label": [{"0": "a", "1": "a"}, {"0": "a"}, {"1": "a", "2": "b"}, {"0": 1, "1": 2}, {"0": "\x1b[31m", "1": "b"},
-                 {str(row): str(row) for row in range(100)}, ["a", "b"], {"0": None, "1": []},
-                 {"x": "a", "y": "b"}],
-    "label2id": [{"a": 0}, {"a": "0"}], "pooling": ["cls", "mean", "max"], "truncation": ["head", "tail", "windows"],
-    "max_len": [4, 32, 66, 67], "num_labels": [2, 3], "architectures": [["BertModel"], ["Foreign"], "BertModel"],
-    "hidden_act": ["gelu_new", "silu", "quick_gelu"], "pad_token_id": [2499, 2500],
-    "model_max_length": [4, 10**30, "long"],
-    "added_tokens_decoder": [{"0": {"content": "[PAD]"}}, {"x": {"content": "y"}}, {"9": "a"}],
-    "extra_special_tokens": [["<a>"], {"a": "<a>"}],
-    "model_input_names": [["input_ids"], ["pixel_values"], "input_ids"],
-    "pad_token": ["[PAD]", "[NEW]", {"content": "[PAD]", "__type": "AddedToken"}], "padding_side": ["left", "right"],
-    "chat_template": ["{{ x }}", "{% for %}"], "tokenizer_file": ["/etc/hostname"], "name_or_path": ["nobody/nothing"]}
-NEW_KEYS = [*SPECIAL, "torch_dtype", "_attn_implementation", "is_decoder", "add_cross_attention", "tie_word_embeddings",
-            "use_cache", "output_attentions", "output_hidden_states", "return_dict", "pruned_heads", "use_kernels",
-            "chunk_size_feed_forward", "use_bfloat16", "base_model_tp_plan", "is_encoder_decoder",
-            "transformers_version", "custom_generate", "gguf_file", "subfolder", "revision", "trust_remote_code",
-            "_commit_hash", "encoder", "vocab_file", "unk_token", "do_lower_case", "truncation_side", "from_slow",
-            "add_prefix_space", "_name_or_path", "0"]
-MODEL_BYTES = [b"\0", b"\xff", b"\xef\xbb\xbf", b",", b"{", b"}", b"[" * 9000, b'"', b"NaN", b"9" * 5000, b"\\ud800",
-               b"//", b"null"]
-WHOLE = [b"", b"{}", b"[]", b"null", b"1", b'"a"', b"[" * 9000, b"\xff", b"{" * 99, b"NaN", b'{"a": 1}\n{"a": 1}']
-REMOVED = "(removed)"
-
-
-def places(tree, depth: int = 3) -> list[tuple]:
-    """Paths of keys into a .json file, some of each container: a vocabulary has thousands."""
-    if depth == 0 or not isinstance(tree, dict | list):
-        return []
-    keys = list(tree)[:60] if isinstance(tree, dict) else list(range(min(3, len(tree))))
-    return [(key, *rest) for key in keys for rest in [(), *places(tree[key], depth - 1)[:6 if depth < 3 else None]]]
-
-
-def values_at(key) -> st.SearchStrategy:
-    special = SPECIAL.get({"torch_dtype": "dtype", "_attn_implementation": "attn_implementation"}.get(key, key), [])
-    return st.one_of(st.sampled_from([*special, REMOVED]), st.sampled_from(JSON_VALUES))
-
-
-@st.composite
-def models(draw, folders: dict[str, dict[str, dict]]) -> tuple[str, str, list, list]:
-    """(model, file, the values at some places of that file, damages), of {model: {name of a .json file: its content}}.
-
-    The damages are the file's whole content, as bytes, once in a while.
-    """
-    model = draw(st.sampled_from(sorted(folders)))
-    file = draw(st.sampled_from(["config.json", *sorted(folders[model])]))
-    known = st.sampled_from(places(folders[model][file]) or [("a",)])
-    place = st.one_of(known, known, st.sampled_from([(key,) for key in NEW_KEYS]))
-    changes = draw(st.lists(place.flatmap(lambda place: st.tuples(st.just(place), values_at(place[-1]))),
-                            min_size=1, max_size=3))
-    rare = draw(st.integers(0, 19))
-    damage = draw(st.sampled_from(WHOLE)) if rare == 0 else draw(damages(MODEL_BYTES, 2)) if rare == 1 else []
-    return model, file, changes, damage
-
-
-def changed(tree: dict, changes: list[tuple[tuple, object]]) -> dict:
-    tree = json.loads(json.dumps(tree))
-    for (*parents, key), value in changes:
-        there = tree
-        try:
-            for parent in parents:
-                there = there[parent]
-            if value == REMOVED:
-                del there[key]
-            else:
-                there[key] = value
-        except (KeyError, IndexError, TypeError):  # an earlier change has removed it
-            continue
-    return tree

@@ -1,21 +1,42 @@
-"""Whatever is wrong with a model's folder: exit code 2, one line that names it and the fix, nothing written."""
+"""A model's folder that is not what it should be: one line that names it and the fix, exit code 2, nothing written.
 
+It holds these promises: wrong input ends in one line before work is lost; no pickle is loaded, and no code from a
+model's folder is run; a truncated model is noticed when it is read; no row of a labelled file is lost.
+"""
+
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ENCODERS, PROJECT
-from transformers import AutoTokenizer, GPT2Config, T5Config, ViTConfig
+from conftest import ENCODERS, PROJECT, run_here
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertForSequenceClassification, GPT2Config, T5Config, ViTConfig
+
+from suite.encoders.loading import load_encoder_config, new_model, save_model
+from suite.encoders.tokenizers import load_tokenizer
+from suite.inference.classifier import Classifier
+from suite.training.devices import SingleDevice
+from utils import ModelConfig, UserError, load_config
+
+KERNEL = "kernels-community/flash-attn2"
+INDEX = "model.safetensors.index.json"
+DOORS = ("encoder", "ours", "theirs")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be wrong with a folder. Each function makes FOLDER/encoder, some from FOLDER/whole, a tiny BERT
 
 
-def encoder(folder: Path, name: str = "bert", tokenizer: bool = True, **changes) -> Path:
+def encoder(folder: Path, tokenizer: bool = True, **changes) -> Path:
     """A folder with a tiny encoder's config.json, `changes` made, and a tokenizer; no weights."""
-    settings = ENCODERS[name].to_dict() | changes
     (folder / "encoder").mkdir()
-    (folder / "encoder/config.json").write_text(json.dumps(settings))
+    (folder / "encoder/config.json").write_text(json.dumps(ENCODERS["bert"].to_dict() | changes))
     if tokenizer:
         AutoTokenizer.from_pretrained(PROJECT / "demo/bert").save_pretrained(folder / "encoder")
     return folder / "encoder"
@@ -26,8 +47,7 @@ def of_config(config):
 
 
 def other_shape(folder: Path):
-    encoder(folder, hidden_size=16)
-    shutil.copy(Path(folder / "whole" / "model.safetensors"), folder / "encoder")
+    shutil.copy(folder / "whole/model.safetensors", encoder(folder, hidden_size=16))
 
 
 def no_padding(folder: Path):
@@ -36,39 +56,196 @@ def no_padding(folder: Path):
     tokenizer.save_pretrained(encoder(folder, tokenizer=False))
 
 
-def planted_pickle(folder: Path):
-    torch.save({}, encoder(folder) / "pytorch_model.bin")
+def spoiled(change):
+    return lambda folder: change(shutil.copytree(folder / "whole", folder / "encoder"))
 
 
+def values(**changes):
+    """Other values in config.json; in a classifier of the suite, in its encoder's part."""
+    def spoil(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config.get("encoder", config).update(changes)
+        (folder / "config.json").write_text(json.dumps(config))
+    return spoil
+
+
+def words(change):
+    """The tokenizer with the vocabulary `change(vocabulary)`."""
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content["model"]["vocab"] = change(content["model"]["vocab"])
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    return spoil
+
+
+def weights(change, name: str = "layer.1.output.dense.bias", shards: bool = False, **index: str):
+    """`change` made to a tensor; `shards`: in two files, with an index, which names the files `index` as well."""
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        place = next(key for key in tensors if key.endswith(name))
+        tensors[place] = change(tensors[place])
+        if not shards:
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            return
+        (folder / "model.safetensors").unlink()
+        files = {key: f"part-{number % 2}.safetensors" for number, key in enumerate(sorted(tensors))}
+        for half in set(files.values()):
+            save_file({key: tensors[key] for key in files if files[key] == half}, folder / half, {"format": "pt"})
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files | index}))
+    return spoil
+
+
+def one(value: float):
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[3] = value
+        return tensor
+    return change
+
+
+other_words = words(lambda known: {word if word[0] == "[" else f"{number}x": number for word, number in known.items()})
 TINY = {"vocab_size": 2500, "bos_token_id": 2, "eos_token_id": 3}
 BAD_MODELS = [
     ("no folder", lambda folder: None, "cannot be reached and"),  # taken for a Hub name, and the tests are offline
-    ("an empty folder", lambda folder: (folder / "encoder").mkdir(), "{} cannot be loaded"),
+    ("an empty folder", lambda folder: (folder / "encoder").mkdir(), "{}/config.json"),
     ("no weights", encoder, "{} holds no weights in safetensors"),
-    ("a pickle for weights", planted_pickle, "{} holds no weights in safetensors"),
+    ("a pickle for weights", lambda folder: torch.save({}, encoder(folder) / "pytorch_model.bin"),
+     "{} holds no weights in safetensors"),
     ("weights of another shape", other_shape, "the weights in {} are not of the model in its config.json"),
     ("no padding token", no_padding, "{} has no padding token"),
     ("GPT-2", of_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, **TINY)), "{} is a gpt2 model, not a text encoder"),
     ("T5", of_config(T5Config(d_model=8, num_layers=1, num_heads=2, **TINY)), "{} is a t5 model, not a text encoder"),
     ("ViT", of_config(ViTConfig(num_hidden_layers=1)), "{} is a vit model, not a text encoder"),
-    ("no token types", lambda folder: encoder(folder, type_vocab_size=0), "token_type_embeddings.weight would be emp"),
-    ("a negative width", lambda folder: encoder(folder, hidden_size=-8), "config.json of {}"),
-    ("a word as width", lambda folder: encoder(folder, hidden_size="wide"), "{} cannot be loaded"),
     ("heads that do not divide", lambda folder: encoder(folder, num_attention_heads=5), "not a multiple"),
     ("an unknown activation", lambda folder: encoder(folder, hidden_act="swish-bang"), "swish-bang"),
-    ("an unknown architecture", lambda folder: encoder(folder, model_type="nonsense"), "nonsense"),
-    ("no JSON", lambda folder: (encoder(folder) / "config.json").write_text("{"), "{} cannot be loaded (Expecting"),
-    ("no tokenizer", lambda folder: encoder(folder, tokenizer=False), "{} cannot be loaded"),
+    ("an unknown architecture", lambda folder: encoder(folder, model_type="nonsense"), "'nonsense', is none of"),
+    ("no model_type", spoiled(lambda folder: (folder / "config.json").write_text("{}")), "names no model_type"),
+    ("no JSON", lambda folder: (encoder(folder) / "config.json").write_text("{"), "config.json is not JSON"),
+    ("no tokenizer", lambda folder: encoder(folder, tokenizer=False), "its tokenizer has no words"),
     ("half a tokenizer", lambda folder: os.truncate(encoder(folder) / "tokenizer.json", 900), "{} cannot be loaded"),
+    ("no words", spoiled(words(lambda known: {})), "its tokenizer has no words"),
+    ("other words", spoiled(other_words), "the tokenizer of {} does not know"),
+    ("more words than the encoder's", spoiled(words(lambda known: known | {"film": 99999})), "{} gives token 99999"),
+]
+SPOILED = [
+    ("infinity in a tensor", weights(one(-float("inf"))), "output.dense.bias has values that are not finite"),
+    ("nan in a shard", weights(one(float("nan")), shards=True), "output.dense.bias has values that are not finite"),
+    ("finite weights, infinite logits", weights(lambda tensor: torch.full_like(tensor, 3e38)), "give finite logits"),
+    ("a missing shard", weights(one(0), shards=True, x="part-7.safetensors"), "names the file part-7.safetensors"),
+    ("a shard that may be a pickle", weights(one(0), shards=True, x="config.json"), "names the file config.json"),
+    ("half an index", lambda folder: (weights(one(0), shards=True)(folder), (folder / INDEX).write_text('{"weig')),
+     f"{INDEX} is damaged"),
+    ("half the weights", lambda folder: os.truncate(folder / "model.safetensors", 9000), ""),
+    ("an adapter", lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json"),
+    *((f"{key}: {name}", values(**{key: name}), "foreign code is not") for key, name in (
+        ("attn_implementation", KERNEL), ("_attn_implementation", "owner/name:function"),
+        ("attn_implementation", {"": KERNEL}), ("_attn_implementation_internal", f"flash|{KERNEL}"),
+        ("text_config", {"attn_implementation": KERNEL}), ("experts_implementation", "deepgemm"))),
+    *((key, values(**{key: value}), f"{key} makes the model depend on other code") for key, value in (
+        ("use_kernels", True), ("kernel_config", {"a": "b/c"}), ("quantization_config", {"quant_method": "awq"}),
+        ("transformers_weights", "other.safetensors"), ("fusion_config", {"a": True}))),
+]
+CLASSIFIERS = [  # an encoder has no classes, and its words are compared with the reviews that it is trained on
+    ("more words than the encoder's", words(lambda known: known | {"film": 99999}), "gives token 99999"),
+    ("other words", other_words, "does not know 100% of the words"),
+    *((f"classes {names}", lambda folder, names=names: relabelled(folder, id2label=names), "id2label in its config")
+      for names in ({"0": "a"}, {"0": "a", "1": "a"}, {"1": "a", "2": "b"})),
+    ("several labels", lambda folder: relabelled(folder, problem_type="multi_label_classification"), "problem_type"),
+]
+WHOLE = [
+    ("float16", weights(torch.Tensor.half)), ("two shards", weights(one(0.1), shards=True)),
+    ("large finite weights", weights(one(3e38), "word_embeddings.weight")),
+    ("eager attention", values(attn_implementation="eager")),
 ]
 
 
-@pytest.mark.parametrize(("write", "words"), [row[1:] for row in BAD_MODELS], ids=[row[0] for row in BAD_MODELS])
-def test_bad_models(tmp_path, refused, encoder_folder, monkeypatch, write, words):
+def relabelled(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def cases(table, *more: str):
+    return pytest.mark.parametrize((*more, "spoil", "expected"), [row[1:] for row in table],
+                                   ids=[row[0] for row in table])
+
+
+@cases(BAD_MODELS)
+def test_a_bad_encoder_is_not_trained(tmp_path, refused, encoder_folder, monkeypatch, spoil, expected):
     (tmp_path / "whole").symlink_to(encoder_folder("bert"))
-    write(tmp_path)
+    spoil(tmp_path)
     monkeypatch.chdir(tmp_path)  # `encoder` without a path could be a name on the Hub
-    name = "encoder" if words.startswith("cannot be reached") else str(tmp_path / "encoder")
+    name = "encoder" if expected.startswith("cannot be reached") else str(tmp_path / "encoder")
     error = refused(f"model_config.model_name={name}")
-    assert words.format(name) in error
+    assert expected.format(name) in error
     assert "model_config.model_name" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wherever a folder is read: as an encoder to train, as a classifier of this suite, and as one of transformers
+
+
+@pytest.fixture(scope="module")
+def whole(encoder_folder, tmp_path_factory) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("ours", "theirs")}
+    tokenizer, model = load_tokenizer(encoder_folder("bert")), new_model(ModelConfig(encoder_folder("bert")))
+    save_model(folders["ours"], model.config, model.state_dict(), tokenizer)
+    BertForSequenceClassification.from_pretrained(encoder_folder("bert")).save_pretrained(folders["theirs"])
+    tokenizer.save_pretrained(folders["theirs"])
+    return folders | {"encoder": Path(encoder_folder("bert"))}
+
+
+@pytest.fixture
+def read(whole, tmp_path):
+    """read(door, spoil): what a spoiled copy of a whole folder gives, where it is read."""
+    def attempt(door: str, spoil) -> object:
+        spoil(folder := shutil.copytree(whole[door], tmp_path / "model"))
+        if door == "encoder":
+            settings = ModelConfig(str(folder))
+            return new_model(settings, encoder_config=load_encoder_config(settings))
+        config = load_config(PROJECT / "config.yaml", ["data_config.max_len=32", "train_config.device=cpu"])
+        return Classifier(folder, config, SingleDevice(config)).probabilities(["the film was a story"])
+    return attempt
+
+
+@cases([(f"{door}: {name}", door, *rest) for name, *rest in SPOILED for door in DOORS]
+       + [(f"{door}: {name}", door, *rest) for name, *rest in CLASSIFIERS for door in DOORS[1:]], "door")
+def test_a_spoiled_folder_is_refused_wherever_it_is_read(read, tmp_path, door, spoil, expected):
+    with pytest.raises(UserError) as refusal:
+        read(door, spoil)
+    assert expected in str(refusal.value)
+    assert str(tmp_path / "model") in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("spoil", [row[1] for row in WHOLE], ids=[row[0] for row in WHOLE])
+def test_what_only_looks_odd_is_read(read, door, spoil):
+    result = read(door, spoil)
+    assert door == "encoder" or np.isclose(result.sum(), 1)
+
+
+def test_unknown_words_in_a_file_leave_nothing_behind(whole, tmp_path):
+    (tmp_path / "in.txt").write_text("a film\nthe story\n" * 5)
+    other_words(folder := shutil.copytree(whole["ours"], tmp_path / "model"))
+    for mode, options in (("predict", {"input": str(tmp_path / "in.txt"), "output": str(tmp_path / "out.csv")}),
+                          ("predict", {"input": str(tmp_path / "in.txt")}), ("explain", {"text": "the film"})):
+        result = run_here("data_config.max_len=32", mode=mode, model=str(folder), **options)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert "does not know 100% of the words" in result.stderr
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_one_odd_row_among_good_ones_is_labelled(whole, tmp_path):
+    (tmp_path / "in.txt").write_text("the film was a story\n" * 5 + "\u4eca\u5929 \u2603\n")
+    arguments = {"mode": "predict", "input": str(tmp_path / "in.txt"), "model": str(whole["ours"])}
+    result = run_here("data_config.max_len=32", **arguments)
+    assert (result.returncode, len(result.stdout.splitlines())) == (0, 7), result.stderr
+
+
+def test_packages_that_would_load_foreign_code_are_out_of_reach(tmp_path):
+    for package in ("kernels", "peft"):
+        (tmp_path / f"{package}.py").write_text("print('ran')")
+    code = "import suite, importlib.util as u; print(u.find_spec('kernels'), u.find_spec('peft'))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True,
+                            env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.stdout == "None None\n"
+    assert importlib.util.find_spec("kernels") is None

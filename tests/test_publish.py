@@ -1,17 +1,20 @@
 """Publishing: nothing is sent unasked, a fixed list of files arrives whole, and what is not for others is refused."""
 
+import json
 import os
+import re
 import shutil
 
 import huggingface_hub
 import pytest
-from conftest import PROJECT, content_of, expect, run_here, run_script, write_reviews
+from conftest import PROJECT, content_of, expect, run_here, run_script, train_here, write_reviews
 from upload_hub import TOKEN, upload_hub
 
 from suite.common import cli
 from suite.common.storage import seal
 from suite.encoders.loading import load_model
 from suite.inference.publish import FILES
+from suite.training.model_card import plain
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +236,23 @@ def test_the_command_itself(run):
         assert result.stdout.splitlines()[-1] == f"sent: {hub.address}/owner/name/commit/{'0' * 40}"
         assert hub.private == {"owner/name": False}
         assert b"license: apache-2.0" in hub.files["owner/name"]["README.md"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("good", "good"), ("two words", "two words"), ("a|b", r"a\|b"), ("<b>", r"\<b\>"), ("`x`", r"\`x\`"),
+    ("a\nb", r"a\\nb"), ("\x1b[31m", r"\\x1b\[31m"), ("\u202e", r"\\u202e"), ("---\n# x", r"---\\n# x"),
+    ("\ud800", r"\\ud800"), ("schön", "schön")])
+def test_a_class_name_stays_text_in_the_model_card(name, shown):
+    assert plain(name) == shown
+
+
+def test_a_model_card_of_odd_names_is_whole(overrides, tmp_path):
+    names = ("bad\x1b[31m\n# x", "<b>|`good`")
+    reviews = write_reviews(tmp_path / "odd: |name`.csv", names=names)
+    train_here(*overrides, f"data_config.dataset={json.dumps(str(reviews))}", "train_config.max_steps=2")
+    text = (tmp_path / "runs/run/best/README.md").read_text()
+    assert r"bad\\x1b\[31m\\n# x" in text
+    assert r"\<b\>\|\`good\`" in text
+    assert not re.search(r"[^\n -~]", text)
+    card = huggingface_hub.ModelCard.load(tmp_path / "runs/run/best/README.md")
+    assert card.data.eval_results[0].dataset_name == "odd: |name`.csv"

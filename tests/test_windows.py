@@ -24,7 +24,7 @@ from suite.inference.classifier import Classifier
 from suite.reviews.sampling import cut
 from suite.training.devices import SingleDevice
 from suite.training.run import Run
-from utils import UserError, load_config
+from utils import load_config
 
 WINDOWS = ["data_config.truncation=windows", "data_config.max_len=12", "data_config.max_windows=3"]
 
@@ -195,15 +195,6 @@ def test_the_model_s_folder_says_how_reviews_are_cut(run):
     card = (run[1] / "best" / "README.md").read_text()
     assert "at most 3 windows of at most 12 tokens" in card
     assert "The pipeline reads the head of a long review alone" in card
-
-
-def test_a_folder_with_senseless_windows_is_refused(run, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes((run[1] / "best" / "model.safetensors").read_bytes())
-    text = (run[1] / "best" / "config.json").read_text()
-    for wrong in ("0", "null", '"4"'):
-        (tmp_path / "config.json").write_text(text.replace('"max_windows": 3', f'"max_windows": {wrong}'))
-        with pytest.raises(UserError, match="max_windows"):
-            load_model(tmp_path)
 
 
 def test_an_exported_model_s_windows_are_averaged_as_the_documentation_says(run, tmp_path):

@@ -5,7 +5,6 @@ Weights are read and written as safetensors only: no pickle is loaded, and no co
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,22 +32,18 @@ from suite.common.storage import (
     read_json,
     refuse_damage,
     refuse_foreign,
-    regular,
     write_json,
 )
 from suite.encoders.refusals import (
     WEIGHTS,
-    build_on_meta,
     read_config,
-    refuse_broken,
     refuse_not_finite,
-    refuse_types,
-    room_for_weights,
+    try_forward_pass,
     unread_weights,
     weight_files,
 )
 from suite.encoders.tokenizers import remark
-from utils import BAG_OF_WORDS, PROJECT, TRUNCATIONS, ModelConfig, UserError, brief, say
+from utils import BAG_OF_WORDS, PROJECT, ModelConfig, UserError, brief, say
 
 PRETRAINED_TEXTS = "pretraining_texts.npy"  # beside the weights that a pretraining run has saved
 TRAINED_TEXTS = "training_texts.npy"  # beside those of a classifier
@@ -88,7 +83,7 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
         model = EncoderForClassification(config, encoder)
         if own is not None:
             _take_weights(name, own, model)
-        refuse_broken(model)
+        try_forward_pass(model, (1, len(names)))
     return model
 
 
@@ -96,9 +91,7 @@ def own_classifier(name: str) -> ClassifierConfig | None:
     """The configuration of a classifier of this suite; None if `name` is another model."""
     if kind_of(model_folder(name)) != ClassifierConfig.model_type:
         return None
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    refuse_senseless(config)
-    return config
+    return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _take_weights(name: str, own: ClassifierConfig, model: EncoderForClassification) -> None:
@@ -106,12 +99,10 @@ def _take_weights(name: str, own: ClassifierConfig, model: EncoderForClassificat
     head. A line says what was taken."""
     differs = ("its classes are " + ", ".join(map(str, own.id2label.values())) if own.id2label != model.config.id2label
                else f"it was trained with pooling={own.pooling}" if own.pooling != model.config.pooling else None)
-    path = Path(cached_file(name, WEIGHTS))
-    weights = safetensors.torch.load_file(path)
+    weights = safetensors.torch.load_file(cached_file(name, WEIGHTS))
     if differs:
         weights |= {f"head.{key}": values for key, values in model.head.state_dict().items()}
     model.load_state_dict(weights)
-    refuse_types([path], model)
     refuse_not_finite(model.named_parameters())
     say(f"{name}: going on from its encoder " + (f"with a new head, because {differs}" if differs else "and its head"))
 
@@ -140,7 +131,6 @@ def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTr
     if missing := [key for key in lacking if key.startswith(of_encoder) and not key.startswith("pooler.")]:
         raise UserError(f"model_config.model_name: {name} lacks {len(missing)} weights of its architecture "
                         f"({missing[0]}, ...): take a complete model, or model_config.pretrained=false")
-    refuse_types(weight_files(model_folder(name)), model)
     refuse_not_finite(model.named_parameters())
     return model, lacking
 
@@ -162,22 +152,19 @@ def refuse_unread(key: str, name: str, model: PreTrainedModel, unread: Iterable[
 def trained_texts(model_config: ModelConfig) -> np.ndarray:
     """The digests (texts,) of 16 bytes of what the encoder was trained on, if it is from a run of this suite."""
     paths = [Path(model_config.model_name) / name for name in (PRETRAINED_TEXTS, TRAINED_TEXTS)]
-    path = next(filter(os.path.lexists, paths), None)
+    path = next(filter(Path.is_file, paths), None)
     if path is None:
         return np.empty(0, "V16")
     if not model_config.pretrained:
         raise UserError(f"model_config.pretrained is false, so nothing that {path.parent} has learned would be used: "
                         "set model_config.pretrained=true")
-    with explained("model_config.model_name", str(path), any_error=True):
-        digests = np.load(regular(path))  # no pickle is read
-        if not isinstance(digests, np.ndarray) or digests.dtype != "V16" or digests.ndim != 1:
-            raise ValueError("it holds no digests of texts")
-    return digests
+    with explained("model_config.model_name", str(path)):
+        return np.load(path)  # no pickle is read
 
 
 def model_folder(name: str) -> Path:
     """The folder of a model, which is in the Hub's cache if `name` is one on the Hub."""
-    return Path(cached_file(name, "config.json")).parent
+    return Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
 
 
 def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
@@ -198,7 +185,6 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
         if (folder / MANIFEST).exists():
             refuse_damage(folder)
         read_config(folder / "config.json")
-        files = weight_files(folder) if model_config.pretrained and not is_hub_name(name) else []
         own = own_classifier(name)
         encoder_config = own.encoder if own else AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind = encoder_config.model_type
@@ -210,7 +196,8 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
     if model_config.encoder_dropout is not None:
         set_encoder_dropout(encoder_config, model_config.encoder_dropout)
     try:
-        build_on_meta(lambda: AutoModel.from_config(encoder_config), *room_for_weights(files))
+        with torch.device("meta"):  # shapes without memory, before any review is read
+            AutoModel.from_config(encoder_config)
     except Exception as error:  # of any type: each architecture fails on bad values in its own way
         reason = f"{type(error).__name__}: {brief(error)}"
         raise UserError(f"model_config.model_name: no encoder can be built from the config.json of {name} ({reason}): "
@@ -283,44 +270,29 @@ def load_model(folder: str | Path) -> nn.Module:
         raise UserError(f"{folder}: no {lost}; train this run first, or name a folder with a trained model")
     if (folder / MANIFEST).exists():
         refuse_damage(folder)
-    try:
+    with explained("--model", str(folder), any_error=True):
         values = read_config(folder / "config.json")
         if str(values.get("architectures")).endswith("ForMaskedLM']"):
-            raise ValueError("it names masked words and knows no classes; fine-tune from it with "
-                             f"model_config.model_name={folder}")
+            raise UserError(f"{folder}: it predicts masked words and has no classes: fine-tune it first, with "
+                            f"model_config.model_name={folder}")
         is_ours = values.pop("model_type") == ClassifierConfig.model_type
         config = ClassifierConfig(**values) if is_ours else AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        refuse_senseless(config)
-        build = EncoderForClassification if is_ours else AutoModelForSequenceClassification.from_config
-        build_on_meta(lambda: build(config), *room_for_weights(files))
-    except Exception as error:  # of any type: each architecture fails on bad values in its own way
-        raise UserError(f"{folder / 'config.json'}: not a trained model: {brief(error)}") from error
-    with explained("--model", str(folder), any_error=True):
+        refuse_other_tasks(config)
         model = _load_ours(files, config) if is_ours else _load_foreign(folder, config)
-        refuse_types(files, model)
         refuse_not_finite(model.named_parameters())
-        refuse_broken(model)
+        try_forward_pass(model, (1, config.num_labels))
     return model
 
 
-def refuse_senseless(config: PreTrainedConfig) -> None:
-    """Raises ValueError for values of a classifier's config.json that would be read as something else."""
+def refuse_other_tasks(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that does not say which one of several classes a review has."""
     names = config.id2label
     if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names) or len(names) < 2:
-        raise ValueError(f"id2label is {names}: two or more different names, numbered from 0, are needed")
-    "".join(names.values()).encode()  # a UnicodeEncodeError is a ValueError
+        raise ValueError(f"id2label in its config.json is {names}: two or more different names, numbered from 0, are "
+                         "needed")
     if config.problem_type not in (None, "single_label_classification"):
-        raise ValueError(f"problem_type is {config.problem_type!r}: one class of a review must be right")
-    if isinstance(config, ClassifierConfig) and config.pooling not in ("cls", "mean"):
-        raise ValueError(f"pooling is {config.pooling!r}, not cls or mean")
-    if not says_how_to_cut(config):
-        return
-    if config.truncation not in TRUNCATIONS:
-        raise ValueError(f"truncation is {config.truncation!r}, not one of {', '.join(TRUNCATIONS)}")
-    if not isinstance(config.max_windows, int) or config.max_windows < 1:
-        raise ValueError(f"max_windows is {config.max_windows!r}, not a number of windows from 1")
-    if config.max_len is not None and not (isinstance(config.max_len, int) and config.max_len >= 4):
-        raise ValueError(f"max_len is {config.max_len!r}, not a number of tokens from 4")
+        raise ValueError(f"problem_type in its config.json is {config.problem_type!r}: one class of a review must be "
+                         "right")
 
 
 def says_how_to_cut(config: PreTrainedConfig) -> bool:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from model import attention_masks, is_known
 from suite.common.hub import explained
 from suite.encoders.loading import load_weights, own_classifier
-from suite.encoders.refusals import WEIGHTS
+from suite.encoders.refusals import WEIGHTS, try_forward_pass
 from utils import ModelConfig, UserError, say
 
 
@@ -94,15 +94,5 @@ def new_masked_lm(model_config: ModelConfig, config: PreTrainedConfig) -> Masked
             model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
         config.name_or_path = ""  # a path of this machine, which concerns nobody else
         masked_lm = MaskedLanguageModel(model)
-        refuse_broken(masked_lm)
+        try_forward_pass(masked_lm, (2, config.vocab_size), masked=torch.arange(2))
     return masked_lm
-
-
-@torch.no_grad()
-def refuse_broken(model: MaskedLanguageModel) -> None:
-    """One forward pass over two tokens tells whether the values of config.json work together."""
-    inputs = torch.ones(1, 2, dtype=torch.int64)
-    logits = model.eval()(inputs, masked=torch.arange(2), attention_mask=inputs).logits
-    model.train()
-    if logits.shape != (2, model.config.vocab_size) or not logits.isfinite().all():
-        raise ValueError("its values give no finite logits")

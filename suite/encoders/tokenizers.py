@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from suite.common.hub import explained
-from suite.common.storage import room_for
-from suite.encoders.refusals import refuse_vocabulary
+from suite.encoders.refusals import refuse_no_words
 from utils import UserError, printable, process_rank, say
 
 MANY_WORDS = 0.05  # of a vocabulary; one that was made of texts in lower case has none, or the 26 letters
@@ -30,12 +27,8 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     """
     with explained(key, name, any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        refuse_vocabulary(tokenizer)
+        refuse_no_words(tokenizer)
         compare_with_file(tokenizer, name, key, texts)
-        if key == "model_config.model_name":  # what cannot be written would end the training at its first save
-            with (room_for(Path(tempfile.gettempdir()), needed=0, fix="set TMPDIR to another disk"),
-                  tempfile.TemporaryDirectory() as folder):
-                tokenizer.save_pretrained(folder)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
                         "tokenizer_config.json")

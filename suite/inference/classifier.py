@@ -18,7 +18,7 @@ from suite.common.checks import position_limit, too_long
 from suite.common.protocols import Devices
 from suite.encoders.loading import load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
-from suite.encoders.refusals import largest_token, refuse_unknown_words
+from suite.encoders.refusals import refuse_foreign_tokens, refuse_unknown_words
 from suite.encoders.tokenizers import COMPARED_TEXTS, compare_with_file, load_tokenizer
 from suite.reviews.sampling import LengthSampler
 from utils import Config, UserError
@@ -68,10 +68,7 @@ class Classifier(Labeller):
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
         self.encode = Encode(self.tokenizer, max_len, cut_by.truncation, cut_by.max_windows)
-        around = np.array([*self.encode.prefix, *self.encode.suffix], np.int64)
-        if (largest := largest_token(self.tokenizer, around)) >= encoder.vocab_size:
-            raise UserError(f"{folder}: its tokenizer gives token {largest}, its encoder knows only "
-                            f"{encoder.vocab_size}: they do not belong together")
+        refuse_foreign_tokens("--model", str(folder), self.tokenizer, encoder.vocab_size)
         self.knows_words = False  # until the first reviews have shown it
         self.label_names = [str(own.id2label[label]) for label in range(len(own.id2label))]
         self.data_fingerprint = getattr(own, "data_fingerprint", None)
@@ -92,11 +89,7 @@ class Classifier(Labeller):
 
     def refuse_unknown_words(self, tokens: np.ndarray) -> None:
         """Raises UserError if these tokens, of several reviews, show that the tokenizer does not know their words."""
-        try:
-            refuse_unknown_words(self.tokenizer, tokens)
-        except ValueError as error:
-            raise UserError(f"{self.folder}: {error}: give reviews in the language of this model, or name another one "
-                            "with --model") from None
+        refuse_unknown_words("--model", str(self.folder), self.tokenizer, tokens)
         self.knows_words = True
 
     def logits(self, texts: list[str]) -> np.ndarray:

@@ -22,9 +22,9 @@ from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
 from suite.encoders.loading import TRAINED_TEXTS, best_model, load_encoder_config, new_model, save_model
 from suite.encoders.placement import Batch, checkpoint_gradients, pass_tokens, place_model
+from suite.training.compatibility import refuse_incompatible
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
-from suite.training.misfit import refuse_misfit
 from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
 from suite.training.states import (
     KEPT_STATES,
@@ -87,7 +87,7 @@ class Run:
         encoder_config = load_encoder_config(config.model_config)  # refuses what is no encoder before reviews are read
         with devices.main_process_first():
             data = cls.prepare_data(config)
-        refuse_misfit(config, encoder_config, data)
+        refuse_incompatible(config, encoder_config, data)
         model = cls.new_model(config, encoder_config, data)
         if config.train_config.gradient_checkpointing:
             checkpoint_gradients(model, config.model_config.model_name)
