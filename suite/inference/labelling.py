@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from suite.common.locks import lock
 from suite.common.stopping import SIGNALS
 from suite.common.storage import NOT_SEALED, atomic_write, refuse_existing, room_for, sha256_of, write_json
 from suite.inference.classifier import Labeller
@@ -138,7 +139,8 @@ class Job:
     def take_folder(self) -> bool:
         """Raises UserError if the folder is in use or holds parts of another job, or if there is an output already."""
         parts = self.parts
-        parts.lock()
+        lock(parts.folder, "choose another --output", inside=".job.lock")
+        parts.folder.mkdir(exist_ok=True)  # `lock` has made it, except where there are no locks
         before = parts.read_job()
         is_joined = before.pop("joined", False)
         if self.from_stdin:

@@ -26,7 +26,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from suite.common.locks import lock
 from suite.common.storage import atomic_write, read_json, refuse_existing, sync_folder
 from suite.reviews.rows import Row
 from utils import UserError, say
@@ -44,14 +43,6 @@ class Parts:
         self.source = str(self.folder / "input.txt") if path == "-" else path
         self.joined, self.joined_rejected = self.folder / f"output{output.suffix}", self.folder / "rejected.csv"
         self.kind = ".parquet" if output.suffix == ".parquet" else ".jsonl"  # of the parts
-
-    def lock(self) -> None:
-        """Take the folder for this process. Raises UserError if another process has it."""
-        try:
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --output") from None
-        lock(self.folder, "choose another --output", inside=".job.lock")
 
     def read_job(self) -> dict[str, Any]:
         """The description of the job that used this folder before; {} if there was none."""
