@@ -1,5 +1,5 @@
-"""--mode predict loses no row and no digit: whatever happens to the parts of an interrupted job, the output is the one
-of a job that nothing disturbed; and a column of any Arrow type comes back as it was."""
+"""--mode predict goes on with its own parts and no others: the output is that of a job that nothing disturbed, even if
+parts are damaged; another input, model or setting is refused. And a column of any Arrow type comes back as it was."""
 
 import csv
 import datetime
@@ -7,14 +7,18 @@ import decimal
 import json
 import os
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import content_of, expect, run_here, train_here, write_reviews
+from conftest import PROJECT, content_of, expect, run_here, train_here, write_reviews
 
 from suite.inference import classifier, labelling, parts
+from utils import load_config
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +39,9 @@ def predict(model, tmp_path, monkeypatch):
     return lambda source, name, code=0: (expect(code, predict_here(model, source, tmp_path / name)), tmp_path / name)
 
 
-def predict_here(model, source, output):
+def predict_here(model, source, output, *overrides):
     return run_here("data_config.text_column=review", "train_config.device=cpu", "train_config.mixed_precision=no",
-                    mode="predict", model=str(model), input=str(source), output=str(output))
+                    *overrides, mode="predict", model=str(model), input=str(source), output=str(output))
 
 
 @pytest.fixture(scope="module")
@@ -71,130 +75,126 @@ def stopped(interrupted, tmp_path):
     return interrupted / "in.csv", folder, interrupted / "whole.csv"
 
 
-def part(folder, number: int, kind: str = "jsonl"):
-    [path] = folder.glob(f"{number:08d}-*.{kind}")
+def part(folder, number: int):
+    [path] = folder.glob(f"{number:08d}-*.jsonl")
     return path
 
 
-def cut_line(path):
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-
-
-def swap(first, second):
-    content = first.read_bytes()
-    first.write_bytes(second.read_bytes())
-    second.write_bytes(content)
-
-
-def of_another(folder, job: str = "", rows: str = ""):
-    """Make the file of chunk 2 that of another job, or of other rows of the input."""
-    path, description = part(folder, 2), json.dumps(json.loads((folder / "job.json").read_text()))
-    place = f"{2:08d}-{rows or path.name.split('-')[1]}"
-    content = path.read_bytes().replace(b'"predicted": "', b'"predicted": "un')
-    maker = parts.Parts("in.csv", folder.with_suffix(""), [], "text")
-    maker.job = job or description
-    path.unlink()
-    (folder / maker.part_name(place, ".jsonl", content)).write_bytes(content)
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 DAMAGE = {  # name: (what is done to the folder of parts, whether a line says so)
-    "a line lost": (lambda folder: cut_line(part(folder, 2)), True),
-    "a line more": (lambda folder: part(folder, 2).open("a").write('{"review": "mine", "n": 1}\n'), True),
-    "another label": (lambda folder: part(folder, 2).write_text(part(folder, 2).read_text().replace(
-        '"predicted": "', '"predicted": "un')), True),
-    "of another job": (lambda folder: of_another(folder, job="another"), True),
-    "of other rows": (lambda folder: of_another(folder, rows="0123abcd"), False),
-    "empty": (lambda folder: part(folder, 2).write_bytes(b""), True),
-    "deleted": (lambda folder: part(folder, 2).unlink(), False),
-    "renamed": (lambda folder: part(folder, 1).rename(folder / part(folder, 1).name.replace("1-", "9-", 1)), True),
-    "named as before": (lambda folder: part(folder, 1).rename(folder / "00000001.jsonl"), True),
-    "copied as another chunk": (lambda folder: shutil.copy(part(folder, 1), str(part(folder, 1)).replace("1-", "4-")),
-                                True),
-    "copied with more zeros": (lambda folder: shutil.copy(part(folder, 1), folder / f"0{part(folder, 1).name}"), True),
-    "swapped": (lambda folder: swap(part(folder, 1), part(folder, 2)), True),
-    "rows for broken rows": (lambda folder: part(folder, 3).rename(part(folder, 3).with_suffix(".csv")), True),
-    "broken rows lost": (lambda folder: part(folder, 1, "csv").unlink(), False),
-    "broken rows damaged": (lambda folder: part(folder, 2, "csv").write_text("1,mine,mine\n"), True),
-    "half-written files": (lambda folder: (folder / f".{'0' * 16}.tmp").write_text("half"), False),
+    "truncated": (lambda folder: os.truncate(part(folder, 2), part(folder, 2).stat().st_size - 1), True),
+    "emptied": (lambda folder: os.truncate(part(folder, 2), 0), True),
+    "a bit flipped": (lambda folder: flip_bit(part(folder, 2)), True),
+    "two of them": (lambda folder: (flip_bit(part(folder, 1)), flip_bit(part(folder, 3))), True),
+    "not written": (lambda folder: part(folder, 2).unlink(), False),
+    "half-written": (lambda folder: (folder / f".{'0' * 16}.tmp").write_text("half"), False),
 }
+
+
+def is_undisturbed(output, whole) -> bool:
+    assert output.read_bytes() == whole.read_bytes()
+    assert len(output.read_text().splitlines()) == 1 + 68
+    rejected = [path.with_name(f"{path.name}.rejected.csv").read_bytes() for path in (output, whole)]
+    return rejected[0] == rejected[1] and not output.with_name("out.csv.parts").exists()
 
 
 @pytest.mark.parametrize(("damage", "is_said"), DAMAGE.values(), ids=DAMAGE)
 def test_damaged_parts_are_labelled_again(predict, stopped, damage, is_said):
+    """A truncated or bit-flipped part is noticed when it is read."""
     source, folder, whole = stopped
     damage(folder)
     result, output = predict(source, "out.csv")
     assert ("labelled again" in result.stdout) == is_said
-    assert output.read_bytes() == whole.read_bytes()
-    assert len(output.read_text().splitlines()) == 1 + 68
-    assert output.with_name("out.csv.rejected.csv").read_bytes() == whole.with_name(
-        "whole.csv.rejected.csv").read_bytes()
-    assert not folder.exists()
+    assert is_undisturbed(output, whole)
 
 
-@pytest.mark.parametrize("damage", [row for name, (row, _) in DAMAGE.items() if name in (
-    "a line lost", "deleted", "renamed", "swapped", "broken rows lost", "broken rows damaged")])
-def test_parts_that_are_damaged_while_the_job_runs(predict, stopped, monkeypatch, damage):
+@pytest.mark.parametrize("name", ["truncated", "emptied", "a bit flipped"])
+def test_parts_that_are_damaged_while_the_job_runs(predict, stopped, monkeypatch, name):
+    """A truncated or bit-flipped part is noticed when it is joined, too."""
     source, folder, whole = stopped
     join = parts.Parts.join
     with monkeypatch.context() as patch:
-        patch.setattr(parts.Parts, "join", lambda *arguments: (damage(folder), join(*arguments)))
+        patch.setattr(parts.Parts, "join", lambda *arguments: (DAMAGE[name][0](folder), join(*arguments)))
         result, output = predict(source, "out.csv", code=2)
-    assert "damaged or removed while this job ran: give the same command again" in result.stderr
+    assert "was damaged while this job ran: give the same command again" in result.stderr
+    assert result.stderr.count("\n") == 1
     assert not output.exists()
     predict(source, "out.csv")
-    assert output.read_bytes() == whole.read_bytes()
+    assert is_undisturbed(output, whole)
 
 
-def replaced_by_folder(path):
-    path.unlink(missing_ok=True)
-    path.mkdir()
-    (path / "thesis").write_text("mine")
-
-
-def replaced_by_fifo(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def replaced_by_link(path):
-    path.rename(path.parent.parent / path.name)
-    path.symlink_to(path.parent.parent / path.name)
-
-
-@pytest.mark.parametrize(("damage", "words"), [
-    (lambda folder: (folder / "job.json").write_text("[" * 1000 + "]" * 1000), "job.json is damaged"),
-    (lambda folder: (folder / "job.json").write_text("7"), "job.json is damaged"),
-    (lambda folder: (folder / "job.json").write_text('"text"'), "job.json is damaged"),
-    (lambda folder: (folder / "job.json").write_text('{"model": [1], "chunk_rows": "16"}'), "with another"),
-    (lambda folder: (folder / "job.json").write_bytes(b"\xff"), "job.json is damaged"),
-    (lambda folder: (folder / "job.json").unlink(), "has no job.json"),
-    (lambda folder: replaced_by_folder(folder / "job.json"), "files that no job wrote (job.json)"),
-    (lambda folder: replaced_by_folder(folder / "input.txt"), "files that no job wrote (input.txt)"),
-    (lambda folder: replaced_by_folder(part(folder, 1)), "files that no job wrote"),
-    (lambda folder: replaced_by_fifo(part(folder, 1)), "files that no job wrote"),
-    (lambda folder: replaced_by_fifo(folder / "job.json"), "files that no job wrote"),
-    (lambda folder: replaced_by_link(part(folder, 1)), "files that no job wrote"),
-    (lambda folder: (folder / "thesis.txt").write_text("mine"), "files that no job wrote (thesis.txt)"),
-    (lambda folder: (folder / "2024-sales.csv").write_text("mine"), "files that no job wrote (2024-sales.csv)")])
-def test_what_is_no_job_s_is_refused_and_stays(predict, stopped, damage, words):
-    source, folder, _ = stopped
-    damage(folder)
-    before = content_of(folder)
-    result, output = predict(source, "out.csv", code=2)
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert content_of(folder) == before
-    assert not output.exists()
+def test_a_second_process_is_refused(predict, stopped):
+    """Two processes cannot write one labelled file at the same time."""
+    source, folder, whole = stopped
+    holding = "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", holding, folder / ".job.lock"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        before = content_of(folder)
+        result, output = predict(source, "out.csv", code=2)
+        assert f"error: {folder} is in use by another process" in result.stderr
+        assert content_of(folder) == before
+        other.communicate("\n")
+    predict(source, "out.csv")
+    assert is_undisturbed(output, whole)
 
 
 def test_an_input_of_the_same_size_and_time_is_another_input(predict, stopped):
+    """Another input for the same output is refused in one line."""
     source, _, _ = stopped
-    status, content = source.stat(), source.read_text()
-    source.write_text(content.replace("number 60", "number 06"))
+    status, content = source.stat(), source.read_bytes()
+    source.write_bytes(content.replace(b"number 60", b"number 06"))
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "an interrupted job with another content" in predict(source, "out.csv", code=2)[0].stderr
-    source.write_text(content)
+    source.write_bytes(content)
+
+
+def test_rows_of_an_input_that_changes_meanwhile_are_not_mixed(predict, stopped, monkeypatch):
+    """Another input for the same output is refused, also one that comes while the job runs and goes again."""
+    source, _, whole = stopped
+    content, finish = source.read_bytes(), labelling.Job.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling.Job, "finish", lambda *rest: (source.write_bytes(content + b"more,7"), finish(*rest)))
+        result, output = predict(source, "out.csv", code=2)
+    assert f"error: {source}, or the model, has changed while it was labelled" in result.stderr
+    source.write_bytes(content)
+    assert "going on" not in predict(source, "out.csv")[0].stdout
+    assert is_undisturbed(output, whole)
+
+
+def test_only_settings_that_the_model_uses_make_another_job(predict, stopped, model):
+    """Another setting is refused; one that changes nothing is not: the model's own config.json says how to cut."""
+    source, folder, whole = stopped
+    said = json.loads((folder / "job.json").read_text())
+    assert (said["max_len"], said["truncation"], said["eval_batch_size"]) == (32, "head", 256)
+    assert "max_windows" not in said
+    output = folder.with_suffix("")
+    refused = predict_here(model, source, output, "data_config.eval_batch_size=7")
+    assert "with another eval_batch_size:" in expect(2, refused).stderr
+    unused = ["data_config.max_len=16", "data_config.truncation=tail", "data_config.max_windows=2"]
+    assert "going on: 3 chunks" in expect(0, predict_here(model, source, output, *unused)).stdout
+    assert is_undisturbed(output, whole)
+
+
+def test_a_job_is_known_by_all_files_of_its_model_and_its_input(tmp_path):
+    """Another model for the same output is refused: a stack's members have folders of their own in its folder."""
+    for name in ("stack/member-1", "texts/pos", "texts/neg"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "stack" / "member-1" / "weights").write_text("1")
+    (tmp_path / "texts" / "pos" / "1.txt").write_text("a film")
+    stack = SimpleNamespace(folder=tmp_path / "stack", settings={}, added=[], devices=None)
+    job = labelling.Job(str(tmp_path / "texts"), tmp_path / "out.csv", stack, load_config(PROJECT / "config.yaml", []))
+    first = job.describe()
+    assert job.describe() == first
+    (tmp_path / "stack" / "member-1" / "weights").write_text("2")
+    assert {key for key, value in job.describe().items() if value != first[key]} == {"model"}
+    (tmp_path / "texts" / "pos" / "1.txt").rename(tmp_path / "texts" / "neg" / "1.txt")
+    assert {key for key, value in job.describe().items() if value != first[key]} == {"model", "content"}
 
 
 @pytest.mark.parametrize("name", ["n" * 250 + ".csv", "ä" * 120 + ".csv", "n" * 239 + ".jsonl"])

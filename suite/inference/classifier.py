@@ -33,6 +33,11 @@ class Labeller:
     data_fingerprint: str | None  # of the reviews and the split that it was trained on; None if it does not say so
     logits: Callable[[list[str]], np.ndarray]  # (texts, classes) float64
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings on which its probabilities depend, besides the files in its folder."""
+        return {}
+
     def cast_weights(self) -> None:
         """Make the model ready for many texts."""
 
@@ -76,6 +81,13 @@ class Classifier(Labeller):
         self.pass_tokens = pass_tokens(self.model, devices.device)
         place_model(self.model, devices.device, compiled=config.train_config.compile)
         self.model.eval()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        cut = {"max_len": self.encode.max_len, "truncation": self.encode.truncation}
+        if self.encode.truncation == "windows":
+            cut["max_windows"] = self.encode.max_windows
+        return {**cut, "eval_batch_size": self.batch_size, "precision": self.devices.precision}
 
     def cast_weights(self) -> None:
         """Cast once what autocast would cast in each forward pass, with the same result to the last bit."""

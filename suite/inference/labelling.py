@@ -1,11 +1,12 @@
 """Labels the rows of a file chunk by chunk, so that an interrupted job goes on where it stopped.
 
-Memory does not grow with the file: the labelled rows of each chunk go into a file of their own, see parts.py. Several
-processes share the chunks. When all of them are labelled, their files are joined into the output.
+Memory does not grow with the file: what is labelled of each chunk goes into a file of its own, see parts.py. Several
+processes share the chunks. When all of them are labelled, the main process joins their files into the output.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
 import json
@@ -14,21 +15,27 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from suite.common.locks import lock
 from suite.common.stopping import SIGNALS
-from suite.common.storage import NOT_SEALED, atomic_write, room_for, sha256_of, write_json
+from suite.common.storage import NOT_SEALED, atomic_write, refuse_existing, room_for, sha256_of, write_json
 from suite.inference.classifier import Labeller
-from suite.inference.parts import Parts, is_same
+from suite.inference.parts import Parts
 from suite.reviews.rows import Row, as_text, column_problem, columns_of, listed, read_rows, size_of, text_files
 from suite.reviews.sampling import CHUNK_ROWS
 from utils import Config, UserError, file_kind, num_processes, process_rank, say
 
 SHOWN = 3  # broken rows that are printed; the file of rejected rows has all of them
+
+
+def text_column_of(path: str, column: str) -> str:
+    """The column that holds the texts: `column`, unless the input is of a kind whose columns have fixed names."""
+    return "text" if path == "-" or os.path.isdir(path) or file_kind(path) == ".txt" else column
 
 
 def read_chunks(path: str, column: str, added: list[str], gives_tokens: Callable[[str], bool] = bool
@@ -38,8 +45,7 @@ def read_chunks(path: str, column: str, added: list[str], gives_tokens: Callable
 
     Raises UserError if there is no text column, or if a column has the name of one that will be `added`.
     """
-    if path == "-" or os.path.isdir(path) or file_kind(path) == ".txt":
-        column = "text"
+    column = text_column_of(path, column)
     if path == "-":
         rows, columns = read_rows("-.txt", file=sys.stdin.buffer), ["text"]
     else:
@@ -82,31 +88,29 @@ class Job:
     """The labelling of one file, or of standard input, into another file."""
 
     def __init__(self, path: str, output: Path, classifier: Labeller, config: Config):
-        self.classifier, self.config, self.devices = classifier, config, classifier.devices
-        self.from_stdin = path == "-"
-        self.parts = Parts(path, output, classifier.added, config.data_config.text_column)
+        self.classifier, self.devices = classifier, classifier.devices
+        self.parts = Parts(path, output, classifier.added)
+        self.source, self.from_stdin = self.parts.source, path == "-"
+        self.column = text_column_of(path, config.data_config.text_column)
 
     def run(self) -> None:
         parts, output, is_main = self.parts, self.parts.output, self.devices.is_main
-        if self.devices.any(is_main and is_same(parts.joined, output) and self.is_that_of(parts.read_job())):
-            if is_main:  # the job was stopped when only its folder was left to remove
-                parts.remove()
-            say(f"{output} is done")
-            return
         with room_for(output.parent, fix="make room or choose another --output"):
-            self.open()
-            done, with_broken = parts.files(parts.kind), parts.files(".csv")
+            if self.open():
+                say(f"{output} is done")
+                return
+            done = set(parts.files())
             self.devices.barrier()  # every process has to see what was done before any of them does more
             if done:
                 say(f"going on: {len(done):,} chunks of {CHUNK_ROWS:,} rows are labelled already")
             started = time.perf_counter()
             try:
-                counts, broken = self.label_chunks(done, with_broken)
+                counts, columns = self.label_chunks(done)
                 self.devices.barrier()
                 if is_main:
-                    self.finish(counts, broken)
+                    self.finish(counts, columns)
             except UserError:
-                if is_main and not parts.files(parts.kind):  # nothing was labelled, so nothing is left behind
+                if is_main and not parts.files():  # nothing is labelled, so nothing is left behind
                     parts.remove()
                 raise
             except SystemExit:
@@ -117,82 +121,103 @@ class Job:
         if counts["broken"]:
             say(f"{parts.rejected}: the broken rows, {counts['broken']:,}, were skipped")
 
-    def open(self) -> None:
-        """Let the main process claim the folder of parts for this job; if it fails, all processes leave."""
-        problem = None
+    def open(self) -> bool:
+        """Let the main process take the folder of parts for this job; if it fails, all processes leave.
+
+        Returns whether the job was done but for the last renames, which have been made now.
+        """
+        problem, is_done = None, False
         if self.devices.is_main:
             try:
-                self.parts.claim()
-                before = self.parts.read_job()
-                if self.from_stdin:
-                    self.copy_standard_input(before)
-                self.description = self.describe()
-                if self.parts.files(self.parts.kind) and before != self.description:
-                    self.parts.refuse([key for key, value in self.description.items() if before.get(key) != value])
-                write_json(self.parts.folder / "job.json", self.description)
-                self.parts.job = json.dumps(self.description)
-                self.parts.discard_damaged()
+                is_done = self.take_folder()
             except Exception as error:  # raised below, when the other processes know
                 problem = error
         if self.devices.any(problem is not None):
             raise problem or SystemExit(2)
-        self.parts.job = self.parts.job or json.dumps(self.parts.read_job())  # what the main process has written
+        return self.devices.any(is_done)
 
-    def is_that_of(self, before: dict[str, Any]) -> bool:
-        """Whether an earlier command was this one. Of standard input, nobody can tell."""
-        return not self.from_stdin and before == self.describe()
-
-    def copy_standard_input(self, before: dict[str, Any]) -> None:
-        """Nobody can give standard input twice, so an interrupted job starts again, on a copy of the new input."""
-        if before and before.get("input") != str(Path(self.parts.source).resolve()):
-            self.parts.refuse(["input"])
-        self.parts.remove_files("[0-9]*")
-        with atomic_write(self.parts.source, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+    def take_folder(self) -> bool:
+        """Raises UserError if the folder is in use or holds parts of another job, or if there is an output already."""
+        parts = self.parts
+        lock(parts.folder, "choose another --output", inside=".job.lock")
+        parts.folder.mkdir(exist_ok=True)  # `lock` has made it, except where there are no locks
+        before = parts.read_job()
+        is_joined = before.pop("joined", False)
+        if self.from_stdin:
+            with atomic_write(self.source, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        self.description = self.describe()
+        differing = [key for key, value in self.description.items() if before.get(key) != value]
+        if is_joined and not differing:
+            parts.place_joined()
+            return True
+        refuse_existing(parts.output, parts.rejected)  # again: they may have been written since the command began
+        if self.from_stdin and differing == ["content"]:  # a new job: the texts that were piped in before are gone
+            parts.remove_files()
+        if differing and parts.files():
+            raise UserError(f"{parts.folder} holds the rows of an interrupted job with another {', '.join(differing)}: "
+                            "give its command again, choose another --output, or remove this folder")
+        write_json(parts.job, self.description)
+        parts.remove_damaged()
+        return False
 
     def describe(self) -> dict[str, Any]:
         """Everything that the labels depend on."""
-        source, data, model = Path(self.parts.source).resolve(), self.config.data_config, hashlib.sha256()
-        for path in sorted(self.classifier.folder.iterdir()):
-            if path.is_file() and path.name not in NOT_SEALED:
-                model.update(path.name.encode() + sha256_of(path).encode())
-        content = hashlib.sha256()  # of the input, because another file can have the same size and time
-        for path in text_files(source) if source.is_dir() else [source]:
-            content.update(path.name.encode() + sha256_of(path).encode())
-        return {"input": str(source), "content": content.hexdigest(), "model": model.hexdigest(),
-                "text_column": data.text_column, "max_len": data.max_len, "truncation": data.truncation,
-                "max_windows": data.max_windows, "eval_batch_size": data.eval_batch_size,
-                "precision": self.devices.precision, "chunk_rows": CHUNK_ROWS}
+        source, model = Path(self.source).resolve(), self.classifier.folder
+        texts = text_files(source) if source.is_dir() else [source]
+        return {"input": str(source), "content": sum_of_files(source, texts),
+                "model": sum_of_files(model, (path for path in model.rglob("*")
+                                              if path.is_file() and path.name not in NOT_SEALED)),
+                "text_column": self.column, "chunk_rows": CHUNK_ROWS, **self.classifier.settings}
 
-    def label_chunks(self, done: dict[int, Path], with_broken: dict[int, Path]) -> tuple[Counter, list[int]]:
-        """Label the chunks whose rows are not `done`, or whose broken ones are not; the processes take turns.
+    def label_chunks(self, done: set[int]) -> tuple[Counter, dict[str, None]]:
+        """Label the chunks that are not `done`, in which the processes take turns, and write all broken rows aside.
 
         Returns the numbers of chunks, of rows, of broken ones, and of those that all processes together have labelled
-        now; and which chunks have broken rows.
+        now; and the columns of the input.
         """
-        source, counts, turns = self.parts.source, Counter(), itertools.cycle(range(num_processes()))
-        numbers: list[int] = []
-        bar = tqdm(desc="predict", total=size_of(source), unit="row" if file_kind(source) == ".parquet" else "B",
-                   unit_scale=True, dynamic_ncols=True, disable=process_rank() > 0 or not sys.stderr.isatty())
-        column, model = self.config.data_config.text_column, self.classifier
-        for number, chunk in enumerate(read_chunks(source, column, model.added, model.gives_tokens), start=1):
-            broken = [row for row in chunk if row.problem]
-            for row in broken[:max(0, SHOWN - counts["broken"])]:
-                say(f"skipped: {row.problem}")
-            counts.update(chunks=1, rows=len(chunk), broken=len(broken))
-            numbers += [number] * bool(broken)
-            if not self.parts.is_of(chunk, done.get(number)) or (number in with_broken) != bool(broken):
-                if next(turns) == process_rank():
-                    self.parts.write(number, label(self.classifier, chunk), chunk)
-                counts.update(labelled=len(chunk))
-            bar.update(chunk[-1].position - bar.n)
-            if SIGNALS.received:
-                raise SystemExit(SIGNALS.exit_code)
-        bar.close()
-        return counts, numbers
+        counts, turns = Counter(), itertools.cycle(range(num_processes()))
+        columns = dict.fromkeys(columns_of(self.source, [self.column]))
+        chunks = read_chunks(self.source, self.column, self.classifier.added, self.classifier.gives_tokens)
+        with (tqdm(desc="predict", total=size_of(self.source), unit_scale=True, dynamic_ncols=True,
+                   unit="row" if file_kind(self.source) == ".parquet" else "B",
+                   disable=process_rank() > 0 or not sys.stderr.isatty()) as bar,
+              atomic_write(self.parts.joined_rejected) if self.devices.is_main else open(os.devnull, "w") as file):
+            rejected = csv.writer(file)
+            rejected.writerow(["row", "problem", "content"])
+            for number, chunk in enumerate(chunks, start=1):
+                broken = [row for row in chunk if row.problem]
+                rejected.writerows([row.number, row.problem, row.content] for row in broken)
+                for row in broken[:max(0, SHOWN - counts["broken"])]:
+                    say(f"skipped: {row.problem}")
+                counts.update(chunks=1, rows=len(chunk), broken=len(broken))
+                for row in chunk:  # one of a .jsonl file can have columns of its own
+                    columns |= dict.fromkeys(row.values)
+                if number not in done:
+                    if next(turns) == process_rank():
+                        self.parts.write(number, label(self.classifier, chunk), chunk)
+                    counts.update(labelled=len(chunk))
+                bar.update(chunk[-1].position - bar.n)
+                if SIGNALS.received:
+                    raise SystemExit(SIGNALS.exit_code)
+        return counts, columns
 
-    def finish(self, counts: Counter, broken: list[int]) -> None:
+    def finish(self, counts: Counter, columns: dict[str, None]) -> None:
+        """Join the parts. Once job.json says that they are joined, only renames are left to do."""
         if self.describe() != self.description:
-            raise UserError(f"{self.parts.source}, or the model, has changed while it was labelled: remove "
-                            f"{self.parts.folder} and give the command again")
-        self.parts.join(counts["chunks"], counts["rows"] - counts["broken"], broken)
+            self.parts.remove_files()  # some rows may have been labelled before the change, and some after it
+            raise UserError(f"{self.source}, or the model, has changed while it was labelled: give the command again, "
+                            "which starts afresh")
+        self.parts.join(counts["chunks"], [*columns, *self.classifier.added])
+        if not counts["broken"]:
+            self.parts.joined_rejected.unlink()
+        write_json(self.parts.job, self.description | {"joined": True})
+        self.parts.place_joined()
+
+
+def sum_of_files(folder: Path, paths: Iterable[Path]) -> str:
+    """The SHA-256 sum, in hex, of the names of files within `folder` and of what they hold."""
+    result = hashlib.sha256()
+    for path in sorted(paths):
+        result.update(os.fsencode(path.relative_to(folder)) + sha256_of(path).encode())
+    return result.hexdigest()

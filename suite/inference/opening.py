@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,10 @@ class Stack(Labeller):
         if other := next((member for member in self.members if member.label_names != self.label_names), None):
             raise UserError(f"{other.folder} has the classes {other.label_names}, its stack {self.label_names}: make "
                             "the stack again with ensemble.py")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"members": [member.settings for member in self.members]}
 
     def cast_weights(self) -> None:
         for member in self.members:
