@@ -17,7 +17,6 @@ from test_compare import write_run
 
 from experiment import list_cells, read_command, write_report
 from suite.common.run_folder import shaping_values
-from suite.common.stopping import SIGNALS
 from suite.comparison.grid import read_experiment
 from suite.comparison.running import remaining_time
 from utils import UserError, load_config
@@ -167,7 +166,6 @@ def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
 
 @pytest.mark.parametrize("index", ["0", "5", "-1", "two"])
 def test_only_is_a_number_of_a_run(tmp_path, monkeypatch, capsys, index):
-    monkeypatch.setattr(SIGNALS, "install", lambda: None)  # pytest keeps its own
     monkeypatch.setattr(sys, "argv", ["experiment.py", write_experiment(tmp_path), f"--only={index}"])
     with pytest.raises(SystemExit) as left:
         read_command()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from suite.common.locks import is_locked
 from suite.common.run_folder import read_metrics
@@ -99,7 +100,8 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
                     file.flush()
                 except (OSError, ValueError) as error:  # a full disk, or closed: what is said is read all the same
                     last = last or f"{log}: {error}"
-                say("    " + line.rstrip())
+                with suppress(BrokenPipeError):  # the log still has it; unread, the script would wait for ever
+                    say("    " + line.rstrip())
                 if line.strip() and not last.startswith("error:"):
                     last = line.strip()
 
