@@ -6,11 +6,6 @@
 Runs that differ only in their seeds count as one setting. All runs must have been tested on the same reviews.
 """
 
-from suite.common.start import start
-
-if __name__ == "__main__":
-    start("compare.py")  # first of all: what signals, closed streams and unforeseen errors do
-
 import argparse
 from pathlib import Path
 
@@ -41,5 +36,6 @@ def main(command: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    cli.begin()
     COMMAND = read_command()
     cli.run(lambda: main(COMMAND))

@@ -7,11 +7,6 @@
 The weights are fitted on the runs' predictions for the validation reviews. The test reviews only measure the result.
 """
 
-from suite.common.start import start
-
-if __name__ == "__main__":
-    start("ensemble.py")  # first of all: what signals, closed streams and unforeseen errors do
-
 import argparse
 from pathlib import Path
 
@@ -39,5 +34,6 @@ def main(command: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    cli.begin()
     COMMAND = read_command()
     cli.run(lambda: main(COMMAND))

@@ -12,11 +12,6 @@ Each run is a process of main.py or main_accumulation.py. Ctrl-C and SIGTERM let
 the others still take place. Two such commands at the same time share the work.
 """
 
-from suite.common.start import start
-
-if __name__ == "__main__":
-    start("experiment.py")  # first of all: what signals, closed streams and unforeseen errors do
-
 import argparse
 from pathlib import Path
 
@@ -106,5 +101,6 @@ def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace)
 
 
 if __name__ == "__main__":
+    cli.begin()
     COMMAND = read_command()
     cli.run(lambda: main(*COMMAND))

@@ -21,14 +21,10 @@
     python ensemble.py checkpoints/RUN checkpoints/RUN --output FOLDER  finished runs combined by stacking
 """
 
-from suite.common.start import start
-
-if __name__ == "__main__":
-    start("main.py")  # first of all: what signals, closed streams and unforeseen errors do
-
 from suite.common import cli
 
 if __name__ == "__main__":
+    cli.begin()
     COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong value is refused before torch's slow import
 
 from collections.abc import Iterator

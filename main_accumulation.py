@@ -12,14 +12,10 @@ The loop is main.py's, line by line. `AcceleratedDevices` is all that differs: A
 backpropagates, exchanges gradients only at the last micro-batch of an optimizer step, and gathers over the processes.
 """
 
-from suite.common.start import start
-
-if __name__ == "__main__":
-    start("main_accumulation.py")  # first of all: what signals, closed streams and unforeseen errors do
-
 from suite.common import cli
 
 if __name__ == "__main__":
+    cli.begin()
     COMMAND = cli.read_command(__doc__, accumulates=True)  # a wrong value is refused before torch's slow import
 
 import os
@@ -36,7 +32,6 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from main import main
-from suite.common.stopping import SIGNALS
 from suite.encoders.placement import layer_classes
 from suite.training.accelerated import asked_sharding, is_true, refuse_other_settings
 from suite.training.devices import FiniteGuard, SingleDevice, pick_device, pick_precision
@@ -63,8 +58,7 @@ class AcceleratedDevices(SingleDevice):
         on_gpus_only = (f"{asked} is asked for, and Accelerate starts it on GPUs only: leave out the launcher's "
                         "--config_file, and DDP runs on CPUs")
         try:
-            with SIGNALS.at_once():  # it waits for the other processes, for half an hour if they do not come
-                self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
+            self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(on_gpus_only if asked and device.type == "cpu" else
                             f"Accelerate cannot work as its environment variables say ({brief(error)}): correct them, "

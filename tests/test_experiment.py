@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, SHARED, run_script, write_reviews
@@ -17,9 +18,8 @@ from test_compare import write_run
 
 from experiment import list_cells, read_command, write_report
 from suite.common.run_folder import shaping_values
-from suite.common.stopping import SIGNALS
 from suite.comparison.grid import read_experiment
-from suite.comparison.running import remaining_time
+from suite.comparison.running import remaining_time, run_cell
 from utils import UserError, load_config
 
 SHIPPED = sorted(PROJECT.glob("experiments/*.yaml"))
@@ -160,7 +160,6 @@ def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
 
 @pytest.mark.parametrize("index", ["0", "5", "-1", "two"])
 def test_only_is_a_number_of_a_run(tmp_path, monkeypatch, capsys, index):
-    monkeypatch.setattr(SIGNALS, "install", lambda: None)  # pytest keeps its own
     monkeypatch.setattr(sys, "argv", ["experiment.py", write_experiment(tmp_path), f"--only={index}"])
     with pytest.raises(SystemExit) as left:
         read_command()
@@ -230,6 +229,18 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 def is_training(folder: Path):
     return lambda: any((folder / "last").glob("*-step-*"))
+
+
+def test_a_run_does_not_wait_for_a_reader_that_has_left(tmp_path, monkeypatch):
+    """`experiment.py FILE | head` comes to an end. A pipe holds 64 KB, and a run waits until somebody reads on."""
+    def say(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("suite.comparison.running.say", say)
+    (tmp_path / "script.py").write_text("import signal; signal.alarm(20); print('a line\\n' * 20_000, end='')")
+    cell = SimpleNamespace(config=SimpleNamespace(run_name="run"), arguments=[])
+    assert run_cell(SimpleNamespace(report_folder=tmp_path, script=tmp_path / "script.py"), cell) is None
+    assert (tmp_path / "logs/run.txt").read_text() == "a line\n" * 20_000
 
 
 def test_killed_in_the_middle_it_goes_on_without_repeating_a_finished_run(tmp_path, encoder_folder):

@@ -39,7 +39,6 @@ from hypothesis import strategies as st
 
 import main
 from suite.common import cli, locks
-from suite.common.stopping import SIGNALS
 from suite.inference import labelling
 from suite.reviews.rows import columns_of
 from suite.training import outcome
@@ -120,7 +119,6 @@ class Bench:
             patch.setenv("HOME", str(folder / "home"))
             patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
             patch.setattr(sys, "argv", ["main.py", *arguments])
-            patch.setattr(SIGNALS, "install", lambda: None)
             patch.setattr(labelling, "CHUNK_ROWS", 8)
             if SECONDS < 60:
                 patch.setattr(outcome, "try_plots", lambda *arguments: [])  # they take most of a tiny run's time

@@ -142,7 +142,7 @@ def run_until_done(script: str, name: str, undisturbed, sent: signal.Signals, ch
         output = process.communicate(timeout=90)[0]
         codes.append(process.returncode)
         print(f"{name}: {sent.name} {moment}, left with {process.returncode}", flush=True)
-        # 0 where the signal found it finished; SIGTERM ends the very start of Python as it ends every program's
+        # 0 where the signal found it finished; SIGTERM ends it as every program where it does not train
         assert process.returncode in ({-sent, 0} | ({143} if sent == signal.SIGTERM else set())), output
     finish_run(script, arguments)
     assert_same_bits(folder, whole)
@@ -168,16 +168,15 @@ def test_killed_again_and_again(undisturbed, script, sent):
 def test_a_signal_among_the_imports_leaves_without_a_word(undisturbed, sent):
     # torch's C++ aborts the process when an exception comes up in the middle of its import.
     arguments, _ = undisturbed("main.py")
-    for seconds in (0.1, 0.3, 0.6, 1, 1.5):
+    for seconds in (0.2, 0.6, 1.2):
         process = start("-c", [f"import sys; sys.argv = ['main.py', *{arguments}]; "
-                               "from suite.common.start import start; start('main.py'); "
-                               "from suite.common import cli; cli.read_command('', False); "
+                               "from suite.common import cli; cli.begin(); cli.read_command('', False); "
                                "print('reading', flush=True); import main"])
         assert process.stdout.readline() == "reading\n"
         time.sleep(seconds)
         process.send_signal(sent)
         output = process.communicate(timeout=60)[0]
-        assert (process.returncode, output) in (({signal.SIGTERM: 143, signal.SIGINT: 130}[sent], ""), (0, ""))
+        assert (process.returncode, output) in ((-sent, ""), (0, ""))  # a shell shows 143 and 130
 
 
 def test_a_second_ctrl_c_leaves_at_once(undisturbed):

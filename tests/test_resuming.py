@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from conftest import PROJECT, bits_of, history_of, metrics_of, train, train_here
 
 import main
 from main_accumulation import AcceleratedDevices
-from suite.common.stopping import StopRequested
+from suite.common.stopping import StopRequested, StopSignals
 from suite.common.storage import seal
 from suite.training.devices import SingleDevice
 from suite.training.run import Run
@@ -144,6 +145,26 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, scrip
     stopped = bits_of(folder.parent / name)
     stopped["best/README.md"] = stopped["best/README.md"].replace(name.encode(), b"run")
     assert stopped == bits_of(folder)
+
+
+def test_a_launcher_s_second_sigint_does_not_end_the_save_and_nohup_s_sighup_nothing(monkeypatch):
+    """A run may be stopped at any moment. Under a launcher, one Ctrl-C arrives twice."""
+    signals = StopSignals()
+
+    def interrupted() -> None:
+        with signals.deferred():
+            for sent, received in ((signal.SIGHUP, None), (signal.SIGINT, "SIGINT"), (signal.SIGINT, "SIGINT")):
+                os.kill(os.getpid(), sent)
+                assert signals.received == received
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    own = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as left:
+        interrupted()
+    signal.signal(signal.SIGHUP, own)
+    assert left.value.code == 130
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

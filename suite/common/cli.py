@@ -4,6 +4,7 @@ import argparse
 import atexit
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,6 @@ from suite.common.run_folder import (
     shaping_values,
     without_encoder,
 )
-from suite.common.start import CLOSED, LAST_NET, Console
-from suite.common.stopping import SIGNALS
 from suite.common.storage import PARTIAL, refuse_existing, refuse_long
 from utils import BAG_OF_WORDS, ROW_FILES, Config, UserError, file_kind, load_config, num_processes, printable
 
@@ -48,6 +47,14 @@ class Command:
     yes: bool = False  # send what would be sent
 
 
+def begin() -> None:
+    """What every script does first."""
+    # Ctrl-C ends the process at once: a KeyboardInterrupt amid torch's import would abort it, and would wait as long as
+    # the process waits for others. Around the training, SIGNALS does more.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of classes and files that its encoding lacks
+
+
 def read_command(description: str, accumulates: bool) -> Command:
     """Parse and check the command line; if it is wrong, print one line and leave with exit code 2.
 
@@ -64,9 +71,7 @@ def read_command(description: str, accumulates: bool) -> Command:
         leave(error)
     except OSError as error:  # such as a file name that is too long
         leave(UserError(f"command line: {error.filename}: {error.strerror}"))
-    LAST_NET.doing = f"--mode {given.mode}"
     if given.mode in RUN_MODES:
-        LAST_NET.doing, LAST_NET.folder = f"--mode {given.mode} of {config.run_folder}", config.run_folder
         usable_cache()
     return Command(given.mode, config, given.model, given.text, given.input,
                    None if given.output == "-" else given.output, given.formats, bool(given.int8), given.repo,
@@ -225,12 +230,6 @@ def check_options(given: argparse.Namespace) -> None:
         raise UserError(f"--model: no such folder: {given.model}")
     if given.text is not None and not given.text.strip():
         raise UserError("--text is empty: give a review")
-    if given.output in (None, "-") and (given.mode == "predict" or given.mode == "explain" and given.text):
-        if "stdout" in CLOSED:
-            raise UserError("standard output is closed, and the result would be printed there: leave it open, or give "
-                            "an --output")
-        if isinstance(sys.stdout, Console):
-            sys.stdout.is_result = True
     if wrong := [name for name in given.formats if name not in FORMATS or given.formats.count(name) > 1]:
         raise UserError(f"--format {','.join(given.formats)}: {wrong[0]!r} is not one of {', '.join(FORMATS)}, each at "
                         "most once")
@@ -271,11 +270,9 @@ def check_prediction(given: argparse.Namespace) -> None:
 def check_files(source: str, output: str | None) -> None:
     """Raises UserError if the rows of `source` cannot be labelled into `output`; - is standard input and output."""
     kind = file_kind(source)
-    if source == "-" and "stdin" in CLOSED:
-        raise UserError("--input -: standard input is closed: give a file")
     if source != "-":
         if Path(source).is_dir():
-            if not any(Path(source).rglob("*.txt")):
+            if not any(file_kind(path) == ".txt" for path in Path(source).rglob("*")):
                 raise UserError(f"--input: {source} is a folder without .txt files: name one file in it")
         elif not Path(source).is_file():
             raise UserError(f"--input: no such file: {source}")
@@ -299,7 +296,6 @@ def run(work: Callable[[], None]) -> None:
     """Call `work` and leave with the exit code that its outcome means."""
     # One process tokenizes the reviews in several threads before data loaders are forked from it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    SIGNALS.importing = False
     code = 1  # that of an error nobody foresaw
 
     def leave_without_finalization() -> None:
@@ -317,7 +313,8 @@ def run(work: Callable[[], None]) -> None:
     except UserError as error:
         code = 2
         leave(error)
-    except BrokenPipeError:  # the reader of the output has closed it: leave as SIGPIPE would
+    except BrokenPipeError:  # leave as SIGPIPE would
+        drop_output()
         code = 141
         raise SystemExit(code) from None
     except OSError as error:
@@ -339,6 +336,12 @@ def run(work: Callable[[], None]) -> None:
     except SystemExit as stop:
         code = stop.code
         raise
+
+
+def drop_output() -> None:
+    """After a BrokenPipeError: the reader of standard output, such as `head`, has closed it. What is still in its
+    buffer must not make the flush fail with which Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave(error: UserError) -> None:

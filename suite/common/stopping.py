@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do: the run finishes its optimizer step, saves its state and leaves.
+"""What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do to the training: it finishes its optimizer step, saves and leaves.
 
 The same command resumes it later. A second SIGINT leaves at once.
 """
@@ -16,47 +16,30 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Outside `deferred`, a signal ends the process at once. Inside, the code itself looks at `received`."""
+    """Inside `deferred`, a signal is only noted, and the code looks at `received`. Outside, it ends the process."""
 
     def __init__(self):
         self.received: str | None = None
-        self.importing = False  # then leave without an exception: torch's import would abort, and nothing is open yet
-        self._deferring = False
-
-    def install(self) -> None:
-        for name in EXIT_CODES:
-            is_wanted = name != "SIGHUP" or hasattr(signal, name) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-            if hasattr(signal, name) and is_wanted:  # Windows has not all of them, and nohup wants SIGHUP to be ignored
-                signal.signal(getattr(signal, name), self._handle)
 
     def _handle(self, number, frame) -> None:
         name = signal.Signals(number).name
         # Under a launcher, one Ctrl-C arrives twice: from the terminal, and passed on by the launcher.
-        again = name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ
-        if again or self.importing:
+        if name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ:
             os._exit(EXIT_CODES[name])  # no exception, because torch.save would replace it with its own
         self.received = name
-        if not self._deferring:
-            raise SystemExit(EXIT_CODES[name])
 
     @contextmanager
-    def at_once(self):
-        """Around code that waits outside Python, where no handler is called: a signal ends the process as usual."""
-        numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
-        before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    def deferred(self):
+        numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]  # Windows has not all of them
+        before = {number: signal.getsignal(number) for number in numbers}
+        for number, handler in before.items():
+            if signal.Signals(number).name != "SIGHUP" or handler != signal.SIG_IGN:  # nohup wants it to be ignored
+                signal.signal(number, self._handle)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    @contextmanager
-    def deferred(self):
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
         if self.received:
             raise SystemExit(self.exit_code)
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from suite.common.locks import is_locked
 from suite.common.run_folder import read_metrics
@@ -92,7 +92,8 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
         for line in process.stdout:
             file.write(line)
             file.flush()
-            say("    " + line.rstrip())
+            with suppress(BrokenPipeError):  # the log still has it; unread, the script would wait for ever
+                say("    " + line.rstrip())
             if line.strip() and not last.startswith("error:"):
                 last = line.strip()
     if process.returncode < 0:

@@ -22,7 +22,6 @@ from typing import Any
 from tqdm import tqdm
 
 from suite.common.locks import lock
-from suite.common.stopping import SIGNALS
 from suite.common.storage import NOT_SEALED, atomic_write, refuse_existing, room_for, sha256_of, write_json
 from suite.inference.classifier import Labeller
 from suite.inference.parts import Parts
@@ -198,8 +197,6 @@ class Job:
                         self.parts.write(number, label(self.classifier, chunk), chunk)
                     counts.update(labelled=len(chunk))
                 bar.update(chunk[-1].position - bar.n)
-                if SIGNALS.received:
-                    raise SystemExit(SIGNALS.exit_code)
         return counts, columns
 
     def finish(self, counts: Counter, columns: dict[str, None]) -> None:

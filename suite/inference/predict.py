@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from suite.common.cli import Command
+from suite.common.cli import Command, drop_output
 from suite.common.protocols import Devices
 from suite.encoders.loading import best_model
 from suite.inference.classifier import Labeller
@@ -63,7 +63,7 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
                     writer.writeheader()
                 writer.writerow(cells(values))
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe: it has what it wanted
-        pass
+    except BrokenPipeError:  # the reader has what it wanted
+        drop_output()
     if broken:
         print(f"broken rows that were skipped: {broken:,}", file=sys.stderr)
