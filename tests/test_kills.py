@@ -40,10 +40,10 @@ def rounds(usual: int) -> int:
 
 
 def tensors_of(state: Path) -> list:
-    """Everything that is saved in a state but the time that it took, and the run's name within `run`."""
+    """Everything that is saved in a state but the time that it took."""
     weights, loop = (torch.load(state / name, weights_only=True) for name in ("state.pt", "process_0.pt"))
     progress = json.loads((state / "progress.json").read_text())
-    del loop["meter"]["seconds"], progress["run"]
+    del loop["meter"]["seconds"]
     return [progress, weights, loop]
 
 

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do to the training: it finishes its optimizer step, saves and leaves.
+"""What SIGINT, SIGTERM, SIGUSR1 and SIGHUP do to training and labelling: they finish a step or a chunk, save and leave.
 
 The same command resumes it later. A second SIGINT leaves at once.
 """

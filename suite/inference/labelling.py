@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from suite.common.locks import lock
+from suite.common.stopping import SIGNALS
 from suite.common.storage import NOT_SEALED, atomic_write, refuse_existing, room_for, sha256_of, write_json
 from suite.inference.classifier import Labeller
 from suite.inference.parts import Parts
@@ -104,7 +105,8 @@ class Job:
                 say(f"going on: {len(done):,} chunks of {CHUNK_ROWS:,} rows are labelled already")
             started = time.perf_counter()
             try:
-                counts, columns = self.label_chunks(done)
+                with SIGNALS.deferred():
+                    counts, columns = self.label_chunks(done)
                 self.devices.barrier()
                 if is_main:
                     self.finish(counts, columns)
@@ -197,6 +199,8 @@ class Job:
                         self.parts.write(number, label(self.classifier, chunk), chunk)
                     counts.update(labelled=len(chunk))
                 bar.update(chunk[-1].position - bar.n)
+                if SIGNALS.received:
+                    raise SystemExit(SIGNALS.exit_code)
         return counts, columns
 
     def finish(self, counts: Counter, columns: dict[str, None]) -> None:
