@@ -163,6 +163,27 @@ def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", 
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
+def stop_at(step: int, arguments: list[str], monkeypatch) -> None:
+    """Train, in this process, and stop after this optimizer step with the state saved."""
+    import main
+    from suite.common.stopping import StopRequested
+    from suite.training.devices import SingleDevice
+    from suite.training.run import Run
+    from utils import load_config
+
+    config = load_config(PROJECT / "config.yaml", arguments)
+    run = Run.open(config, SingleDevice(config))
+
+    def stop_if_asked(devices):
+        if run.progress.step == step:
+            raise StopRequested
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "stop_if_asked", stop_if_asked)
+        with pytest.raises(SystemExit):
+            main.train(run)
+
+
 RESULTS = {"history.jsonl", "valid_predictions.csv", "test_predictions.csv", "misclassified.csv", "best/config.json",
            "best/model.safetensors", "best/tokenizer.json", "best/README.md"}
 

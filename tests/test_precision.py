@@ -10,14 +10,10 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, content_of, metrics_of, train_here
+from conftest import content_of, metrics_of, stop_at, train_here
 
-import main
-from suite.common.stopping import StopRequested
 from suite.inference import classifier, labelling
-from suite.training.devices import SingleDevice, pick_precision
-from suite.training.run import Run
-from utils import load_config
+from suite.training.devices import pick_precision
 
 PICKED = {"fp32": "no", "bf16": "bf16"}
 READER = """
@@ -31,21 +27,6 @@ def test_the_tests_and_their_children_believe_in_the_same_cpu(cpu):
     """Or tests in automatic precision would prove one kind of CPU alone, that of the machine."""
     child = subprocess.run([sys.executable, "-c", READER], capture_output=True, text=True, check=True)
     assert (pick_precision("auto", torch.device("cpu")), child.stdout.strip()) == (PICKED[cpu], PICKED[cpu])
-
-
-def stop_at(step: int, arguments: list[str], monkeypatch) -> None:
-    """Train, and stop after this optimizer step with the state saved."""
-    config = load_config(PROJECT / "config.yaml", arguments)
-    run = Run.open(config, SingleDevice(config))
-
-    def stop_if_asked(devices):
-        if run.progress.step == step:
-            raise StopRequested
-
-    with monkeypatch.context() as patch:
-        patch.setattr(main, "stop_if_asked", stop_if_asked)
-        with pytest.raises(SystemExit):
-            main.train(run)
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, bits_of, history_of, metrics_of, train, train_here
+from conftest import PROJECT, bits_of, history_of, metrics_of, stop_at, train, train_here
 
 import main
 from main_accumulation import AcceleratedDevices
-from suite.common.stopping import StopRequested, StopSignals
+from suite.common.stopping import StopSignals
 from suite.common.storage import seal
 from suite.training.devices import SingleDevice
 from suite.training.run import Run
@@ -55,17 +55,7 @@ def test_a_run_stopped_before_its_last_validation_makes_up_for_it(undisturbed, m
     overrides, folder = undisturbed
     for name, steps in (("owed", 30), ("owed_early", 13)):
         arguments = [*overrides, f"run_name={name}", f"train_config.max_steps={steps}"]
-        config = load_config(PROJECT / "config.yaml", arguments)
-        run = Run.open(config, SingleDevice(config))
-
-        def stop_at_the_last_step(devices, run=run, steps=steps):
-            if run.progress.step == steps:
-                raise StopRequested
-
-        with monkeypatch.context() as patch:
-            patch.setattr(main, "stop_if_asked", stop_at_the_last_step)
-            with pytest.raises(SystemExit):
-                main.train(run)
+        stop_at(steps, arguments, monkeypatch)
         train_here(*arguments)
         measured, history = metrics_of(folder.parent / name), history_of(folder.parent / name)
         assert measured["train"]["optimizer_steps"] == steps

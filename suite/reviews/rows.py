@@ -91,7 +91,12 @@ def size_of(path: str) -> int:
 
 def text_files(folder: str | Path) -> list[Path]:
     """All .txt files below a folder, hidden ones left out, sorted by their paths."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() == ".txt" and path.is_file()
+    return [path for path in visible_files(folder) if path.suffix.lower() == ".txt"]
+
+
+def visible_files(folder: str | Path) -> list[Path]:
+    """All files below a folder, hidden ones left out, sorted by their paths."""
+    return sorted(path for path in Path(folder).rglob("*") if path.is_file()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 

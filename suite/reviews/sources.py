@@ -48,6 +48,7 @@ from suite.reviews.rows import (
     read_rows,
     read_texts,
     text_files,
+    visible_files,
 )
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
 
@@ -109,7 +110,7 @@ def _cached_table(place: str, files: list[Path], columns: tuple[str, str], read:
 def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, str], class_names: Sequence[str] | None
                    ) -> Iterator[dict[str, str | None]]:
     """Raises UserError, which counts them, for rows that cannot be read."""
-    number, broken, first_problem, known = 0, [], "", dict.fromkeys(columns_of(place, columns))
+    number, broken, first_problem, known = 0, [], "", {}
     for number, row in enumerate(read_rows(place, columns, only=True), start=1):
         found = row.values
         known |= found  # a row of JSON may leave out what it has no value for
@@ -142,8 +143,7 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> lis
         with explained("data_config.dataset", name, any_error=True):  # other files there are caches of `map`
             saved = load_from_disk(str(Path(name).resolve()))
         return _library_parts(name, saved if isinstance(saved, DatasetDict) else {"train": saved}, columns)
-    everything = [path for path in sorted(Path(name).rglob("*")) if path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(name).parts)]
+    everything = visible_files(name)
     if all(path.suffix in ("", ".md") for path in everything):
         raise UserError(f"data_config.dataset: {name} holds no {', '.join(FILE_TYPES)} files: name a folder with some")
     if not any(file_kind(path) in FILE_TYPES for path in everything) and text_files(name):
