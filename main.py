@@ -58,7 +58,7 @@ from suite.training.evaluation import Predictions
 from suite.training.outcome import show_finished, write_results, write_untested
 from suite.training.run import Run
 from suite.training.states import claim_run_folder, lock_within, refuse_differences, refuse_other_data
-from suite.training.tracking import Wandb
+from suite.training.tracking import Tracker
 from utils import Config, UserError, say
 
 MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "train_config.compile", "log_config",
@@ -165,21 +165,21 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{run.sampler.effective_batch} {run.unit} on {devices}")
     train(run)
     if not config.train_config.test:
-        write_untested(config, devices, run.figures(), run.wandb)
+        write_untested(config, devices, run.figures(), run.tracker)
         return
-    test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.wandb)
+    test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.tracker)
     show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
 
 
 def test(config: Config, devices: Devices, model: EncoderForClassification, data: PreparedData, figures: dict[str, Any],
-         wandb: Wandb) -> None:
+         tracker: Tracker) -> None:
     """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
     place_model(model, devices.device, compiled=config.train_config.compile)
     loader = get_dataloader(data, "test", config, devices.device, pass_tokens(model, devices.device))
     predictions = evaluate(model, loader, devices, "test")
     if devices.is_main:
         write_results(config, devices, predictions, list(model.config.id2label.values()), data.splits["test"].text,
-                      figures, wandb)
+                      figures, tracker)
 
 
 def test_again(config: Config, devices: Devices) -> None:
@@ -200,12 +200,12 @@ def test_again(config: Config, devices: Devices) -> None:
         raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {best} was trained on "
                         f"{trained.label_names}: test it on the data of its training")
     lock_within(folder)
-    figures, wandb = read_metrics(folder), Wandb(config, job_type="test")
+    figures, tracker = read_metrics(folder), Tracker(config, job_type="test")
     if is_encoder(config):
-        test(config, devices, trained.model, data, figures, wandb)
+        test(config, devices, trained.model, data, figures, tracker)
     elif devices.is_main:
         write_results(config, devices, predictions_of(trained.logits, data, "test"), data.label_names, data.text,
-                      figures, wandb)
+                      figures, tracker)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from suite.training.devices import SingleDevice
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.outcome import write_results, write_validation
 from suite.training.states import begin_run, claim_run_folder, refuse_other_data
-from suite.training.tracking import Wandb
+from suite.training.tracking import Tracker
 from utils import Config, UserError, config_fields, say
 
 MOST_ITERATIONS = 1000  # of the logistic regression, which is scikit-learn's with its default penalty, L2 with C = 1
@@ -78,7 +78,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
                                   class_logits(regression.decision_function(tested).reshape(len(tested), -1)))
         figures = {"train": training_figures(runs, seconds, iterations), "valid": metrics | {"epoch": 1}}
         show_weights(config, runs, regression)
-        write_results(config, devices, predictions, names, split.text, figures, Wandb(config))
+        write_results(config, devices, predictions, names, split.text, figures, Tracker(config))
 
 
 def read_valid(runs: Sequence[Result]) -> list[Predictions]:

@@ -20,7 +20,7 @@ from suite.training.efficiency import peak_memory_mb
 from suite.training.evaluation import Predictions
 from suite.training.outcome import show_finished, write_results, write_untested, write_validation
 from suite.training.states import begin_run, claim_run_folder, find_state
-from suite.training.tracking import Wandb
+from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, say
 
 
@@ -45,16 +45,16 @@ def baseline(config: Config, devices: Devices) -> None:
     begin_run(config)
     valid, folder = predictions_of(words.logits, split, "valid"), config.run_folder
     metrics, record = write_validation(config, valid, names, iterations)
-    wandb = Wandb(config)
-    wandb.log(record)
+    tracker = Tracker(config)
+    tracker.log(record)
     replace_folder(folder / "best", words.save, recorded=True)
     figures = {"train": {"samples_per_second": len(texts) / seconds, "seconds": seconds,
                          "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
                "valid": metrics | {"epoch": 1}}
     if config.train_config.test:
-        write_results(config, devices, predictions_of(words.logits, split, "test"), names, split.text, figures, wandb)
+        write_results(config, devices, predictions_of(words.logits, split, "test"), names, split.text, figures, tracker)
     else:
-        write_untested(config, devices, figures, wandb)
+        write_untested(config, devices, figures, tracker)
 
 
 def predictions_of(logits: Callable[[list[str]], np.ndarray], split: Split, name: str) -> Predictions:

@@ -21,12 +21,12 @@ from suite.training.evaluation import (
 )
 from suite.training.model_card import write_model_card
 from suite.training.states import finished_metrics
-from suite.training.tracking import History, Wandb, try_plots
+from suite.training.tracking import History, Tracker, try_plots
 from utils import Config, say
 
 
 def write_results(config: Config, devices: Devices, predictions: Predictions, label_names: list[str],
-                  text: Callable[[int], str], figures: dict[str, Any], wandb: Wandb) -> None:
+                  text: Callable[[int], str], figures: dict[str, Any], tracker: Tracker) -> None:
     """Write everything about the `predictions` on the test reviews, in process 0, and print the most of it.
 
     `text` returns the review with an id; `figures`: what metrics.json says about training and validation.
@@ -40,10 +40,10 @@ def write_results(config: Config, devices: Devices, predictions: Predictions, la
     plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, label_names)
     write_model_card(folder / "best", config, metrics, label_names)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
-    wandb.report({f"{split}/{name}": value for split in ("valid", "test")
+    tracker.report({f"{split}/{name}": value for split in ("valid", "test")
                   for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
     print_results(config, metrics)
-    wandb.finish()
+    tracker.finish()
 
 
 def write_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
@@ -58,13 +58,13 @@ def write_validation(config: Config, predictions: Predictions, label_names: list
     return metrics, record
 
 
-def write_untested(config: Config, devices: Devices, figures: dict[str, Any], wandb: Wandb) -> None:
+def write_untested(config: Config, devices: Devices, figures: dict[str, Any], tracker: Tracker) -> None:
     """The end of a run without a test, in process 0."""
     if devices.is_main:
         metrics = figures | {"environment": environment(devices)}
         write_json(config.run_folder / "metrics.json", metrics)  # it says that the run is finished
         print_results(config, metrics)
-        wandb.finish()
+        tracker.finish()
 
 
 def show_finished(config: Config) -> bool:

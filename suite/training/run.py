@@ -42,7 +42,7 @@ from suite.training.states import (
     set_random_state,
     set_seed,
 )
-from suite.training.tracking import History, Wandb
+from suite.training.tracking import History, Tracker
 from utils import Config, UserError, process_rank, say
 
 
@@ -172,8 +172,8 @@ class Run:
     def _open_records(self) -> None:
         if self.devices.is_main:
             self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
-        self.wandb = Wandb(self.config, self.progress.wandb_id)
-        self.progress.wandb_id = self.wandb.run_id
+        self.tracker = Tracker(self.config, self.progress.wandb_id)
+        self.progress.wandb_id = self.tracker.run_id
         self.start_step = self.progress.step
         self.model.train()
 
@@ -261,7 +261,7 @@ class Run:
             epoch = self.progress.epoch + self.progress.steps_in_epoch / self.steps_per_epoch
             record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
             self.history.log(record)
-            self.wandb.log(record | (speed or {}))
+            self.tracker.log(record | (speed or {}))
             self.progress.history_lines = self.history.lines
 
     def wait_and_check(self) -> None:

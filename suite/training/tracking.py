@@ -46,7 +46,7 @@ class History:
         os.fsync(self.file.fileno())
 
 
-class Wandb:
+class Tracker:
     """A wandb run that cannot do harm: the first call that fails ends it with one line."""
 
     def __init__(self, config: Config, run_id: str | None = None, job_type: str = "train"):
