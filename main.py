@@ -46,9 +46,9 @@ from suite.common.storage import room_for
 from suite.comparison.beside import show_baseline
 from suite.encoders.loading import best_model, load_model
 from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_model, to_device
+from suite.inference.classifier import open_classifier
 from suite.inference.explain import explain
 from suite.inference.export import export
-from suite.inference.opening import open_classifier
 from suite.inference.predict import predict
 from suite.inference.publish import publish
 from suite.pretraining.run import PretrainingRun, masked_sums
