@@ -485,7 +485,7 @@ def test_an_output_that_appears_meanwhile_is_not_written_over(label, many, monke
 def test_a_second_process_is_refused(label, many):
     """Two processes cannot write one labelled file at the same time."""
     label(many[0], "other.csv", until=3)
-    folder = many[1].with_name("other.csv.parts").rename(many[1].with_name("out.csv.parts"))
+    folder = shutil.copytree(many[1].with_name("other.csv.parts"), many[1].with_name("out.csv.parts"))
     before, processes = content_of(folder), multiprocessing.get_context("fork")
     holds, may_leave = processes.Event(), processes.Event()
 

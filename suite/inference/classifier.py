@@ -22,12 +22,13 @@ from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
 from suite.common.cli import Command
 from suite.common.protocols import Devices
+from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, read_json, refuse_damage
-from suite.encoders.loading import STACK, best_model, kind_of, load_model, says_how_to_cut
+from suite.encoders.loading import STACK, kind_of, load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.refusals import refuse_foreign_tokens, refuse_unknown_words
 from suite.encoders.tokenizers import COMPARED_TEXTS, compare_with_file, load_tokenizer
-from suite.reviews.sampling import LengthSampler
+from suite.reviews.sampling import evaluation_batches
 from utils import BAG_OF_WORDS, Config, UserError
 
 LEAST = 1e-9  # a probability below it counts as this: the logarithm of 0 is no number, and no model is that certain
@@ -137,8 +138,9 @@ class Classifier(Labeller):
         rows = np.arange(len(texts))
         reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id,
                               first_windows=first_windows)
-        batches = LengthSampler(reviews.lengths, self.batch_size, pass_tokens=self.pass_tokens, windows=reviews.windows)
-        ids, _, logits = compute_logits(self.model, map(reviews.__getitem__, batches), len(texts), self.devices)
+        batches = evaluation_batches(reviews.lengths, self.batch_size, pass_tokens=self.pass_tokens,
+                                     windows=reviews.windows)
+        ids, _, logits = compute_logits(self.model, map(reviews.batch, batches), len(texts), self.devices)
         result = np.empty((len(texts), len(self.label_names)))
         result[ids] = logits
         return result

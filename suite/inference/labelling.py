@@ -32,12 +32,12 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from suite.common.locks import lock
 from suite.common.stopping import SIGNALS
 from suite.common.storage import (
     CARD,
     MANIFEST,
     atomic_write,
+    lock,
     read_json,
     refuse_existing,
     room_for,
