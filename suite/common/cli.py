@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from suite.common.checks import INPUTS, encodes
-from suite.common.hub import usable_cache
 from suite.common.launcher import refuse_lost_processes
 from suite.common.run_folder import (
     is_encoder,
@@ -71,8 +70,6 @@ def read_command(description: str, accumulates: bool) -> Command:
         leave(error)
     except OSError as error:  # such as a file name that is too long
         leave(UserError(f"command line: {error.filename}: {error.strerror}"))
-    if given.mode in RUN_MODES:
-        usable_cache()
     return Command(given.mode, config, given.model, given.text, given.input,
                    None if given.output == "-" else given.output, given.formats, bool(given.int8), given.repo,
                    bool(given.public), given.license, bool(given.yes))
