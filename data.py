@@ -277,7 +277,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     seen = split.digests[ids_of["train"]]
     if trained_model is None:
-        seen = np.union1d(seen, trained_texts(config.model_config))
+        seen = np.union1d(seen, trained_texts(config.model_config, split.held_out))
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks,
                                    texts=reviews.table[:COMPARED_TEXTS]["text"])
     else:

@@ -18,8 +18,13 @@ from suite.common.checks import position_limit, too_long
 from suite.common.protocols import Devices
 from suite.encoders.loading import load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
-from suite.encoders.refusals import refuse_foreign_tokens, refuse_unknown_words
-from suite.encoders.tokenizers import COMPARED_TEXTS, compare_with_file, load_tokenizer
+from suite.encoders.tokenizers import (
+    COMPARED_TEXTS,
+    compare_with_file,
+    load_tokenizer,
+    refuse_foreign_tokens,
+    refuse_unknown_words,
+)
 from suite.reviews.sampling import evaluation_batches
 from utils import Config, UserError
 

@@ -35,9 +35,9 @@ from model import EncoderForClassification
 from suite.common.cli import Command
 from suite.common.protocols import Devices
 from suite.common.storage import MANIFEST, new_folder, room_for, write_json
+from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
-from suite.encoders.refusals import weight_files
 from suite.inference.classifier import Classifier
 from suite.inference.export_card import TRUNCATION_NOTES, write_export_card
 from suite.inference.onnx_file import OnnxModel, refuse_missing_packages, write_onnx

@@ -15,7 +15,8 @@ import numpy as np
 from suite.common.protocols import Devices
 from suite.common.storage import MANIFEST, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
-from suite.encoders.loading import STACK, kind_of
+from suite.encoders.checkpoints import kind_of
+from suite.encoders.loading import STACK
 from suite.inference.classifier import Classifier, Labeller
 from utils import BAG_OF_WORDS, Config, UserError, brief
 

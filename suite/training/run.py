@@ -22,9 +22,8 @@ from suite.common.protocols import Devices
 from suite.common.run_folder import best_model
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
-from suite.encoders.loading import TRAINED_TEXTS, load_encoder_config, new_model, save_model
+from suite.encoders.loading import TRAINED_TEXTS, load_encoder_config, new_model, refuse_incompatible, save_model
 from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
-from suite.training.compatibility import refuse_incompatible
 from suite.training.devices import random_state, set_random_state, set_seed
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
@@ -67,7 +66,7 @@ class Run:
         encoder_config = load_encoder_config(config.model_config)  # refuses other models before reviews are read
         with devices.main_process_first():
             data = cls.prepare_data(config)
-        refuse_incompatible(config, encoder_config, data)
+        refuse_incompatible(config, encoder_config, data.tokenizer, data.splits["train"].tokens, data.fingerprint)
         model = cls.new_model(config, encoder_config, data)
         if config.train_config.gradient_checkpointing:
             checkpoint_gradients(model, config.model_config.model_name)
