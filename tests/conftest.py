@@ -79,6 +79,15 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def not_drawn():
+    """Plots are made and not drawn in this process: that would take half of a tiny run's time. The scripts that tests
+    start do draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"not drawn"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """encoder_folder(name): a folder with a tiny random encoder of that architecture and a tokenizer."""
@@ -162,6 +171,9 @@ def run_script(*arguments: str, timeout: float = 120, **options) -> subprocess.C
         process.kill()
         raise
     return subprocess.CompletedProcess(arguments, process.returncode, output, error)
+
+
+ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch"]
 
 
 def launch(processes: int, *arguments: str, machines: int = 1, timeout: float = 120, **variables: str) -> str:
