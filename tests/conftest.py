@@ -193,18 +193,19 @@ def launch(processes: int, *arguments: str, machines: int = 1, timeout: float = 
     return "\n".join(outputs)
 
 
-def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", **options
-             ) -> subprocess.CompletedProcess:
+def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", devices_class: type | None = None,
+             **options) -> subprocess.CompletedProcess:
     """What `python main.py --mode MODE --config CONFIG --OPTION VALUE ARGUMENTS` does, in this process, which has paid
     for its imports already."""
     import main
     from suite.common import cli
+    from suite.training.devices import SingleDevice
 
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / config, arguments),
-                                                  **options)))
+            cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / config, arguments), **options),
+                                      devices_class or SingleDevice))
         except SystemExit as left:
             code = left.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
