@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sized
+from typing import Any
 
 from tqdm import tqdm
 
+from suite.common.protocols import Devices
+from suite.common.stopping import stop_if_asked
 from utils import process_rank, say
 
 
@@ -31,3 +35,13 @@ class ProgressBar:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def watched(batches: Sized, devices: Devices, name: str) -> Iterator[Any]:
+    """The batches, with a progress bar. Raises StopRequested between two of them."""
+    bar = ProgressBar(name, len(batches), unit="batch")
+    for batch in batches:
+        stop_if_asked(devices)
+        yield batch
+        bar.update()
+    bar.close()

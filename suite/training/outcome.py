@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from suite.common.protocols import Devices
 from suite.common.run_folder import is_encoder, read_history
-from suite.common.storage import write_json
+from suite.common.storage import write_json, write_text
 from suite.training.efficiency import environment
 from suite.training.evaluation import (
     SPLITS,
@@ -20,8 +21,8 @@ from suite.training.evaluation import (
     write_predictions,
 )
 from suite.training.model_card import write_model_card
-from suite.training.states import finished_metrics
-from suite.training.tracking import History, Tracker, try_plots
+from suite.training.states import RunFolder
+from suite.training.tracking import Tracker, try_plots
 from utils import Config, say
 
 
@@ -54,7 +55,7 @@ def write_validation(config: Config, predictions: Predictions, label_names: list
     record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
                                                    if isinstance(value, float)}
     write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
-    History(config.run_folder / "history.jsonl").log(record)
+    write_text(config.run_folder / "history.jsonl", json.dumps(record) + "\n")
     return metrics, record
 
 
@@ -70,9 +71,9 @@ def write_untested(config: Config, devices: Devices, figures: dict[str, Any], tr
 def show_finished(config: Config) -> bool:
     """Whether the run folder holds this run, finished, and nothing is to be done again; its results are printed.
 
-    Raises UserError as `finished_metrics` does.
+    Raises UserError as `RunFolder.finished_metrics` does.
     """
-    metrics = finished_metrics(config)
+    metrics = RunFolder(config).finished_metrics()
     if metrics is None:
         return False
     say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "

@@ -1,4 +1,4 @@
-"""The records of a run: history.jsonl always, wandb and plots where they work.
+"""What follows a run from outside: wandb, and plots.
 
 A run never waits at wandb's prompt and never dies of wandb. At its first failure the run goes on without it, and the
 files of the run folder are complete all the same.
@@ -7,7 +7,6 @@ files of the run folder are complete all the same.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,34 +15,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from suite.common.hub import answers
-from suite.common.storage import atomic_write
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say
 
 FINISH_TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the end; the record stays on disk
 INIT_TIMEOUT_SECONDS = 15  # wandb's own default for an unreachable server is 90
 TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv has them all
-
-
-class History:
-    """history.jsonl: one JSON object a line, with step, epoch and the values logged."""
-
-    def __init__(self, path: Path, lines: int = 0):
-        """Keep the first `lines` lines. What an interrupted run wrote after its last saved state is removed: the run
-        writes it again, and a kill may have cut it."""
-        kept = path.read_bytes().splitlines(keepends=True)[:lines] if lines else []
-        with atomic_write(path, "wb") as file:
-            file.writelines(kept)
-        self.lines = lines
-        self.file = path.open("a", encoding="utf-8")
-
-    def log(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        self.lines += 1
-
-    def sync(self) -> None:
-        os.fsync(self.file.fileno())
 
 
 class Tracker:
