@@ -132,7 +132,7 @@ def test_a_missing_file():
 
 def test_errors_come_before_torch_and_within_two_seconds():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)  # processor time, because other programs may be busy
-    result = run_script("main.py", "train_config.epoch=3")
+    result = run_script("main.py", "train_config.epoch=3", fresh=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert (result.returncode, result.stdout) == (2, "")
