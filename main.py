@@ -27,6 +27,8 @@ if __name__ == "__main__":
     cli.begin()
     COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong value is refused before torch's slow import
 
+import importlib
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -40,12 +42,8 @@ from suite.common.storage import room_for
 from suite.comparison.beside import show_baseline
 from suite.encoders.loading import load_model
 from suite.encoders.placement import compute_logits, pass_tokens, place_model, to_device
-from suite.inference.explain import explain
-from suite.inference.export import export
-from suite.inference.predict import predict
-from suite.inference.publish import publish
 from suite.pretraining.run import PretrainingRun, evaluate_masked
-from suite.training.baseline import baseline, predictions_of
+from suite.training.baseline import predictions_of
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
 from suite.training.outcome import show_finished, write_results, write_untested
@@ -152,19 +150,19 @@ def test_again(config: Config, devices: Devices) -> None:
 
 
 def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
-    config = command.config
-    if command.mode in cli.RUN_MODES or command.int8:
+    config, mode = command.config, cli.MODES[command.mode]
+    if mode.writes_run or command.int8:
         check_hub(config)
     quiet_libraries()
     make_deterministic()
     devices = devices_class(config)
-    if command.mode in cli.RUN_MODES:
+    module, _, name = mode.function.partition(":")
+    work = globals()[name] if module == "main" else getattr(importlib.import_module(module), name)
+    if mode.writes_run:
         with room_for(config.run_folder):
-            modes = {"train": train_and_test, "pretrain": train_and_test, "test": test_again, "baseline": baseline}
-            modes[command.mode](config, devices)
+            work(config, devices)
     else:
-        modes = {"predict": predict, "export": export, "explain": explain, "publish": publish}
-        modes[command.mode](command, devices)
+        work(command, devices)
     devices.close()
 
 

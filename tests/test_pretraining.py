@@ -205,9 +205,10 @@ def test_two_processes_give_the_same_parameters(overrides, whole_batches):
     result = run_script("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
                         "main_accumulation.py", "--mode", "pretrain", *overrides, *settings(10), "run_name=two")
     assert result.returncode == 0, result.stdout + result.stderr
-    weights = [load_file(whole_batches.folder.path.with_name(name) / "best/model.safetensors") for name in ("whole", "two")]
+    runs = whole_batches.folder.path.parent
+    weights = [load_file(runs / name / "best/model.safetensors") for name in ("whole", "two")]
     assert distance(*weights) < 1e-6
-    metrics = json.loads((whole_batches.folder.path.with_name("two") / "metrics.json").read_text())
+    metrics = json.loads((runs / "two" / "metrics.json").read_text())
     assert metrics["valid"] == pytest.approx(whole_batches.progress.best_metrics | {"epoch": 1}, rel=1e-5)
 
 

@@ -12,15 +12,17 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from data import load_split
-from suite.common.checks import impossible_values
+from suite.common.checks import problems_of
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.run_folder import STACK_OF, best_model, differences, is_encoder, read_metrics, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
@@ -104,10 +106,11 @@ def configuration(runs: Sequence[Result], output: Path) -> Config:
     config = without_encoder(runs[0].config, STACK_OF + ", ".join(members))
     seeds = {run.seed for run in runs if is_encoder(run.config)}
     config.train_config.seed = seeds.pop() if len(seeds) == 1 else runs[0].seed
-    config.output_dir, config.run_name = str(output.parent), output.name
-    if problems := impossible_values(config, dict(config_fields()), processes=1):
-        raise UserError(f"--output: {output}: {'; '.join(problems.values())}")
-    return config
+    try:
+        return replace(config, output_dir=str(output.parent), run_name=output.name)
+    except ValidationError as error:
+        problems = problems_of(error, config_fields()).values()
+        raise UserError(f"--output: {output}: {'; '.join(problems)}") from None
 
 
 def refuse_existing_output(config: Config) -> None:

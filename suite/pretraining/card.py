@@ -6,11 +6,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from suite.common.checks import short_name
 from suite.common.hub import is_hub_name
 from suite.common.storage import write_text
 from suite.training.model_card import plain
-from utils import DEMO_WARNING, Config, printable
+from utils import DEMO_WARNING, Config, printable, short_name
 
 CARD = Template("""---
 $metadata

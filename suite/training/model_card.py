@@ -7,11 +7,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from suite.common.checks import short_name
 from suite.common.hub import is_hub_name
 from suite.common.run_folder import is_encoder
 from suite.common.storage import atomic_write
-from utils import BAG_OF_WORDS, DEMO_WARNING, Config, DataConfig, printable
+from utils import BAG_OF_WORDS, DEMO_WARNING, Config, DataConfig, printable, short_name
 
 CARD = Template("""---
 $metadata

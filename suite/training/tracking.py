@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from suite.common.hub import answers
 from suite.training.evaluation import Predictions
@@ -55,7 +54,7 @@ class Tracker:
         arguments = {
             "project": config.log_config.wandb_project, "name": config.run_name, "dir": config.output_dir,
             "id": run_id, "resume": "allow" if run_id else None,
-            "config": OmegaConf.to_container(OmegaConf.structured(config)),
+            "config": asdict(config),
             "job_type": job_type, "tags": ["DEMO"] if config.is_demo else None,
             "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
                                        finish_timeout=FINISH_TIMEOUT_SECONDS, finish_timeout_raises=False),
