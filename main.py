@@ -38,12 +38,11 @@ from torch.utils.data import DataLoader
 from data import PreparedData, get_dataloader, load_split, prepare_data
 from model import EncoderForClassification
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
-from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import is_encoder, read_metrics
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import room_for
-from suite.comparison.beside import show_baseline
+from suite.comparison.report import show_baseline
 from suite.encoders.loading import best_model, load_model
 from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_model, to_device
 from suite.inference.explain import explain
@@ -55,10 +54,10 @@ from suite.pretraining.run import PretrainingRun, masked_sums
 from suite.training.baseline import baseline, predictions_of
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
-from suite.training.outcome import show_finished, write_results, write_untested
+from suite.training.finish import show_finished, write_results, write_untested
 from suite.training.run import Run
 from suite.training.states import claim_run_folder, lock_within, refuse_differences, refuse_other_data
-from suite.training.tracking import Tracker
+from suite.training.tracking import ProgressBar, Tracker
 from utils import Config, UserError, say
 
 MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "train_config.compile", "log_config",

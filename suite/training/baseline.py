@@ -18,7 +18,7 @@ from suite.common.storage import replace_folder
 from suite.encoders.bag_of_words import fit
 from suite.training.efficiency import peak_memory_mb
 from suite.training.evaluation import Predictions
-from suite.training.outcome import show_finished, write_results, write_untested, write_validation
+from suite.training.finish import show_finished, write_results, write_untested, write_validation
 from suite.training.states import begin_run, claim_run_folder, find_state
 from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, say

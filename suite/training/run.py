@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig
 
 from data import PreparedData, get_dataloader, prepare_data
 from suite.common.hub import say_what_was_cached
-from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import replace_folder, room_for
@@ -42,7 +41,7 @@ from suite.training.states import (
     set_random_state,
     set_seed,
 )
-from suite.training.tracking import History, Tracker
+from suite.training.tracking import History, ProgressBar, Tracker
 from utils import Config, UserError, process_rank, say
 
 

@@ -1,10 +1,14 @@
-"""What a run's test leaves: metrics, predictions, mistakes, plots and model card, whatever model was tested."""
+"""How a run ends, whatever model it has trained: metrics.json, predictions, mistakes, plots, model card, last lines."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from suite.common.figures import on_console, show
+from suite.common.pages import write_model_card
 from suite.common.protocols import Devices
 from suite.common.run_folder import is_encoder, read_history
 from suite.common.storage import write_json
@@ -19,10 +23,9 @@ from suite.training.evaluation import (
     write_mistakes,
     write_predictions,
 )
-from suite.training.model_card import write_model_card
 from suite.training.states import finished_metrics
-from suite.training.tracking import History, Tracker, try_plots
-from utils import Config, say
+from suite.training.tracking import History, Tracker
+from utils import Config, brief, say
 
 
 def write_results(config: Config, devices: Devices, predictions: Predictions, label_names: list[str],
@@ -41,7 +44,7 @@ def write_results(config: Config, devices: Devices, predictions: Predictions, la
     write_model_card(folder / "best", config, metrics, label_names)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
     tracker.report({f"{split}/{name}": value for split in ("valid", "test")
-                  for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
+                    for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
     print_results(config, metrics)
     tracker.finish()
 
@@ -67,6 +70,18 @@ def write_untested(config: Config, devices: Devices, figures: dict[str, Any], tr
         tracker.finish()
 
 
+def try_plots(module: str, *arguments: Any) -> list[Path]:
+    """The paths that the module's `save_plots` returns; none, and one line, where matplotlib is broken.
+
+    The module is imported here because it imports matplotlib, and no result may depend on a picture.
+    """
+    try:
+        return importlib.import_module(module).save_plots(*arguments)
+    except Exception as error:
+        say(f"plots: left out ({type(error).__name__}: {brief(error)}); everything else is in the folder")
+        return []
+
+
 def show_finished(config: Config) -> bool:
     """Whether the run folder holds this run, finished, and nothing is to be done again; its results are printed.
 
@@ -82,22 +97,19 @@ def show_finished(config: Config) -> bool:
 
 
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
-    demo, split = config.demo_mark, "test" if "test" in metrics else "valid"
-    found = metrics[split]
+    split, train = "test" if "test" in metrics else "valid", metrics.get("train")
+    found, unit = metrics[split], "masked words" if config.pretrains else "reviews"
+    lines = [f"{SPLITS[split]} {on_console(found)}, {show(found, 'n')} {unit}"]
+    if not train:
+        lines.append("this run is not finished, and this is its best model so far: give the command that trains it "
+                     "again")
+    elif is_encoder(config):
+        lines.append(f"{show(train, 'optimizer_steps')} optimizer steps in {show(train, 'seconds')} s, "
+                     f"{show(train, 'samples_per_second')} {'windows' if config.pretrains else 'reviews'} a second")
+    else:
+        lines.append(f"{show(train, 'seconds')} s of training")
     if config.pretrains:
-        say(f"{demo}masked words of the validation texts: loss {found['loss']:.4f}, perplexity "
-            f"{found['perplexity']:.2f}, accuracy {found['accuracy']:.4f}, {found['n']:,} words; fine-tuning starts "
-            f"from it with model_config.model_name={config.run_folder / 'best'}"
-            + ("" if config.model_config.pretrained else " model_config.pretrained=true"))
-    else:
-        low, high = found["accuracy_ci95"]
-        say(f"{demo}{SPLITS[split]} accuracy {found['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f}), loss "
-            f"{found['loss']:.4f}, F1 {found['f1']:.4f}, {found['n']:,} reviews")
-    if (train := metrics.get("train")) and not is_encoder(config):
-        say(f"{demo}{train['seconds']:.1f} s of training")
-    elif train:
-        say(f"{demo}{train['optimizer_steps']:,} optimizer steps in {train['seconds']:.1f} s, "
-            f"{train['samples_per_second']:.1f} {'windows' if config.pretrains else 'reviews'} a second")
-    else:
-        say(f"{demo}this run is not finished, and this is its best model so far: give the command that trains it again")
-    say(f"{demo}everything about this run: {config.run_folder}")
+        lines.append(f"fine-tuning starts from it with model_config.model_name={config.run_folder / 'best'}"
+                     + ("" if config.model_config.pretrained else " model_config.pretrained=true"))
+    lines.append(f"everything about this run: {config.run_folder}")
+    say("\n".join(config.demo_mark + line for line in lines))
