@@ -35,19 +35,19 @@ from torch.utils.data import DataLoader
 
 from data import Step, evaluation_loader
 from suite.common.hub import check_hub, quiet_libraries
-from suite.common.progress import watched
 from suite.common.protocols import Devices
 from suite.common.run_folder import best_model, is_encoder
 from suite.common.storage import room_for
-from suite.comparison.beside import show_baseline
+from suite.comparison.report import show_baseline
 from suite.encoders.loading import load_model
 from suite.encoders.placement import compute_logits, pass_tokens, place_model, to_device
 from suite.pretraining.run import PretrainingRun, evaluate_masked
 from suite.training.baseline import predictions_of
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
-from suite.training.outcome import show_finished, write_results, write_untested
+from suite.training.finish import show_finished, write_results, write_untested
 from suite.training.run import Run
+from suite.training.tracking import watched
 from suite.training.trained import TrainedRun
 from utils import Config, say
 
@@ -119,7 +119,7 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{run.sampler.effective_batch} {run.unit} on {devices}")
     train(run)
     if not config.train_config.test:
-        write_untested(config, devices, run.figures, run.tracker)
+        write_untested(run)
         return
     test(run, load_model(best_model(config.run_folder)))
     show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
@@ -130,10 +130,7 @@ def test(run: Run | TrainedRun, model: nn.Module) -> None:
     config, devices = run.config, run.devices
     place_model(model, devices.device, compiled=config.train_config.compile)
     loader = evaluation_loader(run.data, "test", config, devices.device, pass_tokens(model, devices.device))
-    predictions = evaluate(model, loader, devices, "test")
-    if devices.is_main:
-        write_results(config, devices, predictions, list(model.config.id2label.values()), run.data.splits["test"].text,
-                      run.figures, run.tracker)
+    write_results(run, evaluate(model, loader, devices, "test"))
 
 
 def test_again(config: Config, devices: Devices) -> None:
@@ -141,9 +138,8 @@ def test_again(config: Config, devices: Devices) -> None:
     run = TrainedRun(config, devices)
     if is_encoder(config):
         test(run, run.classifier.model)
-    elif devices.is_main:
-        write_results(config, devices, predictions_of(run.classifier.logits, run.data, "test"), run.label_names,
-                      run.data.text, run.figures, run.tracker)
+    else:
+        write_results(run, predictions_of(run.classifier.logits, run.data, "test"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from conftest import PROJECT, content_of, expect, run_here, run_script, train_he
 from upload_hub import TOKEN, upload_hub
 
 from suite.common import cli
+from suite.common.pages import plain
 from suite.common.storage import seal
 from suite.encoders.loading import load_model
 from suite.inference.publish import FILES
-from suite.training.model_card import plain
 
 
 @pytest.fixture(scope="module")

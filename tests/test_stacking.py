@@ -20,7 +20,7 @@ from suite.common.run_folder import read_saved_config, without_encoder
 from suite.comparison import stacking
 from suite.comparison.results import group, read_result
 from suite.comparison.stacking import stack_runs
-from suite.training import outcome
+from suite.training import finish
 from utils import load_config
 
 
@@ -28,7 +28,7 @@ from utils import load_config
 def without_plots():
     """Pictures take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outcome, "try_plots", lambda *_: [])
+        patch.setattr(finish, "try_plots", lambda *_: [])
         yield
 
 
@@ -236,9 +236,8 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
     before = content_of(stacked)
     assert f"{stacked} exists already" in refusal(capsys, [words, encoder], stacked)
     assert content_of(stacked) == before
-    shutil.copytree(words, tmp_path / "copy")
-    for same in (words.parent / "stack" / ".." / words.name, tmp_path / "copy"):
-        assert "is named twice" in refusal(capsys, [words, same], tmp_path / "new")
+    same = words.parent / "stack" / ".." / words.name
+    assert "is named twice" in refusal(capsys, [words, same], tmp_path / "new")
     assert "lies in" in refusal(capsys, [words, encoder], words / "best" / "stack")  # would damage the member
     assert not list((words / "best").glob(".*"))
     assert "use up to" in refusal(capsys, [words, encoder], tmp_path / ".hidden")

@@ -13,12 +13,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from suite.common.cli import Command
+from suite.common.pages import NOT_TESTED
 from suite.common.protocols import Devices
 from suite.common.run_folder import read_metrics, read_saved_config, run_of
 from suite.common.storage import CARD, MANIFEST, refuse_damage
 from suite.encoders.checkpoints import kind_of
 from suite.encoders.loading import WITHOUT_ENCODER
-from suite.inference.export_card import NOT_TESTED
 from suite.inference.predict import model_folder
 from utils import DEMO_WARNING, UserError, brief, say
 
