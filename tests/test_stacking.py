@@ -253,7 +253,7 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
                                                   "checkpoints/NAME, and --output FOLDER; see --help\n")
 
 
-@pytest.mark.parametrize("place", ["replace_folder", "write_results"])
+@pytest.mark.parametrize("place", ["write_stack", "write_results"])
 def test_the_same_command_starts_again_after_a_kill(members, stacked, monkeypatch, tmp_path, place):
     def killed(*arguments, **options):
         raise SystemExit(137)
@@ -262,12 +262,8 @@ def test_the_same_command_starts_again_after_a_kill(members, stacked, monkeypatc
         patch.setattr(stacking, place, killed)
         with pytest.raises(SystemExit):
             stack_runs(members[1], tmp_path / "stack")
-    (tmp_path / "begun").mkdir()  # a kill between the lock and the first file
-    (tmp_path / "begun" / ".lock").touch()
-    monkeypatch.setattr(stacking, "begin_run", killed)
-    with pytest.raises(SystemExit):
-        stack_runs(members[1], tmp_path / "begun")
-    monkeypatch.undo()
+    (tmp_path / "begun").mkdir()  # a kill before the first file
+    stack_runs(members[1], tmp_path / "begun")
     stack_runs(members[1], tmp_path / "stack")
     for name in ("valid_predictions.csv", "best/config.json", "history.jsonl"):
         assert (tmp_path / "stack" / name).read_bytes() == (stacked / name).read_bytes()

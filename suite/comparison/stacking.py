@@ -114,9 +114,8 @@ def refuse_existing_output(config: Config) -> None:
     """Raises UserError if the output is there, unless it is what the same command left when it was killed."""
     folder = config.run_folder
     path = folder / "config.yaml"
-    # A kill may have come after the lock and before the first file.
-    is_begun = (folder / ".lock").exists() and all(there.name.startswith(".") for there in folder.iterdir())
-    if os.path.lexists(folder) and not is_begun and (
+    is_empty = folder.is_dir() and all(there.name.startswith(".") for there in folder.iterdir())  # or hardly begun
+    if os.path.lexists(folder) and not is_empty and (
             not path.is_file() or read_metrics(folder) or differences(path, config)):
         raise UserError(f"--output: {folder} exists already: choose another name, or remove it")
 
