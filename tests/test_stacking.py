@@ -267,15 +267,3 @@ def test_the_same_command_starts_again_after_a_kill(members, stacked, monkeypatc
     stack_runs(members[1], tmp_path / "stack")
     for name in ("valid_predictions.csv", "best/config.json", "history.jsonl"):
         assert (tmp_path / "stack" / name).read_bytes() == (stacked / name).read_bytes()
-
-
-@pytest.mark.parametrize("change", [
-    {"weights": [[1.0]]}, {"weights": [[1.0, float("nan")]]}, {"intercept": []}, {"members": None},
-    {"id2label": {"0": "good", "1": "bad"}}, {"weights": "many"}])
-def test_a_senseless_stack_is_refused_in_one_line(stacked, tmp_path, change):
-    folder = tmp_path / "model"
-    shutil.copytree(stacked / "best", folder)
-    (folder / "manifest.json").unlink()  # nobody has sealed it
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert str(folder) in error_of(run_here(mode="predict", model=str(folder), text="good"))

@@ -29,7 +29,7 @@ from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits
 from suite.encoders.loading import STACK
-from suite.inference.opening import log_odds, member_name
+from suite.inference.classifier import log_odds, member_name
 from suite.training.devices import SingleDevice
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import FittedRun, write_results, write_validation
