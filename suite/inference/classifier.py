@@ -26,8 +26,13 @@ from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, read_json, refuse_damage
 from suite.encoders.loading import STACK, kind_of, load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
-from suite.encoders.refusals import refuse_foreign_tokens, refuse_unknown_words
-from suite.encoders.tokenizers import COMPARED_TEXTS, compare_with_file, load_tokenizer
+from suite.encoders.tokenizers import (
+    COMPARED_TEXTS,
+    compare_with_file,
+    load_tokenizer,
+    refuse_foreign_tokens,
+    refuse_unknown_words,
+)
 from suite.reviews.sampling import evaluation_batches
 from utils import BAG_OF_WORDS, Config, UserError
 
