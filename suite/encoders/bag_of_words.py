@@ -19,8 +19,6 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 from scipy.special import softmax
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
 from suite.encoders.tokenizers import LINE_BREAKS
@@ -50,6 +48,8 @@ class BagOfWords:
         if len(set(self.label_names)) < max(2, len(self.label_names)) or not all(
                 isinstance(text, str) for text in (*vocabulary, *self.label_names)):
             raise ValueError("a class or a word is no text, or there are no two different classes")
+        from sklearn.feature_extraction.text import TfidfVectorizer  # here, because an encoder does not need it
+
         self.vectorizer = TfidfVectorizer(**_options(), vocabulary=vocabulary)  # refuses a word that comes twice
         self.vectorizer.idf_ = arrays["idf"]
 
@@ -82,6 +82,9 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
 
     Raises UserError if they are too few.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     vectorizer = TfidfVectorizer(**_options(), min_df=MIN_REVIEWS)
     regression = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=MOST_ITERATIONS)
     if lacking := set(range(len(label_names))) - set(labels.tolist()):
