@@ -2,7 +2,7 @@
 
     checkpoints/my-run/export/
         onnx/model.onnx             --format onnx, the default: see `suite/inference/onnx_file.py`
-        onnx/model_quantized.onnx   --int8: see `suite/inference/quantize.py`
+        onnx/model_quantized.onnx   --int8: see the same file
         model.safetensors           --format transformers: a classifier of transformers' own, without code
         config.json                 that classifier's configuration; max_len, truncation and max_windows say how reviews
                                     were cut (tokens, special tokens included)
@@ -40,8 +40,14 @@ from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
 from suite.inference.classifier import Classifier, chosen_model
-from suite.inference.onnx_file import OnnxModel, refuse_missing_packages, write_onnx
-from suite.inference.quantize import Validation, load_validation, write_int8
+from suite.inference.onnx_file import (
+    OnnxModel,
+    Validation,
+    load_validation,
+    refuse_missing_packages,
+    write_int8,
+    write_onnx,
+)
 from utils import PROJECT, UserError, say
 
 ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_quantized.onnx")  # where transformers.js looks for them
