@@ -19,8 +19,6 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 from scipy.special import softmax
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
 from suite.encoders.tokenizers import LINE_BREAKS
@@ -37,6 +35,8 @@ class BagOfWords:
 
     def __init__(self, config: dict[str, Any], vocabulary: list[str], arrays: dict[str, np.ndarray]):
         """Raises ValueError if the three do not belong together."""
+        from sklearn.feature_extraction.text import TfidfVectorizer  # here, because an encoder does not need it
+
         self.config, self.vocabulary, self.arrays = config, vocabulary, arrays
         self.data_fingerprint = config["data_fingerprint"]
         self.label_names = [config["id2label"][str(label)] for label in range(len(config["id2label"]))]
@@ -82,6 +82,9 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
 
     Raises UserError if they are too few.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
     vectorizer = TfidfVectorizer(**_options(), min_df=MIN_REVIEWS)
     regression = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=MOST_ITERATIONS)
     if lacking := set(range(len(label_names))) - set(labels.tolist()):

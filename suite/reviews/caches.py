@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-import datasets
 from huggingface_hub.utils import WeakFileLock
 
 from suite.common.hub import ANOTHER_DISK
@@ -17,7 +16,7 @@ from suite.common.storage import read_json, room_for, sha256_of, write_json
 from utils import say
 
 SUMS = "sums.json"  # beside the files of a table: {file name: SHA-256 sum}
-Tables = TypeVar("Tables", datasets.Dataset, datasets.DatasetDict)
+Tables = TypeVar("Tables")  # a Dataset or a DatasetDict
 
 
 def cached(name: str, build: Callable[[Path], Tables], shared: bool = False) -> Tables:
@@ -27,6 +26,8 @@ def cached(name: str, build: Callable[[Path], Tables], shared: bool = False) -> 
     without sums, which a killed process has left, unless the folder is `shared` with other programs: then a table
     without sums is trusted and gets some.
     """
+    import datasets  # here, because labelling does not need it
+
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     folder = cache / name
     with room_for(cache, needed=0, fix=ANOTHER_DISK):
