@@ -4,7 +4,6 @@ starts again after a kill, and stands beside the figure of an encoder at the end
 
 import csv
 import json
-import os
 import shutil
 
 import numpy as np
@@ -19,7 +18,7 @@ from suite.common.run_folder import read_saved_config
 from suite.comparison import report
 from suite.comparison.results import group, read_result
 from suite.encoders.bag_of_words import load_bag_of_words
-from suite.training import baseline, outcome
+from suite.training import baseline
 
 ENCODER = ("model_config.pooling=mean", "data_config.max_len=32", "data_config.batch_size=16", "train_config.epochs=1",
            "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu")
@@ -34,14 +33,6 @@ def finished(tmp_path_factory):
                  "data_config.text_column=review", "data_config.label_column=verdict", "log_config.wandb_mode=disabled"]
     train_here(*overrides, mode="baseline")
     return overrides, folder / "runs" / "bag-of-words"
-
-
-@pytest.fixture(autouse=True)
-def without_plots(request, monkeypatch):
-    """Pictures take longer than the rest of a bag of words."""
-    if "like_any_other" not in request.node.name:
-        monkeypatch.setattr(outcome, "try_plots", lambda *_: [])
-        monkeypatch.setattr(report, "try_plots", lambda *_: [])
 
 
 def rows_of(path) -> list[dict]:
@@ -185,7 +176,6 @@ def spoil_json(name, change):
     spoil_json("config.json", lambda config: config | {"id2label": {"0": "a"}}),
     lambda folder: (folder / "words.safetensors").write_bytes(b"no tensors"),
     spoil_json("config.json", lambda config: {key: config[key] for key in config if key != "data_fingerprint"}),
-    lambda folder: ((folder / "words.safetensors").unlink(), os.mkfifo(folder / "words.safetensors")),
     lambda folder: (folder / "vocabulary.json").unlink()])
 def test_a_damaged_or_senseless_model_is_refused_in_one_line(finished, tmp_path, spoil):
     folder = tmp_path / "model"
