@@ -19,6 +19,7 @@ from suite.encoders.cpu_kernels import SHORT, BlockAttention, cpu_attention, dro
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is not the C library here")
 
 
+@pytest.mark.long
 @needs_glibc
 def test_where_memory_comes_from_changes_no_bit(overrides, tmp_path):
     runs = {}
@@ -89,10 +90,10 @@ def test_the_cpu_kernels_change_nothing_but_the_draw(encoder_folder, name):
     assert not torch.equal(first, model(**inputs).logits)
     # The layers above a dropout are not linear, so its mean is compared with that of torch's own.
     own = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2).train()
-    ours, torchs = (torch.stack([each(**inputs).logits.detach() for _ in range(500)]) for each in (model, own))
-    errors = ((ours.var(dim=0) + torchs.var(dim=0)) / 500).sqrt()
+    ours, torchs = (torch.stack([each(**inputs).logits.detach() for _ in range(150)]) for each in (model, own))
+    errors = ((ours.var(dim=0) + torchs.var(dim=0)) / 150).sqrt()
     assert ((ours.mean(dim=0) - torchs.mean(dim=0)).abs() < 5 * errors).all()
-    torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.2, atol=0)
+    torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.3, atol=0)
     tiny = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=1e-9).train()  # rounds to no dropout at all
     use_cpu_kernels(tiny)
     torch.testing.assert_close(tiny(**inputs).logits, tiny.eval()(**inputs).logits)
