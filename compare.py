@@ -28,11 +28,7 @@ def read_command() -> argparse.Namespace:
 def main(command: argparse.Namespace) -> None:
     from suite.comparison.report import compare_runs  # imported here, so that --help does not wait for SciPy
 
-    try:
-        compare_runs(command.runs, command.output, f"{len(command.runs)} runs compared")
-    except OSError as error:
-        raise UserError(f"{error.filename or command.output} cannot be written or read ({error.strerror}): choose "
-                        "another folder with --output") from None
+    compare_runs(command.runs, command.output, f"{len(command.runs)} runs compared")
 
 
 if __name__ == "__main__":

@@ -265,6 +265,10 @@ class PreparedData:
     held_out: np.ndarray  # that of the Split
     digests: np.ndarray  # (texts,) of 16 bytes: of what is trained on here, and of what the model was trained on before
 
+    def text(self, review_id: int) -> str:
+        """The review whose `id` this is."""
+        return self.splits["train"].text(review_id)
+
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
     """Load, clean, split and tokenize, once for all three splits.

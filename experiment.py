@@ -17,7 +17,6 @@ from pathlib import Path
 
 from suite.common import cli
 from suite.comparison.grid import Cell, Experiment, describe, find_finished, read_experiment
-from suite.comparison.report_folder import refuse_foreign_report
 from suite.comparison.running import remaining_time, run_cells
 from utils import UserError, say
 
@@ -50,7 +49,7 @@ def list_cells(experiment: Experiment, cells: list[Cell]) -> None:
         say(f"{cell.index:>{width}}  {state:10}  {cell.folder}  {describe(cell.setting)}, seed {cell.seed}")
     left = [cell for cell in cells if not cell.is_finished]
     say(f"{len(cells) - len(left)} of {len(cells)} runs are finished"
-        + (f", {len(left)} left{remaining_time(experiment, left, {})}" if left else ""))
+        + (f", {len(left)} left{remaining_time(experiment, left)}" if left else ""))
 
 
 def write_report(experiment: Experiment, failed: dict[int, str]) -> None:
@@ -83,17 +82,13 @@ def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace)
     if options.dry_run:
         list_cells(experiment, cells)
         return
-    failed = {}
-    try:
-        refuse_foreign_report(experiment.report_folder)
-        if not options.report:
-            failed = run_cells(experiment, cells)
-        if options.only is None:
-            find_finished(experiment.cells)
-            write_report(experiment, failed)
-    except OSError as error:
-        raise UserError(f"{error.filename or experiment.report_folder} cannot be written or read ({error.strerror}): "
-                        "set output_dir") from None
+    from suite.comparison.report import refuse_other_files  # it waits for SciPy, which --help does not
+
+    refuse_other_files(experiment.report_folder)
+    failed = {} if options.report else run_cells(experiment, cells)
+    if options.only is None:
+        find_finished(experiment.cells)
+        write_report(experiment, failed)
     for index, line in failed.items():
         say(f"failed: run {index}, {experiment.cells[index - 1].folder}: {line}")
     if failed:

@@ -17,7 +17,7 @@ from suite.common.run_folder import read_saved_config
 from suite.comparison import report
 from suite.comparison.results import group, read_result
 from suite.encoders.bag_of_words import load_bag_of_words
-from suite.training import baseline, outcome
+from suite.training import baseline, finish
 
 ENCODER = ("model_config.pooling=mean", "data_config.max_len=32", "data_config.batch_size=16", "train_config.epochs=1",
            "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu")
@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 def without_plots(request, monkeypatch):
     """Pictures take longer than the rest of a bag of words."""
     if "like_any_other" not in request.node.name:
-        monkeypatch.setattr(outcome, "try_plots", lambda *_: [])
+        monkeypatch.setattr(finish, "try_plots", lambda *_: [])
         monkeypatch.setattr(report, "try_plots", lambda *_: [])
 
 
@@ -85,7 +85,7 @@ def test_its_run_folder_is_like_any_other(finished):
     overrides, folder = finished
     assert set(metrics_of(folder)) == {"train", "valid", "test", "environment"}
     assert metrics_of(folder)["train"]["optimizer_steps"] > 0
-    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json", "best.sha256",
+    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json",
                  "plots/learning_curves.png", "plots/confusion_matrix.png", "plots/reliability.png"):
         assert (folder / name).is_file(), name
     assert {path.suffix for path in (folder / "best").iterdir()} == {".json", ".md", ".safetensors"}
@@ -167,7 +167,7 @@ def test_a_damaged_model_is_refused_in_one_line(finished, tmp_path, spoil):
     assert str(folder) in error_of(run_here(mode="predict", model=str(folder), text="good"))
 
 
-@pytest.mark.parametrize("place", ["replace_folder", "write_results"])
+@pytest.mark.parametrize("place", ["predictions_of", "write_results"])
 def test_the_same_command_starts_again_after_a_kill(finished, monkeypatch, tmp_path, place):
     overrides, folder = finished
     mine = [*overrides, f"output_dir={tmp_path}"]
@@ -190,7 +190,7 @@ def test_its_figure_stands_beside_the_encoder_s(finished, encoder_folder, tmp_pa
     encoder = [*overrides, *ENCODER, f"output_dir={runs}", "run_name=encoder",
                f"model_config.model_name={encoder_folder('bert')}"]
     printed = train_here(*encoder).stdout
-    [line] = [line for line in printed.splitlines() if line.startswith("beside it, ")]
+    [line] = [line for line in printed.splitlines() if line.startswith("a bag of words on the same reviews, ")]
     accuracy = metrics_of(folder)["test"]["accuracy"]
     assert f"{runs / 'words'}: test accuracy {accuracy:.4f} (95 % interval" in line
     pair = printed.splitlines()[-1]
@@ -210,7 +210,7 @@ def test_its_figure_stands_beside_the_encoder_s(finished, encoder_folder, tmp_pa
 
     path = runs / "words" / "test_predictions.csv"
     path.write_text(path.read_text()[:-30])  # a damaged sibling fails no training run
-    assert "beside it" not in train_here(*encoder).stdout
+    assert "a bag of words on" not in train_here(*encoder).stdout
 
 
 def test_it_can_leave_the_test_split_alone_until_later(finished):

@@ -2,7 +2,10 @@
 were not tested alike, and a web page that shows hostile reviews as text.
 """
 
+import contextlib
 import csv
+import html
+import io
 import json
 import re
 import shutil
@@ -11,13 +14,16 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import PROJECT, run_script
+from conftest import PROJECT, expect, metrics_of, run_here, run_script, train_here, write_reviews
 
+import compare
 from suite.common import cli
 from suite.common.run_folder import save_config
 from suite.common.storage import write_json
+from suite.comparison import report
 from suite.comparison.report import compare_runs
 from suite.comparison.results import group, read_result
+from suite.training import finish
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from utils import load_config
 
@@ -31,7 +37,7 @@ def text_of(review: int) -> str:
 
 
 def write_run(folder, accuracy: float, *overrides: str, reviews: int = REVIEWS, fingerprint: str = "same",
-              base: str = "config.yaml", split: str = "test"):
+              base: str = "config.yaml", split: str = "test", environment: dict | None = None):
     """A finished run in `folder` that gets about this share of the split right; returns (folder, predictions)."""
     folder.mkdir(parents=True)
     config = load_config(PROJECT / base, [*overrides, f"run_name={folder.name}"])
@@ -49,19 +55,31 @@ def write_run(folder, accuracy: float, *overrides: str, reviews: int = REVIEWS, 
               for epoch in (1, 2, 3)]
     (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in epochs))
     train = {"seconds": 10.0, "optimizer_steps": 30, "peak_memory_mb": None, "samples_per_second": 50.0}
-    write_json(folder / "metrics.json", {"train": train, split: compute_metrics(predictions), "environment": {}})
+    write_json(folder / "metrics.json", {"train": train, split: compute_metrics(predictions),
+                                        "environment": environment or {}})
     save_config(config, folder / "config.yaml")
     (folder / "best").mkdir()
     write_json(folder / "best" / "config.json", {"data_fingerprint": fingerprint})
     return folder, predictions
 
 
-@pytest.fixture
-def four_runs(tmp_path):
-    """{folder: predictions} of two settings with two seeds each."""
-    return dict(write_run(tmp_path / f"batch{batch}-seed{seed}", accuracy, f"train_config.seed={seed}",
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """({folder: predictions} of two settings with two seeds each, the folder of their report, what was printed)."""
+    folder = tmp_path_factory.mktemp("reported")
+    runs = dict(write_run(folder / f"batch{batch}-seed{seed}", accuracy, f"train_config.seed={seed}",
                           f"data_config.batch_size={batch}")
                 for batch, accuracy in ((64, 0.7), (128, 0.9)) for seed in (1, 2))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        compare_runs(list(runs), folder / "report", "a comparison")
+    return runs, folder / "report", printed.getvalue()
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pictures take longer than all the rest."""
+    monkeypatch.setattr(report, "try_plots", lambda *_: [])
+    monkeypatch.setattr(finish, "try_plots", lambda *_: [])
 
 
 def refusal(capsys, runs, output) -> str:
@@ -74,9 +92,8 @@ def refusal(capsys, runs, output) -> str:
     return line
 
 
-def test_the_report_says_what_the_runs_say(four_runs, tmp_path, capsys):
-    output = tmp_path / "report"
-    compare_runs(list(four_runs), output, "a comparison")
+def test_the_report_says_what_the_runs_say(reported):
+    four_runs, output, printed = reported
     summary = json.loads((output / "comparison.json").read_text())
     correct = np.stack([run.predicted == run.labels for run in four_runs.values()])
     first, second = summary["settings"]
@@ -107,11 +124,12 @@ def test_the_report_says_what_the_runs_say(four_runs, tmp_path, capsys):
         assert row[column + "predicted"] == ("negative", "positive")[run.predicted[place]]
         assert float(row[column + "confidence"]) == pytest.approx(run.confidence[place], abs=1e-6)
 
-    printed, report = capsys.readouterr().out, (output / "report.md").read_text()
-    for text in (printed, report, (output / "report.html").read_text()):
+    markdown = (output / "report.md").read_text()
+    for text in (printed, markdown, (output / "report.html").read_text()):
         assert f"{first['accuracy']:.4f} ± {first['accuracy_sd']:.4f}" in text
-        assert pair["sentence"].replace("'", "&#x27;" if "<html" in text else "'") in text
-    pictures = re.findall(r"!\[.*\]\((.*)\)", report)
+        assert f"{first['loss']:.4f}" in text
+        assert pair["sentence"] in html.unescape(text)
+    pictures = re.findall(r"!\[.*\]\((.*)\)", markdown)
     assert len(pictures) == 3
     assert all((output / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
@@ -133,14 +151,14 @@ def test_runs_that_were_not_tested_on_the_same_reviews_are_refused(tmp_path, cap
     assert str(other) in line
 
 
-def test_the_same_data_in_two_places_is_the_same_data(tmp_path):
+def test_the_same_data_in_two_places_is_the_same_data(tmp_path, without_plots):
     first, _ = write_run(tmp_path / "first", 0.8)
     other, _ = write_run(tmp_path / "other", 0.8, "data_config.dataset=a/copy", "train_config.seed=1")
     compare_runs([first, other], tmp_path / "report", "a comparison")
     assert (tmp_path / "report" / "report.html").exists()
 
 
-def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys):
+def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys, without_plots):
     runs = [write_run(tmp_path / f"rate{rate}", accuracy, f"train_config.learning_rate={rate}", split="valid")[0]
             for rate, accuracy in ((1e-4, 0.7), (2e-4, 0.9))]
     compare_runs(runs, tmp_path / "report", "a search")
@@ -154,7 +172,7 @@ def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys):
     assert "tested holds no finished run" in refusal(capsys, [runs[0], tested], tmp_path / "other")
 
 
-def test_many_keys_are_told_apart_from_a_base(tmp_path, capsys):
+def test_many_keys_are_told_apart_from_a_base(tmp_path, capsys, without_plots):
     changes = [(), ("model_config.pooling=mean",), ("train_config.epochs=2", "data_config.max_len=64"),
                ("train_config.weight_decay=0.01",)]
     runs = [write_run(tmp_path / f"run{number}", 0.8, *change)[0] for number, change in enumerate(changes)]
@@ -163,44 +181,72 @@ def test_many_keys_are_told_apart_from_a_base(tmp_path, capsys):
     assert found == ["base", "pooling mean", "len 64, epochs 2", "weight_decay 0.01"]
 
 
-def test_what_is_no_finished_run_is_refused(four_runs, tmp_path, capsys):
-    first, second, third, _ = four_runs
+def test_what_is_no_finished_run_is_refused(tmp_path, capsys):
+    first, second, third = [write_run(tmp_path / f"seed{seed}", 0.8, f"train_config.seed={seed}")[0]
+                            for seed in (1, 2, 3)]
     (third / "metrics.json").unlink()
     assert f"{third} holds no finished run" in refusal(capsys, [first, third], tmp_path / "report")
     assert "no such folder" in refusal(capsys, [first, tmp_path / "absent"], tmp_path / "report")
     shutil.copytree(first, tmp_path / "copy")
     assert "the same setting with the same seed 1" in refusal(capsys, [first, tmp_path / "copy"], tmp_path / "report")
-    lines = (second / "test_predictions.csv").read_text().splitlines()
-    path = second / "test_predictions.csv"
-    for rest, reason in ((lines[:-1], "of different tests"), (None, "is missing")):
-        path.write_text("\n".join(rest)) if rest else path.unlink()
-        line = refusal(capsys, [first, second], tmp_path / "report")
-        assert reason in line
-        assert f"--mode test output_dir={second.parent} run_name={second.name}" in line
+    (second / "test_predictions.csv").unlink()
+    line = refusal(capsys, [first, second], tmp_path / "report")
+    assert f"is missing: write it again with python main.py --mode test output_dir={second.parent}" in line
 
 
-def test_the_command_line():
-    result = run_script("compare.py", "checkpoints/one")
-    assert result.returncode == 2
-    assert result.stderr == ("error: command line: name two or more different folders, as in checkpoints/NAME; "
-                             "see --help\n")
+def test_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compare.py", "checkpoints/one"])
+    with pytest.raises(SystemExit) as left:
+        compare.read_command()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == ("error: command line: name two or more different folders, as in "
+                                       "checkpoints/NAME; see --help\n")
     result = run_script("-X", "importtime", "compare.py", "--help")
     assert "checkpoints/comparison-report" in result.stdout
     assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)  # so it is fast
 
 
-def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_path, monkeypatch):
-    """131,072 characters, by default. The script runs in a new process, because this one may have a higher limit."""
+def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_path, monkeypatch, without_plots):
     long = "long " * 30_000
     monkeypatch.setitem(globals(), "text_of", lambda review: f"{long} {review}")
-    runs = [str(write_run(tmp_path / f"seed{seed}", 0.99, f"train_config.seed={seed}")[0]) for seed in (1, 2)]
-    result = run_script("compare.py", *runs)
-    assert result.returncode == 0, result.stderr
-    output = tmp_path / "comparison-report"
-    assert result.stdout.endswith(f"the report: {output / 'report.html'}\n")
-    reports = [(output / f"{name}.csv").read_text() for name in ("wrong_in_all_runs", "disagreements")]
-    assert any(long in text for text in reports)
-    assert long in (output / "report.html").read_text()
+    runs = [write_run(tmp_path / f"seed{seed}", 0.99, f"train_config.seed={seed}")[0] for seed in (1, 2)]
+    csv.field_size_limit(131_072)  # the module's default
+    compare_runs(runs, tmp_path / "report", "long reviews")
+    written = [(tmp_path / "report" / f"{name}.csv").read_text() for name in ("wrong_in_all_runs", "disagreements")]
+    assert any(long in text for text in written)
+    assert long in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_metric_may_be_new_or_a_list(tmp_path, without_plots, monkeypatch):
+    """Results are read again by later versions: a metric that this one does not know spoils no file."""
+    def more_metrics(predictions):
+        return compute_metrics(predictions) | {"recall_by_class": [0.5, 1.0], "brier": 0.1, "words": "many"}
+
+    monkeypatch.setattr(finish, "compute_metrics", more_metrics)
+    reviews = write_reviews(tmp_path / "reviews.csv")
+    for name in ("keep", "space"):
+        arguments = [f"output_dir={tmp_path / 'runs'}", f"data_config.dataset={reviews}", f"run_name={name}",
+                     "data_config.text_column=review", "data_config.label_column=verdict",
+                     f"data_config.line_breaks={name}", "log_config.wandb_mode=disabled"]
+        train_here(*arguments, mode="baseline")
+        assert "nothing was done again" in train_here(*arguments, mode="baseline").stdout
+        train_here(*arguments, mode="test")
+        assert metrics_of(tmp_path / "runs" / name)["test"]["recall_by_class"] == [0.5, 1.0]
+    compare_runs([tmp_path / "runs" / "keep", tmp_path / "runs" / "space"], tmp_path / "report", "two runs")
+    expect(0, run_here(mode="predict", model=str(tmp_path / "runs" / "keep"), text="gripping"))
+
+
+def test_auto_is_what_it_was_on_each_machine(tmp_path):
+    """Seeds count as one setting only where device and precision were the same."""
+    runs = []
+    for seed, precision in enumerate(["no", "bf16", "bf16"]):
+        place = {"device": "cpu" if precision == "no" else "cuda", "precision": precision}
+        runs.append(write_run(tmp_path / f"auto{seed}", 0.8, f"train_config.seed={seed}", environment=place)[0])
+    runs.append(write_run(tmp_path / "named", 0.8, "train_config.seed=9", "train_config.mixed_precision=bf16",
+                          "train_config.device=cuda", environment=place)[0])
+    settings = group([read_result(run) for run in runs])
+    assert [(setting.label, [run.seed for run in setting.runs]) for setting in settings] == [
+        ("device cpu, mixed_precision no", [0]), ("device cuda, mixed_precision bf16", [1, 2, 9])]
 
 
 def test_settings_are_named_by_what_tells_them_apart(tmp_path):
@@ -235,14 +281,9 @@ class Page(HTMLParser):
             self.scripts[-1] += data
 
 
-@pytest.fixture
-def page(four_runs, tmp_path) -> str:
-    compare_runs(list(four_runs), tmp_path / "report", "a comparison")
-    return (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-
-
-def test_the_page_loads_nothing_and_holds_hostile_reviews_as_data(page, four_runs):
-    parsed = Page(page)
+def test_the_page_loads_nothing_and_holds_hostile_reviews_as_data(reported):
+    four_runs, output, _ = reported
+    parsed = Page((output / "report.html").read_text(encoding="utf-8"))
     assert [attributes.get("type") for tag, attributes in parsed.tags if tag == "script"] == ["application/json", None]
     sources = [value for _, attributes in parsed.tags for name, value in attributes.items() if name in ("src", "href")]
     assert len(sources) == 3
@@ -256,8 +297,10 @@ def test_the_page_loads_nothing_and_holds_hostile_reviews_as_data(page, four_run
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_the_page_in_a_browser(page, four_runs, tmp_path):
+def test_the_page_in_a_browser(reported, tmp_path):
     """The reviews are shown as text, no script of theirs runs, and the filters leave what they should."""
+    four_runs, output, _ = reported
+    page = (output / "report.html").read_text(encoding="utf-8")
     wrong = np.stack([run.predicted != run.labels for run in four_runs.values()])
     expected = {"any": wrong.any(axis=0), "all": wrong.all(axis=0), "some": wrong.any(axis=0) & ~wrong.all(axis=0),
                 "0": wrong[:2].any(axis=0), "1": wrong[2:].any(axis=0)}

@@ -41,7 +41,7 @@ import main
 from suite.common import cli, locks
 from suite.inference import labelling
 from suite.reviews.rows import columns_of
-from suite.training import outcome
+from suite.training import finish
 
 SECONDS, SEED = float(os.environ.get("FUZZ_SECONDS", "4")), int(os.environ.get("FUZZ_SEED", "12"))
 BATCH = 25  # examples that one seed draws. Hypothesis itself has no limit of time.
@@ -121,7 +121,7 @@ class Bench:
             patch.setattr(sys, "argv", ["main.py", *arguments])
             patch.setattr(labelling, "CHUNK_ROWS", 8)
             if SECONDS < 60:
-                patch.setattr(outcome, "try_plots", lambda *arguments: [])  # they take most of a tiny run's time
+                patch.setattr(finish, "try_plots", lambda *arguments: [])  # they take most of a tiny run's time
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
                     cli.run(lambda: main.main(cli.read_command("", accumulates=False)))

@@ -11,7 +11,7 @@ import torch
 from conftest import PROJECT, SHARED, metrics_of, run_script, train_here
 from transformers import AutoModel, AutoTokenizer
 
-from suite.training.tracking import try_plots
+from suite.training.finish import try_plots
 from utils import load_config
 
 

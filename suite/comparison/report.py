@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from suite.common.storage import atomic_write, write_json
-from suite.comparison.report_folder import SUMMARY, refuse_foreign_report
-from suite.comparison.report_page import write_page
-from suite.comparison.results import Setting, group, read_results, refuse_different_tests, texts
+from suite.common.figures import show
+from suite.common.pages import render
+from suite.common.run_folder import read_saved_config
+from suite.common.storage import atomic_write, write_json, write_text
+from suite.comparison.results import Result, Setting, group, read_result, read_results, refuse_different_tests, texts
+from suite.comparison.running import LOGS
+from suite.comparison.significance import compare, sentence
 from suite.comparison.summary import LEGEND, PUBLISHED, counts, hard_reviews, published_table, settings_table, summarize
-from suite.training.tracking import try_plots
-from utils import DEMO_WARNING, Config, say
+from suite.training.finish import try_plots
+from utils import BAG_OF_WORDS, DEMO_WARNING, Config, UserError, process_rank, say
+
+SUMMARY = "comparison.json"  # written first: it tells that the folder holds a report
+MOST_REVIEWS = 5000  # on the page, those that most runs get wrong; a review of IMDB takes 1.3 kB
 
 
 def compare_runs(folders: Sequence[Path], output: Path, title: str, question: str = "", notes: Sequence[str] = (),
@@ -26,7 +33,7 @@ def compare_runs(folders: Sequence[Path], output: Path, title: str, question: st
     configuration of an experiment's first setting. Raises UserError if the runs are not finished or cannot be compared,
     or if `output` holds other files.
     """
-    refuse_foreign_report(output)
+    refuse_other_files(output)
     runs = read_results(folders)
     refuse_different_tests(runs)
     settings = group(runs, base)
@@ -36,6 +43,16 @@ def compare_runs(folders: Sequence[Path], output: Path, title: str, question: st
     print_summary(summary)
     write_report(output, summary, settings)
     say(f"the report: {output / 'report.html'}")
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raises UserError if a report would come among the files of something else."""
+    fix = "name another folder for the report: --output of compare.py, or name in the experiment's file"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: {fix}")
+    found = {path.name for path in folder.glob("[!.]*")} - {LOGS}  # an experiment writes them before there is a report
+    if found and SUMMARY not in found:
+        raise UserError(f"{folder} holds other files than a report's, such as {min(found)}: {fix}")
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -52,17 +69,24 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def write_report(folder: Path, summary: dict[str, Any], settings: Sequence[Setting]) -> None:
-    """Write comparison.json, report.md, report.html, two CSV files and plots/."""
+    """Write comparison.json, report.md, report.html, two CSV files and plots/.
+
+    The web page is one file that needs neither a server nor the network. Its own security policy forbids it to load
+    anything, and its script shows the reviews by `textContent`: as text, whatever they contain.
+    """
     runs = [run for setting in settings for run in setting.runs]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SUMMARY, summary)
     found = texts(runs)
     for name, places in hard_reviews(runs).items():
         _write_reviews(folder / f"{name}.csv", settings, places, found)
-    plots = try_plots("suite.comparison.plots", folder / "plots", summary, settings)
-    with atomic_write(folder / "report.md") as file:
-        file.write(markdown(summary, plots))
-    write_page(folder / "report.html", summary, settings, plots, found)
+    plots = try_plots("suite.comparison.comparison_plots", folder / "plots", summary, settings)
+    shared = {"summary": summary, "settings": settings_table(summary), "published": published_table(summary),
+              "legend": LEGEND, "about_published": PUBLISHED, "counts": counts(summary),
+              "plots": [{"file": path.name, "name": path.stem.replace("_", " "),
+                         "base64": base64.b64encode(path.read_bytes()).decode()} for path in plots]}
+    write_text(folder / "report.md", render("report.md", **shared))
+    write_text(folder / "report.html", render("report.html", **shared, **_wrong_reviews(settings, found)))
 
 
 def _write_reviews(path: Path, settings: Sequence[Setting], places: np.ndarray, found: dict[int, str]) -> None:
@@ -81,30 +105,54 @@ def _write_reviews(path: Path, settings: Sequence[Setting], places: np.ndarray, 
             writer.writerow(row)
 
 
+def _wrong_reviews(settings: Sequence[Setting], texts: dict[int, str]) -> dict[str, Any]:
+    """What the page's script shows: the reviews that at least one run gets wrong, first those that most runs do; and
+    how many are left out (`skipped`). `texts`: {id: text}."""
+    runs = [run for setting in settings for run in setting.runs]
+    wrong = np.stack([~run.correct for run in runs])  # (runs, reviews)
+    confidence = np.stack([run.predictions.confidence for run in runs])
+    times = wrong.sum(axis=0)  # (reviews,) how many runs get it wrong
+    certainty = (wrong * confidence).sum(axis=0) / np.maximum(times, 1)
+    order = np.lexsort((-certainty, -times))[:int((times > 0).sum())]
+    ids, labels = runs[0].predictions.ids, runs[0].predictions.labels
+    rows = [{"id": int(ids[place]), "label": int(labels[place]), "text": texts.get(int(ids[place]), ""),
+             "answers": [[int(run.predicted[place]), round(float(confidence[number, place]), 3)]
+                         for number, run in enumerate(runs)]} for place in order[:MOST_REVIEWS]]
+    groups = [{"label": setting.label, "seeds": [run.seed for run in setting.runs]} for setting in settings]
+    return {"reviews": {"classes": runs[0].label_names, "rows": rows, "settings": groups},
+            "skipped": max(0, len(order) - MOST_REVIEWS)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Markdown
+# At the end of a training run: is the encoder worth its price?
 
 
-def markdown(summary: dict[str, Any], plots: Sequence[Path]) -> str:
-    lines = [f"# {summary['title']}", ""]
-    if summary["demo"]:
-        lines += [f"> **{DEMO_WARNING}**", ""]
-    if summary["question"]:
-        lines += [summary["question"], ""]
-    lines += [*_markdown_table(settings_table(summary)), "", LEGEND, ""]
-    if published := published_table(summary):
-        lines += [PUBLISHED, "", *_markdown_table(published), ""]
-    lines += [f"- {_escape(pair['sentence'])}" for pair in summary["pairs"]]
-    lines += ["", counts(summary) + " They are in `wrong_in_all_runs.csv` and `disagreements.csv`.", ""]
-    lines += [f"![{path.stem.replace('_', ' ')}](plots/{path.name})\n" for path in plots]
-    lines += [f"- {_escape(note)}" for note in summary["notes"]]
-    return "\n".join(lines) + "\n"
+def show_baseline(config: Config) -> None:
+    """Print what a finished bag of words of the same split gets right, and how the finished run compares with it.
+
+    It is looked for in the other run folders of output_dir.
+    """
+    if process_rank() > 0:
+        return
+    try:
+        run = read_result(config.run_folder)
+    except UserError:  # a pretraining run, or one that was not tested
+        return
+    folders = sorted(Path(config.output_dir).iterdir())
+    if words := next((found for folder in folders if (found := _bag_of_words(folder, run))), None):
+        [pair] = compare([BAG_OF_WORDS, config.run_name], [words.correct[None], run.correct[None]])
+        say(f"{config.demo_mark}a bag of words on the same reviews, {words.folder}: test accuracy "
+            f"{show(words.metrics['test'], 'accuracy')}, {show(words.metrics['train'], 'seconds')} s of training\n"
+            f"{config.demo_mark}{sentence(pair)}")
 
 
-def _markdown_table(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(map(_escape, row)) + " |" for row in rows]
-    return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+def _bag_of_words(folder: Path, run: Result) -> Result | None:
+    """The finished bag of words in this folder, if it was tested on the same reviews as `run`."""
+    try:
+        if read_saved_config(folder / "config.yaml").model_config.model_name == BAG_OF_WORDS:
+            found = read_result(folder)
+            refuse_different_tests([run, found])
+            return found
+    except Exception:  # whatever another folder holds, this run has ended well
+        pass
+    return None

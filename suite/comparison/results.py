@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from suite.common.checks import short_name
 from suite.common.run_folder import (
     SAME_TEST,
     WITHOUT_ENCODER,
@@ -25,10 +24,12 @@ from suite.common.run_folder import (
 )
 from suite.common.storage import read_json
 from suite.training.evaluation import TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
-from utils import Config, UserError
+from utils import Config, UserError, short_name
 
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
+AUTO = "auto"
 MOST_NAMED = 3  # keys that a setting's name has room for
+TRAIN_AGAIN = "train the run again with train_config.resume=never train_config.overwrite=true"
 SHORT_NAMES = {"train_config.effective_batch_size": "batch", "data_config.batch_size": "micro-batch",
                "data_config.max_len": "len"}
 
@@ -62,10 +63,15 @@ class Result:
     @functools.cached_property
     def values(self) -> dict[str, Any]:
         """{dotted key: value} of the configuration that shape the result, without the seed and those of the log; of a
-        bag of words or a stack, those that mean something to it."""
-        return {key: value for key, value in shaping_values(self.config).items()
-                if (key in WITHOUT_ENCODER if not is_encoder(self.config)
-                    else key != "train_config.seed" and not key.startswith("log_config."))}
+        bag of words or a stack, those that mean something to it. For `auto`, the device or precision that it was."""
+        values, measured = shaping_values(self.config), self.metrics.get("environment", {})
+        if not is_encoder(self.config):
+            return {key: values[key] for key in values if key in WITHOUT_ENCODER}
+        for key, name in (("train_config.device", "device"), ("train_config.mixed_precision", "precision")):
+            if values[key] == AUTO:
+                values[key] = measured.get(name, AUTO)
+        return {key: value for key, value in values.items()
+                if key != "train_config.seed" and not key.startswith("log_config.")}
 
 
 @dataclass
@@ -110,16 +116,15 @@ def read_result(folder: Path, split: str = "test") -> Result:
     config = read_saved_config(folder / "config.yaml")
     path, again = folder / TEST_PREDICTIONS, how_to_write_again(folder)
     if split == "valid":
-        path = folder / VALID_PREDICTIONS
-        again = "train this run again with train_config.resume=never train_config.overwrite=true, or leave it out"
-    names, predictions, predicted = read_predictions(path, metrics[split], again)
+        path, again = folder / VALID_PREDICTIONS, f"{TRAIN_AGAIN}, or leave it out"
+    names, predictions, predicted = read_predictions(path, again)
     return Result(folder, config, metrics, names, predictions, predicted, _fingerprint(folder), split)
 
 
-def read_predictions(path: Path, measured: dict[str, Any], again: str) -> tuple[list[str], Predictions, np.ndarray]:
+def read_predictions(path: Path, again: str) -> tuple[list[str], Predictions, np.ndarray]:
     """The classes, the predictions and the predicted class of each review, as a run has saved them for a split.
 
-    `measured`: what metrics.json says of this split; `again`: how the file can be written again. Raises UserError.
+    `again`: how the file can be written again. Raises UserError if it is missing.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -128,11 +133,9 @@ def read_predictions(path: Path, measured: dict[str, Any], again: str) -> tuple[
         raise UserError(f"{path} is missing: {again}") from None
     names = [column.removeprefix("probability_") for column in header[3:]]
     index = {name: place for place, name in enumerate(names)}
-    ids, labels, predicted = (np.array([convert(row[place]) for row in rows], np.int64) for place, convert in
-                              enumerate((int, index.__getitem__, index.__getitem__)))
+    ids = np.array([int(row[0]) for row in rows], np.int64)
+    labels, predicted = (np.array([index[row[place]] for row in rows], np.int64) for place in (1, 2))
     probabilities = np.array([[float(value) for value in row[3:]] for row in rows], np.float64)
-    if len(ids) != measured.get("n") or (labels == predicted).sum() / len(ids) != measured.get("accuracy"):
-        raise UserError(f"{path} and metrics.json are of different tests: {again}")
     order = np.argsort(ids)
     with np.errstate(divide="ignore"):  # some probabilities were rounded to 0
         predictions = Predictions(ids, labels, np.log(probabilities))
@@ -203,7 +206,7 @@ def _labels(settings: list[dict[str, Any]], base: dict[str, Any]) -> list[str]:
         if STEPS not in values or not varying:
             varying = list(dict.fromkeys([NAME, *varying]))
         if len(varying) > MOST_NAMED:
-            first = alike[0] | base
+            first = alike[0] | {key: value for key, value in base.items() if value != AUTO}
             varying = [key for key in values if key not in implied and values[key] != first[key]]
         labels.append(_label(values, varying) or "base")
     if len(set(labels)) < len(labels):  # two paths end in the same name

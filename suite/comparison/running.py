@@ -9,14 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
+from statistics import fmean
 
 from suite.common.run_folder import read_metrics
 from suite.common.stopping import EXIT_CODES, SIGNALS
 from suite.common.storage import is_locked
 from suite.comparison.grid import Cell, Experiment, describe, find_finished
-from suite.comparison.report_folder import LOGS
 from utils import PROJECT, say
 
+LOGS = "logs"  # in the report's folder
 WAIT_SECONDS = 2  # between two looks for a run that no other process is working on
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -28,7 +29,6 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
     When a signal asks to stop, the cell that is running saves its state, and this process exits.
     """
     failed: dict[int, str] = {}
-    seconds: dict[int, float] = {}  # {index: duration} of the cells that this process ran from the beginning
     pending = [cell for cell in cells if not cell.is_finished]
     say(f"{experiment.name}: {len(cells) - len(pending)} of {len(cells)} runs are finished")
     with SIGNALS.deferred():
@@ -38,8 +38,8 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
             if cell.is_finished:  # by another process, in the meantime
                 continue
             number = f"[{cell.index}/{len(experiment.cells)}]"
-            is_new, started = not cell.is_begun, time.monotonic()
-            say(f"{number} {describe(cell.setting)}, seed {cell.seed}: {cell.folder}{'' if is_new else ', going on'}")
+            say(f"{number} {describe(cell.setting)}, seed {cell.seed}: {cell.folder}"
+                f"{', going on' if cell.is_begun else ''}")
             problem = run_cell(experiment, cell)
             if SIGNALS.received:
                 break
@@ -50,10 +50,8 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
             if problem or not cell.is_finished:
                 failed[cell.index] = problem or "ended without results"
                 say(f"{number} failed: {failed[cell.index]}")
-            elif is_new:
-                seconds[cell.index] = time.monotonic() - started
             if pending:
-                say(f"{len(pending)} left{remaining_time(experiment, pending, seconds)}")
+                say(f"{len(pending)} left{remaining_time(experiment, pending)}")
         if SIGNALS.received:
             say(f"{SIGNALS.received}: give the same command again to go on; {len(pending)} runs have not begun")
     return failed
@@ -88,7 +86,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
     with (open(log, "a", encoding="utf-8") as file,
           subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                            start_new_session=True, preexec_fn=_end_with_parent if LIBC else None) as process,
-          _passed_on(process)):
+          _signals_passed_on(process)):
         for line in process.stdout:
             file.write(line)
             file.flush()
@@ -96,15 +94,18 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
                 say("    " + line.rstrip())
             if line.strip() and not last.startswith("error:"):
                 last = line.strip()
-    if process.returncode < 0:
-        return f"ended by {signal.Signals(-process.returncode).name} (the system kills what needs too much memory)"
-    if process.returncode in EXIT_CODES.values():
+    code = process.returncode
+    if code == -signal.SIGKILL:
+        return "killed; the system does that to a process that needs too much memory"
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    if code in EXIT_CODES.values():
         return "stopped by a signal; its state is saved"
-    return (last or f"exit code {process.returncode}") if process.returncode else None
+    return (last or f"exit code {code}") if code else None
 
 
 @contextmanager
-def _passed_on(process: subprocess.Popen):
+def _signals_passed_on(process: subprocess.Popen):
     """While the process runs, it gets the signals that this one gets."""
     def pass_on(number, frame) -> None:
         SIGNALS.received = signal.Signals(number).name
@@ -128,19 +129,15 @@ def _end_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def remaining_time(experiment: Experiment, pending: Sequence[Cell], seconds: dict[int, float]) -> str:
-    """How long the pending cells will take, judged by the finished ones of the same setting, or else by all finished.
-
-    `seconds`: {index: duration} as measured here; for other cells, metrics.json has the duration of their training.
-    """
-    known = {cell.index: seconds.get(cell.index) or read_metrics(cell.folder)["train"]["seconds"]
-             for cell in experiment.cells if cell.is_finished}
+def remaining_time(experiment: Experiment, pending: Sequence[Cell]) -> str:
+    """How long the pending cells will train: as long as the finished ones of their setting, or else as all of them."""
+    known = [(cell.setting, read_metrics(cell.folder)["train"]["seconds"])
+             for cell in experiment.cells if cell.is_finished]
     if not known:
         return ""
     left = 0.0
     for cell in pending:
-        alike = [known[other.index] for other in experiment.cells
-                 if other.index in known and other.setting == cell.setting] or known.values()
-        left += sum(alike) / len(alike)
-    return (f", about {left / 3600:.1f} h" if left > 5400 else f", about {round(left / 60)} min" if left > 90 else
-            f", about {round(left)} s")
+        alike = [seconds for setting, seconds in known if setting == cell.setting]
+        left += fmean(alike or [seconds for _, seconds in known])
+    return ", about " + (f"{left / 3600:.1f} h" if left > 5400 else f"{round(left / 60)} min" if left > 90 else
+                         f"{round(left)} s") + " of training"

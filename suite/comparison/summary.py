@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from suite.common.figures import heading, show, shown_in
 from suite.comparison.results import Result, Setting
 from suite.comparison.significance import accuracy_interval, compare, sentence
 from suite.training.evaluation import SPLITS
 
-COLUMNS = {  # heading: (part of metrics.json, figure, format); None: the split that the runs are compared on
-    "loss (nats)": (None, "loss", ".4f"), "F1": (None, "f1", ".4f"), "ECE": (None, "ece", ".4f"),
-    "optimizer steps": ("train", "optimizer_steps", ",.0f"), "training (s)": ("train", "seconds", ",.1f"),
-    "peak memory (MB)": ("train", "peak_memory_mb", ",.0f"), "reviews/s": ("train", "samples_per_second", ",.1f")}
+COLUMNS = shown_in("table")  # besides the accuracy and its interval
 LEGEND = (
     "Accuracy: mean over seeds ± their standard deviation. Its interval allows for other reviews and, where there "
-    "are several seeds, for other seeds. The other columns are means over seeds. ECE: expected calibration error, 0 is "
-    "best. Training time is that of the optimizer steps alone.")
+    "are several seeds, for other seeds. The other columns are means over seeds. A calibration error of 0 is best. "
+    "Training time is that of the optimizer steps alone.")
 PUBLISHED = "Each published figure is the accuracy of a single run without an interval, under its authors' conditions."
 
 
@@ -40,7 +38,8 @@ def summarize(settings: Sequence[Setting], title: str, question: str = "", notes
 
 def _row(setting: Setting) -> dict[str, Any]:
     accuracies = setting.correct.mean(axis=1)
-    figures = {name: setting.figures(part or setting.runs[0].split, name) for part, name, _ in COLUMNS.values()}
+    figures = {name: setting.figures("train" if figure.section == "train" else setting.runs[0].split, name)
+               for name, figure in COLUMNS.items()}
     return {"setting": setting.label, "runs": [run.folder.name for run in setting.runs],
             "seeds": [run.seed for run in setting.runs], "accuracies": accuracies.tolist(),
             "accuracy": float(accuracies.mean()),
@@ -83,12 +82,12 @@ def hard_reviews(runs: Sequence[Result]) -> dict[str, np.ndarray]:
 
 def settings_table(summary: dict[str, Any]) -> list[list[str]]:
     """Rows of text, the headings first."""
-    rows = [["setting", "seeds", f"{summary['split']} accuracy", "95 % interval", *COLUMNS]]
+    rows = [["setting", "seeds", f"{summary['split']} accuracy", "95 % interval", *map(heading, COLUMNS)]]
     for row in summary["settings"]:
         spread = f" ± {row['accuracy_sd']:.4f}" if row["accuracy_sd"] is not None else ""
         interval = "{:.4f} to {:.4f}".format(*row["accuracy_ci95"])
         rows.append([row["setting"], str(len(row["seeds"])), f"{row['accuracy']:.4f}{spread}", interval,
-                     *("-" if row[name] is None else format(row[name], style) for _, name, style in COLUMNS.values())])
+                     *(show(row, name) for name in COLUMNS)])
     return rows
 
 

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from data import PreparedData
-from suite.common.progress import watched
+from suite.common.pages import write_pretrained_card
 from suite.common.protocols import Devices
 from suite.encoders.loading import PRETRAINED_TEXTS
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import Batch, to_device
-from suite.pretraining.card import write_card
 from suite.pretraining.texts import prepare_texts
 from suite.training.run import Run
+from suite.training.tracking import watched
 from utils import Config
 
 
@@ -43,7 +43,7 @@ class PretrainingRun(Run):
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         self.devices.unwrap(self.model).save(folder, weights, self.data.tokenizer)
         np.save(folder / PRETRAINED_TEXTS, self.data.digests)
-        write_card(folder, self.config, self.progress.best_metrics, self.progress.step)
+        write_pretrained_card(folder, self.config, self.progress.best_metrics, self.progress.step)
 
     def write_predictions(self, predictions: np.ndarray) -> None:
         pass  # there is no review to predict

@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.hub import say_what_was_cached
-from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import best_model
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
@@ -29,7 +28,7 @@ from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_me
 from suite.training.meter import Meter
 from suite.training.optimization import build_optimizer, build_scheduler
 from suite.training.states import KEPT_STATES, Progress, RunFolder, load_progress, saved_states
-from suite.training.tracking import Tracker
+from suite.training.tracking import ProgressBar, Tracker
 from utils import Config, UserError, process_rank, say
 
 
@@ -104,10 +103,6 @@ class Run:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
         self.progress = Progress(data.fingerprint, devices.kind)
         self.start_step, self.saved_at = 0, time.monotonic()  # where this process began, and when it last saved
-
-    @property
-    def label_names(self) -> list[str]:
-        return self.data.label_names
 
     @property
     def state_bytes(self) -> int:

@@ -1,141 +1,181 @@
-"""What follows a run from outside: wandb, and plots.
+"""What follows a run: the progress bar, and an experiment tracker such as wandb where it works.
 
-A run never waits at wandb's prompt and never dies of wandb. At its first failure the run goes on without it, and the
+A run never waits at a tracker's prompt and never dies of one. At its first failure the run goes on without it, and the
 files of the run folder are complete all the same.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from suite.common.hub import answers
+from suite.common.protocols import Devices
+from suite.common.stopping import stop_if_asked
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say
 
-FINISH_TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the end; the record stays on disk
-INIT_TIMEOUT_SECONDS = 15  # wandb's own default for an unreachable server is 90
-TABLE_ROWS = 1000  # misclassified reviews that go to wandb; misclassified.csv has them all
+TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the start, and the end; wandb's own is 90
+TABLE_ROWS = 1000  # misclassified reviews that a tracker gets; misclassified.csv has them all
+
+
+class ProgressBar:
+    """A bar with the running loss, accuracy and speed; plain lines where the output is no terminal."""
+
+    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
+        self.name, self.total, self.done, self.printed = name, total, done, done
+        is_terminal = process_rank() == 0 and sys.stderr.isatty()
+        self.bar = tqdm(desc=name, total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True,
+                        disable=not is_terminal)
+
+    def update(self) -> None:
+        self.done += 1
+        self.bar.update()
+
+    def show(self, loss: float, accuracy: float, speed: str) -> None:
+        text = f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed}"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (self.done - self.printed) * 10 >= self.total:  # about ten lines an epoch
+            say(f"{self.name}, step {self.done}/{self.total}: {text}")
+            self.printed = self.done
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def watched(batches: Sized, devices: Devices, name: str) -> Iterator[Any]:
+    """The batches, with a progress bar. Raises StopRequested between two of them."""
+    bar = ProgressBar(name, len(batches), unit="batch")
+    for batch in batches:
+        stop_if_asked(devices)
+        yield batch
+        bar.update()
+    bar.close()
 
 
 class Tracker:
-    """A wandb run that cannot do harm: the first call that fails ends it with one line."""
+    """The tracker of TRACKERS that the configuration switches on, if any. The first call that fails ends it with a
+    line, and the run goes on without it."""
 
     def __init__(self, config: Config, run_id: str | None = None, job_type: str = "train"):
-        self.run = None
-        mode = config.log_config.wandb_mode
-        if mode == "auto":
-            # wandb's own variable; anything but online needs no server, "dryrun" is an old name of offline
-            mode = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}.get(
-                os.environ.get("WANDB_MODE", ""), "auto")
-        if mode == "disabled" or process_rank() > 0:
-            return
-        try:
-            self._start(config, mode, run_id, job_type)
-        except Exception as error:
-            self._leave_out(error)
-
-    def _start(self, config: Config, mode: str, run_id: str | None, job_type: str) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")  # this project says what there is to say
-        import wandb
-
-        if mode in ("auto", "online") and not self._has_login(wandb):
-            if mode == "online":
-                say("wandb: no login found (run `wandb login` once); recording offline")
-            mode = "offline"
-        # Where a server takes the connection and stays silent, wandb.init was seen to wait for 313 s.
-        if mode != "offline" and not answers(url := wandb.setup().settings.base_url):
-            say(f"wandb: the server cannot be reached ({url} does not answer); recording offline")
-            mode = "offline"
-        arguments = {
-            "project": config.log_config.wandb_project, "name": config.run_name, "dir": config.output_dir,
-            "id": run_id, "resume": "allow" if run_id else None,
-            "config": OmegaConf.to_container(OmegaConf.structured(config)),
-            "job_type": job_type, "tags": ["DEMO"] if config.is_demo else None,
-            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
-                                       finish_timeout=FINISH_TIMEOUT_SECONDS, finish_timeout_raises=False),
-        }
-        try:
-            self.run = wandb.init(mode="offline" if mode == "offline" else "online", **arguments)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            say(f"wandb: the server cannot be reached ({type(error).__name__}: {brief(error)}); recording offline")
-            self.run = wandb.init(mode="offline", **arguments)
-        self.run.define_metric("step", hidden=True)
-        self.run.define_metric("epoch", hidden=True)
-        self.run.define_metric("train/*", step_metric="step")
-        self.run.define_metric("valid/*", step_metric="epoch")
-        self.run.define_metric("test/*", step_metric="epoch")
-
-    @staticmethod
-    def _has_login(wandb) -> bool:
-        try:
-            return bool(wandb.login(prompt=False, verify=False))
-        except Exception:
-            return False
+        """`run_id`: of the tracker's run that an interrupted run goes on with; `job_type`: train or test."""
+        self.run, self.name = None, ""
+        for name, tracker in TRACKERS.items() if process_rank() == 0 else ():
+            if tracker.is_on(config):
+                self.name = name
+                self._try(lambda start=tracker: setattr(self, "run", start(config, run_id, job_type)))
+                return
 
     @property
     def run_id(self) -> str | None:
         return self.run.id if self.run is not None else None
 
     def log(self, record: dict[str, Any]) -> None:
-        self._attempt(lambda: self.run.log(record))
+        """A line of history.jsonl, or more."""
+        if self.run is not None:
+            self._try(lambda: self.run.log(record))
 
     def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
                plots: list[Path]) -> None:
-        """The results of the test: summary, misclassified reviews, confusion matrix, plots."""
-
-        def send():
-            import wandb
-
-            self.run.summary.update(summary)
-            table = wandb.Table(columns=["id", "text", "label", "predicted", "confidence"],
-                                data=[list(row.values()) for row in rows[:TABLE_ROWS]])
-            confusion = wandb.plot.confusion_matrix(y_true=predictions.labels.tolist(), class_names=label_names,
-                                                    preds=predictions.predicted.tolist())
-            self.run.log({"test/misclassified": table, "test/confusion_matrix": confusion,
-                          **{f"plots/{path.stem}": wandb.Image(str(path)) for path in plots}})
-
-        self._attempt(send)
+        """The results of the test: summary, misclassified reviews, predictions, plots."""
+        if self.run is not None:
+            self._try(lambda: self.run.report(summary, rows[:TABLE_ROWS], predictions, label_names, plots))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run; an offline one prints the command that uploads it later."""
-
-        def close():
-            offline, folder = self.run.settings.mode == "offline", Path(self.run.dir).parent
-            self.run.finish(exit_code=exit_code)
-            if offline:
-                say(f"wandb: recorded offline; upload it with: wandb sync {folder}")
-
-        self._attempt(close)
+        if self.run is not None:
+            self._try(lambda: self.run.finish(exit_code))
         self.run = None
 
-    def _attempt(self, call: Callable[[], None]) -> None:
-        if self.run is None:
-            return
+    def _try(self, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:
-            self._leave_out(error)
-
-    def _leave_out(self, error: Exception) -> None:
-        self.run = None
-        say(f"wandb: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has everything")
+            self.run = None
+            say(f"{self.name}: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has "
+                "everything")
 
 
-def try_plots(module: str, *arguments: Any) -> list[Path]:
-    """The paths that the module's `save_plots` returns; none, and one line, where matplotlib is broken.
+class WandbRun:
+    """A run in wandb. No method waits long for a server; each may raise any error."""
 
-    The module is imported here because it imports matplotlib, and no result may depend on a picture.
-    """
+    @staticmethod
+    def is_on(config: Config) -> bool:
+        return _wandb_mode(config) != "disabled"
+
+    def __init__(self, config: Config, run_id: str | None, job_type: str):
+        os.environ.setdefault("WANDB_SILENT", "true")  # this project says what there is to say
+        import wandb
+
+        mode = _wandb_mode(config)
+        if mode in ("auto", "online") and not _has_login(wandb):
+            if mode == "online":
+                say("wandb: no login found (run `wandb login` once); recording offline")
+            mode = "offline"
+        # Where a server takes the connection and stays silent, wandb.init was seen to wait for 313 s.
+        if mode in ("auto", "online") and not answers(url := wandb.setup().settings.base_url):
+            say(f"wandb: the server cannot be reached ({url} does not answer); recording offline")
+            mode = "offline"
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                mode=mode, project=config.log_config.wandb_project, name=config.run_name, dir=config.output_dir,
+                id=run_id, resume="allow" if run_id else None, job_type=job_type,
+                config=asdict(config), tags=["DEMO"] if config.is_demo else None,
+                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
+                                        finish_timeout=TIMEOUT_SECONDS, finish_timeout_raises=False))
+
+        try:
+            self.run = start("online" if mode == "auto" else mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            say(f"wandb: {type(error).__name__}: {brief(error)}; recording offline")
+            self.run = start("offline")
+        self.id = self.run.id
+        for name in ("step", "epoch"):
+            self.run.define_metric(name, hidden=True)
+        for names, step in (("train/*", "step"), ("valid/*", "epoch"), ("test/*", "epoch")):
+            self.run.define_metric(names, step_metric=step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.run.log(record)
+
+    def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
+               plots: list[Path]) -> None:
+        import wandb
+
+        self.run.summary.update(summary)
+        columns = ["id", "text", "label", "predicted", "confidence"]
+        self.run.log({
+            "test/misclassified": wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows]),
+            "test/confusion_matrix": wandb.plot.confusion_matrix(
+                y_true=predictions.labels.tolist(), preds=predictions.predicted.tolist(), class_names=label_names),
+            **{f"plots/{path.stem}": wandb.Image(str(path)) for path in plots}})
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; an offline one prints the command that uploads it later."""
+        offline, folder = self.run.settings.mode == "offline", Path(self.run.dir).parent
+        self.run.finish(exit_code=exit_code)
+        if offline:
+            say(f"wandb: recorded offline; upload it with: wandb sync {folder}")
+
+
+def _wandb_mode(config: Config) -> str:
+    mode = config.log_config.wandb_mode
+    return os.environ.get("WANDB_MODE") or mode if mode == "auto" else mode  # wandb's own variable
+
+
+def _has_login(wandb: Any) -> bool:
     try:
-        return importlib.import_module(module).save_plots(*arguments)
-    except Exception as error:
-        say(f"plots: left out ({type(error).__name__}: {brief(error)}); everything else is in the folder")
-        return []
+        return bool(wandb.login(prompt=False, verify=False))
+    except Exception:
+        return False
+
+
+TRACKERS = {"wandb": WandbRun}  # another one has the same methods, and an entry here

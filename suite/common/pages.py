@@ -1,0 +1,98 @@
+"""Model cards, and how the templates in suite/templates/ become cards, reports and web pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from suite.common.figures import on_card
+from suite.common.hub import is_hub_name
+from suite.common.run_folder import is_encoder, read_saved_config, run_of
+from suite.common.storage import CARD, write_text
+from utils import BAG_OF_WORDS, DEMO_WARNING, PROJECT, Config, printable, short_name
+
+USE = "\n## How to use it\n"  # from here on, a model card speaks of its own folder
+NOT_TESTED = "A text classifier, not tested yet"
+TRUNCATION_NOTES = {
+    "head_tail": "programs that cut a long review themselves, such as transformers' pipeline, read its head alone; in "
+                 "training its head and its tail were read",
+    "windows": "programs that cut a long review themselves, such as transformers' pipeline, read its first window "
+               "alone; in training all of its windows were read, and their logits averaged"}
+
+
+def plain(text: str) -> str:
+    """A text that stays text in Markdown, whatever is in it."""
+    return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", printable(text))
+
+
+# What a .html template is given is escaped; what a Markdown template shows of others' texts goes through `plain`.
+TEMPLATES = Environment(loader=FileSystemLoader(PROJECT / "suite" / "templates"), undefined=StrictUndefined,
+                        autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
+                        keep_trailing_newline=True)
+TEMPLATES.filters["plain"] = plain
+TEMPLATES.globals["DEMO_WARNING"] = DEMO_WARNING
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a file in suite/templates/, filled. Raises jinja2.UndefinedError for a value that is not given."""
+    return TEMPLATES.get_template(template).render(values)
+
+
+def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], label_names: list[str]) -> None:
+    """README.md of a tested model's folder, with the metadata that the Hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data, encoder, test = config.data_config, config.model_config.model_name, metrics["test"]
+    dataset, on_hub = _public(data.dataset), is_hub_name(data.dataset)
+    metadata = ModelCardData(
+        language="en" if config.is_demo or on_hub and dataset.endswith("imdb") else None,
+        library_name="transformers" if is_encoder(config) else None, pipeline_tag="text-classification",
+        tags=["sentiment-analysis"] + ["demo"] * config.is_demo,
+        base_model=encoder if is_hub_name(encoder) and is_encoder(config) else None,
+        datasets=[dataset] if on_hub else None, model_name=printable(config.run_name),
+        eval_results=[EvalResult(task_type="text-classification", dataset_type=dataset, dataset_name=dataset,
+                                 metric_type=name, metric_value=test[name]) for name in ("accuracy", "f1")])
+    write_text(folder / CARD, render(
+        "classifier_card.md", metadata=metadata.to_yaml(), config=config, data=data, train=config.train_config,
+        model=_public(encoder), dataset=dataset, classes=label_names, figures=on_card(test), reviews=test["n"],
+        kind="encoder" if is_encoder(config) else "bag of words" if encoder == BAG_OF_WORDS else "stack",
+        split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),
+        optimizer_steps=metrics.get("train", {}).get("optimizer_steps"), note=TRUNCATION_NOTES.get(data.truncation)))
+
+
+def write_pretrained_card(folder: Path, config: Config, valid: dict[str, Any], steps: int) -> None:
+    """README.md of a pretrained encoder's folder. `valid`: the metrics on validation after these optimizer steps."""
+    from huggingface_hub import ModelCardData
+
+    data, encoder = config.data_config, config.model_config.model_name
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask",
+                             base_model=encoder if is_hub_name(encoder) else None,
+                             datasets=[data.dataset] if is_hub_name(data.dataset) else None,
+                             tags=["demo"] if config.is_demo else None)
+    write_text(folder / CARD, render(
+        "pretrained_card.md", metadata=metadata.to_yaml(), config=config, train=config.train_config,
+        encoder=_public(encoder), dataset=_public(data.dataset), figures=on_card(valid), words=valid["n"], steps=steps))
+
+
+def write_export_card(folder: Path, source: Path, max_len: int, truncation: str, checks: dict[str, str]) -> None:
+    """README.md of an exported folder: the card of the trained model in `source`, with another way to use it.
+
+    `checks`: what was found about each of the exported models, by their files' names.
+    """
+    card, run = source / CARD, run_of(source)
+    before = f"---\npipeline_tag: text-classification\n---\n\n# {NOT_TESTED}"
+    if card.is_file():
+        before = card.read_text(encoding="utf-8", errors="replace").partition(USE)[0].rstrip()
+    is_demo = run is not None and read_saved_config(run / "config.yaml").is_demo
+    write_text(folder / CARD, render(
+        "export_card.md", before=before, is_demo=is_demo and DEMO_WARNING not in before, checks=checks,
+        models_in_onnx=sum(name.startswith("onnx/") for name in checks), max_len=max_len,
+        note=TRUNCATION_NOTES.get(truncation)))
+
+
+def _public(name: str) -> str:
+    """The name of a dataset or model without the folders of this machine."""
+    return printable(name if is_hub_name(name) else short_name(name))

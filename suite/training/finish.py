@@ -1,0 +1,130 @@
+"""How a run ends, whatever model it has trained: metrics.json, predictions, mistakes, plots, model card, last lines."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data import Split
+from suite.common.figures import on_console, show
+from suite.common.pages import write_model_card
+from suite.common.protocols import Devices
+from suite.common.run_folder import is_encoder, read_history
+from suite.common.storage import write_json, write_text
+from suite.training.efficiency import environment
+from suite.training.evaluation import (
+    SPLITS,
+    TEST_PREDICTIONS,
+    VALID_PREDICTIONS,
+    Predictions,
+    compute_metrics,
+    mistakes,
+    write_mistakes,
+    write_predictions,
+)
+from suite.training.states import RunFolder
+from suite.training.tracking import Tracker
+from utils import Config, brief, say
+
+
+@dataclass
+class FittedRun:
+    """What the end of a run needs to know of it. A `Run` and a `TrainedRun` have these attributes, too; this is a run
+    whose model a solver has fitted in one go."""
+
+    config: Config
+    devices: Devices
+    data: Split
+    figures: dict[str, Any]  # what metrics.json says about training and validation
+    tracker: Tracker
+
+
+def write_results(run: Any, predictions: Predictions) -> None:
+    """Write everything about the `predictions` on the test reviews, in process 0, and print the most of it.
+
+    `run`: a Run, a TrainedRun or a FittedRun.
+    """
+    if not run.devices.is_main:
+        return
+    config, folder, label_names = run.config, run.config.run_folder, run.data.label_names
+    metrics = run.figures | {"test": compute_metrics(predictions), "environment": environment(run.devices)}
+    rows = mistakes(predictions, run.data.text, label_names)
+    write_predictions(folder / TEST_PREDICTIONS, predictions, label_names)
+    write_mistakes(folder / "misclassified.csv", rows)
+    history = read_history(folder / "history.jsonl")
+    plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, label_names)
+    write_model_card(folder / "best", config, metrics, label_names)
+    write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
+    run.tracker.report({f"{split}/{name}": value for split in ("valid", "test")
+                        for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
+    print_results(config, metrics)
+    run.tracker.finish()
+
+
+def write_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
+                     ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a model that a solver has fitted in one go: write its predictions for the validation reviews, and the only
+    record of its history. Returns (metrics, the record)."""
+    metrics = compute_metrics(predictions)
+    record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
+                                                   if isinstance(value, float)}
+    write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
+    write_text(config.run_folder / "history.jsonl", json.dumps(record) + "\n")
+    return metrics, record
+
+
+def write_untested(run: Any) -> None:
+    """The end of a run without a test, in process 0."""
+    if run.devices.is_main:
+        metrics = run.figures | {"environment": environment(run.devices)}
+        write_json(run.config.run_folder / "metrics.json", metrics)  # it says that the run is finished
+        print_results(run.config, metrics)
+        run.tracker.finish()
+
+
+def try_plots(module: str, *arguments: Any) -> list[Path]:
+    """The paths that the module's `save_plots` returns; none, and one line, where matplotlib is broken.
+
+    The module is imported here because it imports matplotlib, and no result may depend on a picture.
+    """
+    try:
+        return importlib.import_module(module).save_plots(*arguments)
+    except Exception as error:
+        say(f"plots: left out ({type(error).__name__}: {brief(error)}); everything else is in the folder")
+        return []
+
+
+def show_finished(config: Config) -> bool:
+    """Whether the run folder holds this run, finished, and nothing is to be done again; its results are printed.
+
+    Raises UserError as `RunFolder.finished_metrics` does.
+    """
+    metrics = RunFolder(config).finished_metrics()
+    if metrics is None:
+        return False
+    say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "
+        "to replace it, train_config.resume=never train_config.overwrite=true")
+    print_results(config, metrics)
+    return True
+
+
+def print_results(config: Config, metrics: dict[str, Any]) -> None:
+    split, train = "test" if "test" in metrics else "valid", metrics.get("train")
+    found, unit = metrics[split], "masked words" if config.pretrains else "reviews"
+    lines = [f"{SPLITS[split]} {on_console(found)}, {show(found, 'n')} {unit}"]
+    if not train:
+        lines.append("this run is not finished, and this is its best model so far: give the command that trains it "
+                     "again")
+    elif is_encoder(config):
+        lines.append(f"{show(train, 'optimizer_steps')} optimizer steps in {show(train, 'seconds')} s, "
+                     f"{show(train, 'samples_per_second')} {'windows' if config.pretrains else 'reviews'} a second")
+    else:
+        lines.append(f"{show(train, 'seconds')} s of training")
+    if config.pretrains:
+        lines.append(f"fine-tuning starts from it with model_config.model_name={config.run_folder / 'best'}"
+                     + ("" if config.model_config.pretrained else " model_config.pretrained=true"))
+    lines.append(f"everything about this run: {config.run_folder}")
+    say("\n".join(config.demo_mark + line for line in lines))
