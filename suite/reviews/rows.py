@@ -8,6 +8,7 @@ text becomes a number, a date or a missing value.
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -251,7 +252,8 @@ def _read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[R
         yield lines.row(number, dict(zip(header, values, strict=False)), problem)
 
 
-def _read_lines(file: BinaryIO, parse: Callable[[str], dict[str, Any]]) -> Iterator[Row]:
+def _read_lines(path: str, file: BinaryIO, columns: Sequence[str], parse: Callable[[str], dict[str, Any]]
+                ) -> Iterator[Row]:
     """The rows of a file with one row a line; `parse` gives a line's values, or raises ValueError with the problem."""
     lines, number = _Lines(file), 0
     for line in lines:
@@ -266,18 +268,10 @@ def _read_lines(file: BinaryIO, parse: Callable[[str], dict[str, Any]]) -> Itera
         yield lines.row(number, values, problem)
 
 
-def _read_json_lines(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
-    return _read_lines(file, _parse_object)
-
-
-def _read_plain_lines(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
-    return _read_lines(file, lambda line: {"text": line.rstrip("\r\n")})
-
-
 def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
     """An array of objects; or an object in each line, which many people call .json, too."""
     if not file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        for row in _read_lines(file, _parse_object):
+        for row in _read_lines(path, file, columns, _parse_object):
             if row.number == 1 and row.problem:
                 raise UserError(f"{path}: holds neither an array of objects nor an object in each line "
                                 f"({row.problem}): write one of them")
@@ -290,18 +284,17 @@ def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Ro
         raise UserError(f"{path}: byte {error.start} is {_other_encoding(content)}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}: mend it, or write one object a line into a .jsonl file") from None
-    size, may_hold_halves = os.path.getsize(path), b"\\ud" in content.lower()
+    size = os.path.getsize(path)
     for number, values in enumerate(records, start=1):
-        problem = _object_problem(values, may_hold_halves)
-        yield Row(number, size * number // len(records), {} if problem else values,
-                  problem and f"row {number} {problem}", json.dumps(values) if problem else "")
+        position = size * number // len(records)
+        try:
+            yield Row(number, position, _checked_object(values))
+        except ValueError as problem:
+            yield Row(number, position, problem=f"row {number} {problem}", content=json.dumps(values))
 
 
 def _parse_object(line: str) -> dict[str, Any]:
-    values = _parse_json(line)
-    if problem := _object_problem(values, "\\ud" in line.lower()):
-        raise ValueError(problem)
-    return values
+    return _checked_object(_parse_json(line))
 
 
 def _parse_json(text: str) -> Any:
@@ -320,23 +313,24 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _object_problem(values: Any, may_hold_halves: bool) -> str | None:
-    """What is wrong with the JSON value of a row; None if nothing. JSON can name half of a character as \\ud..., and no
-    file can hold that."""
+def _checked_object(values: Any) -> dict[str, Any]:
+    """The JSON value of a row. Raises ValueError if it is no object, or holds half of a character, which JSON can name
+    as \\ud..., and no file can hold."""
     if not isinstance(values, dict):
-        return 'is not a JSON object such as {"text": ..., "label": ...}'
+        raise ValueError('is not a JSON object such as {"text": ..., "label": ...}')
     try:
-        if may_hold_halves:
-            json.dumps(values, ensure_ascii=False).encode()
+        json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return "holds half of a \\ud... pair: write the character itself"
-    return None
+        raise ValueError("holds half of a \\ud... pair: write the character itself") from None
+    return values
 
 
 # What reads the rows of each kind of file but .parquet
 KINDS: dict[str, Callable[[str, BinaryIO, Sequence[str]], Iterator[Row]]] = {
-    ".csv": _read_table, ".tsv": _read_table, ".json": _read_json, ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines, ".txt": _read_plain_lines}
+    ".csv": _read_table, ".tsv": _read_table, ".json": _read_json,
+    ".jsonl": functools.partial(_read_lines, parse=_parse_object),
+    ".ndjson": functools.partial(_read_lines, parse=_parse_object),
+    ".txt": functools.partial(_read_lines, parse=lambda line: {"text": line.rstrip("\r\n")})}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parquet
