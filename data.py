@@ -1,7 +1,8 @@
 """From labelled reviews to batches: clean, split, tokenize once, and cut every epoch into optimizer steps.
 
     data = prepare_data(config)                                     # the three splits, the tokenizer, the classes
-    loader = get_dataloader(data, "valid", config, device)          # or "train", "test"
+    loader = evaluation_loader(data, "valid", config, device)       # padded batches
+    loader = train_loader(data, new_sampler(data, config), epoch, config, device)    # optimizer steps
 
 The split depends on the reviews and `split_seed` alone. The order of an epoch depends on the seed, the epoch and the
 effective batch size alone.
@@ -15,6 +16,7 @@ import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.caches import cached
 from suite.reviews.classes import Reviews, load_reviews, name_rows
-from suite.reviews.sampling import LengthSampler, StepSampler
+from suite.reviews.sampling import StepSampler, evaluation_batches
 from suite.reviews.sources import Part
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
 from utils import Config, DataConfig, UserError, num_processes, process_rank, say
@@ -45,42 +47,49 @@ def pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor,
     return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
 
+class Step(NamedTuple):
+    """An optimizer step on the mean over its effective batch, which all micro-batches of all processes form."""
+
+    rows: np.ndarray  # (reviews,) of the effective batch
+    micro_batches: list[dict[str, torch.Tensor]]  # this process's, see `IMDBDataset.batch`
+    total_weight: float  # what the summed loss is divided by: the reviews, or the sum of the weights of their classes
+    predictions: int  # of the effective batch: one a review
+
+
 class IMDBDataset(torch.utils.data.Dataset):
     """The tokenized reviews of one split, as flat arrays: nothing is looked up or padded review by review.
 
     All splits share `tokens` (tokens of all windows,), `offsets` (windows + 1,), `first_windows` (reviews + 1,), the
     places of the reviews in `offsets` (None: each review is one window), and `texts`, the pooled data. A split has
     `rows` (n,), its places in `first_windows`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
+    `class_weights`: (num_labels,) what a review of each class counts in the loss; None: all count the same.
     """
-
-    step_sampler = StepSampler
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, ids: np.ndarray,
                  pad_token_id: int, has_token_types: bool = False, texts: Dataset | None = None,
-                 first_windows: np.ndarray | None = None):
+                 first_windows: np.ndarray | None = None, class_weights: np.ndarray | None = None):
         first_windows = np.arange(len(offsets)) if first_windows is None else first_windows
         self.tokens, self.offsets, self.labels, self.ids, self.texts = tokens, offsets, labels, ids, texts
         self.first_windows, self.windows = first_windows[rows], first_windows[rows + 1] - first_windows[rows]
         self.lengths = self.window_lengths(self.first_windows)  # (n,) of each review's first window, its longest
         self.pad_token_id, self.has_token_types = pad_token_id, has_token_types
+        self.class_weights = class_weights
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, rows: int | np.ndarray | list[np.ndarray]) -> dict[str, torch.Tensor] | list[dict]:
-        """The padded batch of the reviews `rows` (batch,); of a list of such arrays, a list of batches; of a single
-        int, that review alone.
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        """One review: `input_ids` (tokens,), `labels` () and `id` (); its windows, if it has several, as in `batch`."""
+        return {name: values[0] if len(values) == 1 else values for name, values in self.batch(np.array([row])).items()}
 
-        A negative row ~i stands for review i with the label IGNORED and the id -1. A batch holds `input_ids`,
-        `attention_mask` where anything is padded, and `token_type_ids` where the encoder takes them, all (windows of
-        these reviews, longest); `labels` and `id`: (batch,); and where a review is more than one window, `windows`:
-        (batch,), how many each one is; all int64.
+    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """The padded batch of the reviews `rows` (batch,).
+
+        It holds `input_ids`, `attention_mask` where anything is padded, and `token_type_ids` where the encoder takes
+        them, all (windows of these reviews, longest); `labels` and `id`: (batch,); and where a review is more than one
+        window, `windows`: (batch,), how many each one is; all int64. A row ~i stands for review i with the label
+        IGNORED and the id -1: it is there only to keep processes in step.
         """
-        if isinstance(rows, list):
-            return [self[part] for part in rows]
-        if isinstance(rows, int):
-            return {name: values[0] if len(values) == 1 else values
-                    for name, values in self[np.array([rows])].items()}
         ignored = rows < 0
         rows = np.where(ignored, ~rows, rows)
         places = self.windows_of(rows)
@@ -96,6 +105,12 @@ class IMDBDataset(torch.utils.data.Dataset):
         if len(places) > len(rows):
             batch["windows"] = torch.from_numpy(self.windows[rows])
         return batch
+
+    def step(self, rows: np.ndarray, micro_batches: list[np.ndarray], seed: tuple[int, ...]) -> Step:
+        """This process's part, `micro_batches`, of the optimizer step on the reviews `rows`. `seed`: of what is drawn
+        for this step; nothing is, here."""
+        weight = len(rows) if self.class_weights is None else self.class_weights[self.labels[rows]].sum()
+        return Step(rows, list(map(self.batch, micro_batches)), float(weight), len(rows))
 
     def windows_of(self, rows: np.ndarray) -> np.ndarray:
         """(windows,) the places in `offsets` of all windows of the reviews `rows`, one review after the other."""
@@ -191,6 +206,12 @@ def refuse_no_tokens(lengths: np.ndarray, rows: np.ndarray, parts: list[Part]) -
                                   f"give no token: remove them, {other}"))
 
 
+def balanced_weights(labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """(num_labels,) weights inversely proportional to the shares of the classes in `labels` (n,). Their sum over all
+    reviews is n."""
+    return len(labels) / (num_labels * np.bincount(labels, minlength=num_labels).astype(np.float64))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The three splits, and their loaders
 
@@ -269,29 +290,62 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     tokens, offsets, first_windows = tokenize(reviews.table.select(used), encode, digests[used])
     refuse_no_tokens(np.diff(offsets)[first_windows[:-1]], used, reviews.parts)
     has_token_types = "token_type_ids" in tokenizer.model_input_names
+    class_weights = None
+    if config.train_config.class_weights == "balanced":
+        class_weights = balanced_weights(reviews.labels[ids_of["train"]], len(reviews.label_names))
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
-                                tokenizer.pad_token_id, has_token_types, reviews.table, first_windows)
+                                tokenizer.pad_token_id, has_token_types, reviews.table, first_windows, class_weights)
               for name, ids in ids_of.items()}
     return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out, seen)
 
 
-def get_dataloader(data: PreparedData, split: str, config: Config, device: torch.device, pass_tokens: float = math.inf
-                   ) -> DataLoader:
-    """A loader of one split, of which each process gets its own share.
+class Steps(torch.utils.data.Dataset):
+    """The optimizer steps of an epoch, made when a loader asks for them."""
 
-    `train` yields the padded micro-batches of one optimizer step after the other, see `StepSampler`; set
-    `loader.sampler.epoch`. `valid` and `test` yield padded batches. `pass_tokens`: what one more pass costs, in tokens.
-    """
-    dataset, rank, processes = data.splits[split], process_rank(), num_processes()
-    if split == "train":
-        train_config = config.train_config
-        sampler = dataset.step_sampler(
-            dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size, train_config.seed, rank,
-            processes, pass_tokens, dataset.windows)
-    else:
-        windows = eval_batch_size(config.data_config, device, config.data_config.max_len)
-        sampler = LengthSampler(dataset.lengths, windows, rank, processes, pass_tokens, dataset.windows)
-    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.data_config.num_workers,
+    def __init__(self, dataset: IMDBDataset, sampler: StepSampler, epoch: int):
+        self.dataset, self.sampler, self.epoch = dataset, sampler, epoch
+        self.rows = sampler.effective_batches(epoch)
+
+    def __getitem__(self, number: int) -> Step:
+        rows = self.rows[number]
+        return self.dataset.step(rows, self.sampler.micro_batches(rows), (self.sampler.seed, self.epoch, number))
+
+
+class Batches(torch.utils.data.Dataset):
+    """The padded batches of a split, made when a loader asks for them."""
+
+    def __init__(self, dataset: IMDBDataset, batches: list[np.ndarray]):
+        self.dataset, self.batches = dataset, batches
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return self.dataset.batch(self.batches[number])
+
+
+def new_sampler(data: PreparedData, config: Config, pass_tokens: float = math.inf) -> StepSampler:
+    """How training is divided into optimizer steps. `pass_tokens`: what one more pass costs, in tokens."""
+    dataset, train_config = data.splits["train"], config.train_config
+    return StepSampler(dataset.lengths, train_config.effective_batch_size, config.data_config.batch_size,
+                       train_config.seed, process_rank(), num_processes(), pass_tokens, dataset.windows)
+
+
+def train_loader(data: PreparedData, sampler: StepSampler, epoch: int, config: Config, device: torch.device,
+                 first_step: int = 0) -> DataLoader:
+    """Yields each `Step` of the epoch from `first_step` on."""
+    steps = Steps(data.splits["train"], sampler, epoch)
+    return _loader(steps, range(first_step, len(sampler)), config, device)
+
+
+def evaluation_loader(data: PreparedData, split: str, config: Config, device: torch.device,
+                      pass_tokens: float = math.inf) -> DataLoader:
+    """Yields this process's share of a split in padded batches. `pass_tokens`: what one more pass costs, in tokens."""
+    dataset, windows = data.splits[split], eval_batch_size(config.data_config, device, config.data_config.max_len)
+    batches = evaluation_batches(dataset.lengths, windows, process_rank(), num_processes(), pass_tokens,
+                                 dataset.windows)
+    return _loader(Batches(dataset, batches), range(len(batches)), config, device)
+
+
+def _loader(dataset: Steps | Batches, numbers: range, config: Config, device: torch.device) -> DataLoader:
+    return DataLoader(dataset, sampler=numbers, batch_size=None, num_workers=config.data_config.num_workers,
                       pin_memory=device.type == "cuda", worker_init_fn=_ignore_signals,
                       generator=torch.Generator())  # its own: the loader must not advance the generator of dropout
 

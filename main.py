@@ -27,41 +27,31 @@ if __name__ == "__main__":
     cli.begin()
     COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong value is refused before torch's slow import
 
-from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import PreparedData, get_dataloader, load_split, prepare_data
-from model import EncoderForClassification
-from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
+from data import Step, evaluation_loader
+from suite.common.hub import check_hub, quiet_libraries
+from suite.common.progress import watched
 from suite.common.protocols import Devices
-from suite.common.run_folder import is_encoder, read_metrics
-from suite.common.stopping import SIGNALS, StopRequested
+from suite.common.run_folder import best_model, is_encoder
 from suite.common.storage import room_for
 from suite.comparison.report import show_baseline
-from suite.encoders.loading import best_model, load_model
-from suite.encoders.placement import Batch, compute_logits, pass_tokens, place_model, to_device
+from suite.encoders.loading import load_model
+from suite.encoders.placement import compute_logits, pass_tokens, place_model, to_device
 from suite.inference.explain import explain
 from suite.inference.export import export
-from suite.inference.opening import open_classifier
 from suite.inference.predict import predict
 from suite.inference.publish import publish
-from suite.pretraining.run import PretrainingRun, masked_sums
+from suite.pretraining.run import PretrainingRun, evaluate_masked
 from suite.training.baseline import baseline, predictions_of
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
 from suite.training.finish import show_finished, write_results, write_untested
 from suite.training.run import Run
-from suite.training.states import claim_run_folder, lock_within, refuse_differences, refuse_other_data
-from suite.training.tracking import ProgressBar, Tracker
-from utils import Config, UserError, say
-
-MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "train_config.compile", "log_config",
-                        "train_config.gradient_accumulation_steps", "data_config.batch_size")
+from suite.training.trained import TrainedRun
+from utils import Config, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -69,83 +59,50 @@ MAY_DIFFER_IN_A_TEST = ("train_config.device", "train_config.mixed_precision", "
 
 def train(run: Run) -> None:
     """Train, validate after each epoch, keep the best model. A signal saves the state and leaves."""
-    devices, max_grad_norm = run.devices, run.config.train_config.max_grad_norm
+    validate = evaluate_masked if run.config.pretrains else evaluate
     with run.saved_when_stopped():
-        for _ in run.epochs():  # those that are left; max_steps and early stopping may end them
-            for rows, micro_batches in run.steps():  # the reviews of each optimizer step
-                with run.smaller_if_out_of_memory():
-                    loss, correct = train_step(run.model, run.optimizer, micro_batches, run.total_weight(rows), devices,
-                                               run.scheduler, max_grad_norm, run.class_weights)
-                    run.count(rows, loss, correct)  # the sums stay on the device, so nothing waits for them
-                    if run.log_due():
-                        run.log()
-                    stop_if_asked(devices)
-                    if run.save_due():
-                        run.save()
-            validate = evaluate_masked if run.config.pretrains else evaluate
-            predictions = validate(run.model, run.valid_loader, devices, "validation")
-            run.end_epoch(predictions)  # records their metrics, keeps the model if it is the best yet, saves the state
+        for epoch in run.epochs_left():  # max_steps and early stopping may end them
+            for step in run.steps_left(epoch):  # the reviews of an optimizer step, their micro-batches and total weight
+                with run.may_run_out_of_memory():
+                    loss, correct = train_step(run, step)
+                    run.after_step(step, loss, correct)  # counts it; records, stops and saves where that is due
+            # records the metrics, keeps the model if it is the best yet, saves the state
+            run.after_epoch(validate(run.model, run.valid_loader, run.devices, "validation"))
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], total_weight: float,
-               devices: Devices, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-               max_grad_norm: float | None = None, class_weights: torch.Tensor | None = None
-               ) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(run: Run, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on the mean loss over an effective batch, which all micro-batches of all processes form.
 
-    `total_weight`: the reviews of the effective batch or, with `class_weights` (num_labels,), the sum of the weights of
-    their classes. Returns this process's summed loss and number of correct reviews, two tensors () on the device.
+    Returns this process's summed loss and number of correct predictions, two tensors () on the device.
     """
+    model, devices = run.model, run.devices
     loss, correct = torch.zeros(2, device=devices.device)
-    for number, batch in enumerate(micro_batches, start=1):
+    for number, batch in enumerate(step.micro_batches, start=1):
         _, labels, inputs = to_device(batch, devices.device)
-        with devices.accumulate(model, is_last=number == len(micro_batches)):  # gradients are exchanged at the last one
+        is_last = number == len(step.micro_batches)
+        with devices.accumulate(model, is_last):  # gradients are exchanged at the last one
             with devices.autocast():
-                output = model(**inputs, labels=labels, reduction="sum", class_weights=class_weights)
+                output = model(**inputs, labels=labels, reduction="sum", class_weights=run.class_weights)
             # Each micro-batch's sum is divided by the total weight of the effective batch, so that the gradients add up
             # to that of its mean. DDP averages over the processes, which the factor undoes.
-            devices.backward(output.loss * (devices.num_processes / total_weight))
+            devices.backward(output.loss * (devices.num_processes / step.total_weight))
         loss += output.loss.detach()
         correct += (output.logits.argmax(dim=1) == labels).sum()
-    norm = devices.clip_gradients(model, optimizer, max_grad_norm)
-    if devices.step(optimizer, norm, loss) and scheduler is not None:  # fp16's loss scaler may skip the step
-        scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
+    norm = devices.clip_gradients(model, run.optimizer, run.config.train_config.max_grad_norm)
+    if devices.step(run.optimizer, norm, loss):  # fp16's loss scaler may skip the step
+        run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return loss, correct
-
-
-def stop_if_asked(devices: Devices) -> None:
-    """Raises StopRequested if any process has received a signal."""
-    if devices.any(SIGNALS.received is not None):
-        raise StopRequested
 
 
 def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> Predictions:
     """The model's logits on every review of a split, each exactly once. Raises StopRequested between batches."""
     model.eval()
-    batches = watched(loader, devices, name)
-    ids, labels, logits = compute_logits(model, batches, sum(map(len, loader.sampler)), devices)
+    reviews = sum(map(len, loader.dataset.batches))
+    ids, labels, logits = compute_logits(model, watched(loader, devices, name), reviews, devices)
     model.train()
     counted = ids >= 0  # -1: a review that is there only to keep the processes in step
     return Predictions(*devices.gather(ids[counted], labels[counted], logits[counted]))
-
-
-def evaluate_masked(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> np.ndarray:
-    """The same for a pretraining run: [summed loss, hits, number] of the masked words."""
-    model.eval()
-    sums = masked_sums(model, watched(loader, devices, name), devices)
-    model.train()
-    return sums
-
-
-def watched(loader: DataLoader, devices: Devices, name: str) -> Iterator[Batch]:
-    """The batches, with a progress bar. Raises StopRequested between two of them."""
-    bar = ProgressBar(name, len(loader), unit="batch")
-    for batch in loader:
-        stop_if_asked(devices)
-        yield batch
-        bar.update()
-    bar.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,47 +121,31 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{run.sampler.effective_batch} {run.unit} on {devices}")
     train(run)
     if not config.train_config.test:
-        write_untested(config, devices, run.figures(), run.tracker)
+        write_untested(config, devices, run.figures, run.tracker)
         return
-    test(config, devices, load_model(best_model(run.folder)), run.data, run.figures(), run.tracker)
+    test(run, load_model(best_model(config.run_folder)))
     show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
 
 
-def test(config: Config, devices: Devices, model: EncoderForClassification, data: PreparedData, figures: dict[str, Any],
-         tracker: Tracker) -> None:
+def test(run: Run | TrainedRun, model: nn.Module) -> None:
     """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
+    config, devices = run.config, run.devices
     place_model(model, devices.device, compiled=config.train_config.compile)
-    loader = get_dataloader(data, "test", config, devices.device, pass_tokens(model, devices.device))
+    loader = evaluation_loader(run.data, "test", config, devices.device, pass_tokens(model, devices.device))
     predictions = evaluate(model, loader, devices, "test")
     if devices.is_main:
-        write_results(config, devices, predictions, list(model.config.id2label.values()), data.splits["test"].text,
-                      figures, tracker)
+        write_results(config, devices, predictions, list(model.config.id2label.values()), run.data.splits["test"].text,
+                      run.figures, run.tracker)
 
 
 def test_again(config: Config, devices: Devices) -> None:
     """--mode test: the best model of a finished or interrupted run on the test split."""
-    folder = config.run_folder
-    if folder.is_dir():  # else there is nothing to claim, and `best_model` says so
-        claim_run_folder(folder)
-    devices.barrier()
-    best = best_model(folder)
-    # With another split, the model would be tested on reviews that it was trained on.
-    refuse_differences(config, ignored=MAY_DIFFER_IN_A_TEST)
-    trained = open_classifier(best, config, devices)
-    with devices.main_process_first():
-        data = prepare_data(config, trained_model=str(best)) if is_encoder(config) else load_split(config)
-    say_what_was_cached()
-    refuse_other_data(config, trained.data_fingerprint, data.fingerprint)
-    if data.label_names != trained.label_names:
-        raise UserError(f"{config.data_config.dataset} has the classes {data.label_names}, {best} was trained on "
-                        f"{trained.label_names}: test it on the data of its training")
-    lock_within(folder)
-    figures, tracker = read_metrics(folder), Tracker(config, job_type="test")
+    run = TrainedRun(config, devices)
     if is_encoder(config):
-        test(config, devices, trained.model, data, figures, tracker)
+        test(run, run.classifier.model)
     elif devices.is_main:
-        write_results(config, devices, predictions_of(trained.logits, data, "test"), data.label_names, data.text,
-                      figures, tracker)
+        write_results(config, devices, predictions_of(run.classifier.logits, run.data, "test"), run.label_names,
+                      run.data.text, run.figures, run.tracker)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

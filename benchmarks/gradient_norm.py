@@ -27,7 +27,8 @@ from torch.optim import SGD, Optimizer
 from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig, Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from data import IMDBDataset
+from benchmarks.workload import bare_run
+from data import IMDBDataset, Step
 from main import train_step
 from suite.reviews.sampling import cut as cut_by_length
 from suite.training.devices import SingleDevice
@@ -75,7 +76,7 @@ class TrainerDataset(torch.utils.data.Dataset):
         return len(self.reviews)
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        return self.reviews[np.array(rows)]
+        return self.reviews.batch(np.array(rows))
 
 
 def without_id(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,9 +94,11 @@ def applied_norm(take_step: Callable, model: nn.Module, reviews: IMDBDataset, cu
 
 
 def suite_step(model: nn.Module, optimizer: Optimizer, reviews: IMDBDataset, cut: tuple[int, int]) -> None:
-    rounds = cut_by_length(np.arange(REVIEWS), reviews.lengths, cut[0], processes=1)
+    rows = np.arange(REVIEWS)
+    rounds = cut_by_length(rows, reviews.lengths, cut[0], processes=1)
     devices = SingleDevice(Config(train_config=TrainConfig(device="cpu", mixed_precision="no")))
-    train_step(SuiteModel(model), optimizer, reviews[[rows for rows, in rounds]], REVIEWS, devices)
+    step = Step(rows, [reviews.batch(part) for part, in rounds], REVIEWS, REVIEWS)
+    train_step(bare_run(SuiteModel(model), optimizer, devices), step)
 
 
 def trainer_step(model: nn.Module, optimizer: Optimizer, reviews: IMDBDataset, cut: tuple[int, int]) -> None:
@@ -129,7 +132,7 @@ def main() -> None:
     for name in [name for name in CONFIGS if chosen in (None, name.lower())]:
         torch.manual_seed(SEED)
         model = AutoModelForSequenceClassification.from_config(CONFIGS[name]).train()
-        loss = model(**without_id(reviews[np.arange(REVIEWS)])).loss
+        loss = model(**without_id(reviews.batch(np.arange(REVIEWS)))).loss
         reference = get_total_norm(torch.autograd.grad(loss, list(model.parameters()))).item()
         print(f"\n{name:10}  reference  this suite   Trainer  Trainer / reference")
         ratios = []  # (suite, Trainer) of each cut

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.workload import encoder_config, new_parser
-from data import IMDBDataset
+from benchmarks.workload import bare_run, encoder_config, new_parser
+from data import IMDBDataset, Step
 from main import train_step
 from model import ClassifierConfig, EncoderForClassification
 from suite.encoders.placement import checkpoint_gradients, place_model
@@ -51,9 +51,10 @@ def measure(shape: str, micro_batch: int, effective_batch: int, checkpointed: bo
         checkpoint_gradients(model, shape)
     optimizer = build_optimizer(model, config.train_config)
     dataset = random_reviews(effective_batch, encoder.vocab_size)
-    rounds = cut(np.arange(effective_batch), dataset.lengths, micro_batch, processes=1)
+    run, rows = bare_run(model, optimizer, devices), np.arange(effective_batch)
+    rounds = cut(rows, dataset.lengths, micro_batch, processes=1)
     for _ in range(STEPS):
-        train_step(model, optimizer, dataset[[rows for rows, in rounds]], effective_batch, devices)
+        train_step(run, Step(rows, [dataset.batch(part) for part, in rounds], effective_batch, effective_batch))
     return peak_memory_mb(devices.device)
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from data import IMDBDataset
+from data import IMDBDataset, Step
 from model import EncoderForClassification
 
 
@@ -73,15 +73,15 @@ def packed_forward(model: EncoderForClassification, input_ids: torch.Tensor, pos
 @contextmanager
 def packed():
     """While it lasts, runs that are opened train on packed reviews, an effective batch in one forward pass."""
-    own_batch, own_forward = IMDBDataset.__getitem__, EncoderForClassification.forward
+    own_forward = EncoderForClassification.forward
 
-    def batches(reviews: IMDBDataset, rows: Any) -> Any:
-        return [packed_batch(reviews, part) for part in rows] if isinstance(rows, list) else own_batch(reviews, rows)
+    def step(reviews: IMDBDataset, rows: np.ndarray, micro_batches: list[np.ndarray], seed: tuple[int, ...]) -> Step:
+        return Step(rows, [packed_batch(reviews, part) for part in micro_batches], len(rows), len(rows))
 
     def forward(model: EncoderForClassification, **inputs: Any) -> SequenceClassifierOutput:
         return (packed_forward if "starts" in inputs else own_forward)(model, **inputs)
 
-    with (mock.patch.object(IMDBDataset, "__getitem__", batches), mock.patch("model.read_only_first_token"),
+    with (mock.patch.object(IMDBDataset, "step", step), mock.patch("model.read_only_first_token"),
           mock.patch.object(EncoderForClassification, "forward", forward),
           mock.patch("suite.training.run.pass_tokens", return_value=math.inf)):
         yield

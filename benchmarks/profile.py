@@ -93,12 +93,11 @@ def measure(work: Path, tokens: int, batch: int) -> dict[str, float]:
         for module in run.model.modules():
             if (part := PARTS.get(type(module).__name__)) is not None:
                 module.forward = named(module.forward, part)
-        run.sampler.epoch = 0
-        steps = list(zip(run.sampler.effective_batches(), run.train_loader, strict=True))
+        steps = list(run.train_loader(0))
 
         def take(some: list) -> None:
-            for rows, micro_batches in some:
-                train_step(run.model, run.optimizer, micro_batches, run.total_weight(rows), run.devices, run.scheduler)
+            for step in some:
+                train_step(run, step)
 
         take(steps[:WARM_UP_STEPS])
         with profile(activities=[ProfilerActivity.CPU]) as profiled:

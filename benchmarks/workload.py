@@ -9,6 +9,7 @@ import os
 import tempfile
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -119,13 +120,22 @@ def train_again(run: Run, epochs: int = 1, steps: int | None = None) -> float:
     run.progress, run.meter = Progress(run.data.fingerprint, run.devices.kind), Meter(run.model, run.devices)
     run.total_steps = steps or epochs * run.steps_per_epoch
 
-    def end_epoch(predictions: Any) -> None:
+    def after_epoch(predictions: Any) -> None:
         run.progress.epoch, run.progress.steps_in_epoch = run.progress.epoch + 1, 0
 
     with (redirect_stdout(io.StringIO()), mock.patch.object(main, "evaluate"),
-          mock.patch.object(run, "end_epoch", end_epoch), mock.patch.object(run, "save_due", return_value=False)):
+          mock.patch.object(run, "after_epoch", after_epoch),
+          mock.patch.object(run, "_is_time_to_save", return_value=False)):
         main.train(run)
     return run.meter.seconds
+
+
+def bare_run(model: Any, optimizer: Any, devices: Any) -> SimpleNamespace:
+    """What `train_step` reads of a run: a constant learning rate, no clipping, no class weights."""
+    import torch
+
+    return SimpleNamespace(model=model, optimizer=optimizer, devices=devices, class_weights=None, config=Config(),
+                           scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
 
 
 def describe_machine() -> str:

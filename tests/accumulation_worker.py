@@ -6,6 +6,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from data import IMDBDataset
+from data import IMDBDataset, Steps
 from main import train_step
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
@@ -52,12 +53,12 @@ def train_steps(model, optimizer, devices, dataset, effective_batch: int, micro_
     """The first optimizer `steps` of an epoch (None: all); returns [summed loss, correct] of this process."""
     sampler = StepSampler(dataset.lengths, effective_batch, micro_batch, 3, process_rank(), devices.num_processes,
                           windows=dataset.windows)
-    sums = torch.zeros(2)
-    for rows, cut in list(zip(sampler.effective_batches(), sampler, strict=True))[:steps]:
-        total_weight = len(rows) if class_weights is None else float(class_weights[dataset.labels[rows]].sum())
-        sums += torch.stack(train_step(model, optimizer, dataset[cut], total_weight, devices,
-                                       max_grad_norm=max_grad_norm, class_weights=class_weights))
-    return sums
+    dataset.class_weights = class_weights
+    run = SimpleNamespace(model=model, optimizer=optimizer, devices=devices, class_weights=class_weights,
+                          scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+                          config=Config(train_config=TrainConfig(max_grad_norm=max_grad_norm)))
+    epoch = Steps(dataset, sampler, 0)
+    return sum(torch.stack(train_step(run, epoch[number])) for number in range(len(sampler))[:steps])
 
 
 def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:

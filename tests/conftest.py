@@ -179,7 +179,7 @@ def stop_at(step: int, arguments: list[str], monkeypatch) -> None:
             raise StopRequested
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "stop_if_asked", stop_if_asked)
+        patch.setattr("suite.training.run.stop_if_asked", stop_if_asked)
         with pytest.raises(SystemExit):
             main.train(run)
 

@@ -46,14 +46,14 @@ def fail_in_one_process(overrides: list[str]) -> dict:
     accelerator.state._mixed_precision, devices.autocast = "fp16", nullcontext
     train_step, before = main.train_step, {}
 
-    def poisoned(model, *rest):
+    def poisoned(run, step):
         if run.progress.step != 4:
-            return train_step(model, *rest)
-        before.update({name: weight.clone() for name, weight in model.state_dict().items()})
-        hook = model.module.head.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
+            return train_step(run, step)
+        before.update({name: weight.clone() for name, weight in run.model.state_dict().items()})
+        hook = run.model.module.head.register_forward_hook(lambda module, inputs, logits: logits * float("nan"))
         if process_rank() == 0:
             hook.remove()
-        result = train_step(model, *rest)
+        result = train_step(run, step)
         hook.remove()
         return result
 
@@ -62,7 +62,7 @@ def fail_in_one_process(overrides: list[str]) -> dict:
         main.train(run)
     except FloatingPointError as error:
         unchanged = all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
-        reviews = sorted(run.data.splits["train"].ids[run.sampler.effective_batches()[4]].tolist())
+        reviews = sorted(run.data.splits["train"].ids[run.sampler.effective_batches(0)[4]].tolist())
         return {"error": str(error), "unchanged": unchanged, "reviews": reviews}
     return {"error": None}
 

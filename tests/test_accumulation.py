@@ -53,8 +53,8 @@ def test_against_the_gradient_of_the_whole_batch_in_float64(encoder_folder, micr
     class_weights = class_weights and torch.tensor(class_weights, dtype=torch.float64)
     model = build_model(folder, torch.float64)
     parameters = dict(model.named_parameters())
-    for rows in StepSampler(dataset.lengths, 64, 64, seed=3).effective_batches():  # the short last one included
-        batch = dataset[rows]
+    for rows in StepSampler(dataset.lengths, 64, 64, seed=3).effective_batches(0):  # the short last one included
+        batch = dataset.batch(rows)
         of_windows = model(batch["input_ids"], batch["attention_mask"]).logits.split(batch["windows"].tolist())
         logits = torch.stack([logits.mean(dim=0) for logits in of_windows])
         log_likelihoods = torch.log_softmax(logits, dim=1)[torch.arange(len(rows)), batch["labels"]]
@@ -267,16 +267,16 @@ def test_the_right_step_is_named_after_an_optimizer_ran_out_of_memory(overrides,
             raise torch.OutOfMemoryError("CUDA out of memory")
         step(*args, **kwargs)
 
-    def poisoned(model, *rest):
+    def poisoned(run, step):
         if run.progress.step == 9:  # the last of the epoch
-            run.devices.unwrap(model).head.weight.register_hook(lambda gradient: gradient * float("nan"))
-        return train_step(model, *rest)
+            run.devices.unwrap(run.model).head.weight.register_hook(lambda gradient: gradient * float("nan"))
+        return train_step(run, step)
 
     monkeypatch.setattr(guard, "step", short_of_memory)
     monkeypatch.setattr(main, "train_step", poisoned)
     with pytest.raises(FloatingPointError, match="^optimizer step 10: ") as stopped:
         main.train(run)
-    ids = sorted(run.data.splits["train"].ids[run.sampler.effective_batches()[9]].tolist())
+    ids = sorted(run.data.splits["train"].ids[run.sampler.effective_batches(0)[9]].tolist())
     assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
 
 

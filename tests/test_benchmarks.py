@@ -190,11 +190,11 @@ def test_packed_reviews_give_the_loss_and_the_gradients_of_padded_ones(small_wor
             config = config_for(work, 160, 16, f"run_name={name}", "train_config.mixed_precision=no")
             with patch():
                 run = Run.open(config, SingleDevice(config))
-                run.sampler.epoch = 0
-                rows, micro_batches = next(zip(run.sampler.effective_batches(), run.train_loader, strict=True))
-                descent = torch.optim.SGD(run.model.parameters(), lr=1.0)
-                loss, _ = train_step(run.model.eval(), descent, micro_batches, len(rows), run.devices)
-            found.append((micro_batches[0]["input_ids"].shape, loss, dict(run.model.named_parameters())))
+                step = next(iter(run.train_loader(0)))
+                run.model.eval()
+                run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)
+                loss, _ = train_step(run, step)
+            found.append((step.micro_batches[0]["input_ids"].shape, loss, dict(run.model.named_parameters())))
     (padded_shape, loss, weights), (packed_shape, packed_loss, packed_weights) = found
     assert padded_shape[0] > 1
     assert packed_shape[0] == 1

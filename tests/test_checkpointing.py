@@ -8,7 +8,6 @@ from test_model import batch, build
 from test_processes import results  # noqa: F401 (a fixture)
 from transformers import MPNetConfig
 
-import main
 from suite.common.stopping import StopRequested
 from suite.encoders.placement import checkpoint_gradients, place_model
 from suite.encoders.tokenizers import load_tokenizer
@@ -59,7 +58,7 @@ def test_a_run_that_goes_on_with_it_ends_with_the_same_bits(overrides, encoder_f
         raise StopRequested
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "stop_if_asked", stop)
+        patch.setattr("suite.training.run.stop_if_asked", stop)
         assert run_here(*arguments, "run_name=stopped").returncode == 143
     result = run_here(*arguments, "run_name=stopped", ON)
     assert "continuing from" in result.stdout, result.stderr

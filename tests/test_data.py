@@ -251,7 +251,8 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path):
 def test_batches_are_the_reviews_padded_to_their_longest(config):
     prepared = data.prepare_data(config)
     tokenizer, dataset, seen = prepared.tokenizer, prepared.splits["train"], []
-    for batch in (batch for step in data.get_dataloader(prepared, "train", config, CPU) for batch in step):
+    for batch in (batch for step in data.train_loader(
+            prepared, data.new_sampler(prepared, config), 0, config, CPU) for batch in step.micro_batches):
         lengths = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(dim=1)
         assert batch["input_ids"].shape == (len(batch["id"]), lengths.max())
         assert torch.equal(batch["token_type_ids"], torch.zeros_like(batch["input_ids"]))
@@ -267,18 +268,19 @@ def test_batches_are_the_reviews_padded_to_their_longest(config):
 def test_token_type_ids_only_where_the_encoder_takes_them(overrides, encoder_folder):
     encoder = f"model_config.model_name={encoder_folder('modernbert')}"
     config = load_config(PROJECT / "config.yaml", [*overrides, encoder])
-    assert "token_type_ids" not in next(iter(data.get_dataloader(data.prepare_data(config), "valid", config, CPU)))
+    assert "token_type_ids" not in next(iter(data.evaluation_loader(data.prepare_data(config), "valid", config, CPU)))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_and_moves_no_other_generator(config):
-    loader = data.get_dataloader(data.prepare_data(config), "train", config, CPU)
+    prepared = data.prepare_data(config)
 
-    def order(epoch):
-        loader.sampler.epoch = epoch
-        return [batch["id"].tolist() for step in loader for batch in step]
+    def order(epoch, first_step=0):
+        loader = data.train_loader(prepared, data.new_sampler(prepared, config), epoch, config, CPU, first_step)
+        return [batch["id"].tolist() for step in loader for batch in step.micro_batches]
 
     state = torch.get_rng_state()
     assert order(0) == order(0) != order(1)
+    assert order(1, first_step=3) == order(1)[3:]
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -288,8 +290,8 @@ def test_steps_hold_the_same_reviews_however_they_are_cut(micro, processes, pass
     lengths = np.random.default_rng(0).integers(3, 128, size=200)
     samplers = [StepSampler(lengths, 64, micro, 1, rank, processes, pass_tokens=pass_tokens)
                 for rank in range(processes)]
-    reference = StepSampler(lengths, 64, 64, seed=1).effective_batches()
-    shares = [list(sampler) for sampler in samplers]
+    reference = StepSampler(lengths, 64, 64, seed=1).effective_batches(0)
+    shares = [list(map(sampler.micro_batches, reference)) for sampler in samplers]
     for rows, *cuts in zip(reference, *shares, strict=True):
         assert len(set(map(len, cuts))) == 1  # every process has the same number of micro-batches
         pieces = [piece for pieces in cuts for piece in pieces]
@@ -298,9 +300,6 @@ def test_steps_hold_the_same_reviews_however_they_are_cut(micro, processes, pass
         assert max(map(len, pieces)) <= micro
         assert min(map(len, pieces)) > 0  # nobody waits for a process without work
     assert [len(rows) for rows in reference] == [64, 64, 64, 8]
-    samplers[0].first_step = 3
-    assert len(samplers[0]) == 1
-    assert all(map(np.array_equal, *samplers[0], shares[0][3]))
 
 
 def test_an_effective_batch_is_cut_where_that_saves_most():
@@ -321,7 +320,7 @@ def test_an_effective_batch_is_cut_where_that_saves_most():
 def test_a_process_without_a_review_gets_one_that_does_not_count(config):
     dataset = data.prepare_data(config).splits["train"]
     [round_] = cut(np.array([4]), dataset.lengths, 16, 3)
-    batches = dataset[round_]
+    batches = list(map(dataset.batch, round_))
     assert [batch["labels"].item() == data.IGNORED for batch in batches] == [False, True, True]
     assert [batch["id"].item() for batch in batches][1:] == [-1, -1]
 

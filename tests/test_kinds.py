@@ -54,10 +54,10 @@ def test_four_named_classes_from_training_to_prediction(four_classes, tmp_path):
 def test_balanced_weights_make_every_class_count_the_same(four_classes):
     config = load_config(PROJECT / "config.yaml", [*four_classes, "train_config.class_weights=balanced"])
     run = Run.open(config, SingleDevice(config))
-    labels = run.train_loader.dataset.labels
-    totals = [run.review_weights[labels == label].sum() for label in range(4)]
-    assert totals == pytest.approx([len(labels) / 4] * 4)
-    assert run.class_weights[labels].numpy() == pytest.approx(run.review_weights)
+    reviews = run.data.splits["train"]
+    totals = reviews.class_weights * np.bincount(reviews.labels)
+    assert totals == pytest.approx([len(reviews) / 4] * 4)
+    assert run.class_weights.numpy() == pytest.approx(reviews.class_weights)
 
 
 @pytest.mark.parametrize("class_weights", ["null", "balanced"])
@@ -71,7 +71,7 @@ def test_the_recorded_loss_is_the_weighted_mean(four_classes, tmp_path, class_we
     config.run_name = "untrained"
     untrained = Run.open(config, SingleDevice(config))
     reviews = untrained.data.splits["train"]
-    batch = reviews[np.arange(len(reviews))]
+    batch = reviews.batch(np.arange(len(reviews)))
     with torch.inference_mode():
         expected = untrained.model.eval()(batch["input_ids"], batch["attention_mask"], labels=batch["labels"],
                                           class_weights=untrained.class_weights).loss

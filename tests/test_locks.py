@@ -1,26 +1,27 @@
-"""One process at a time in a folder: whatever the folder is called, and also after somebody removed the lock file."""
+"""Promise 2: two processes cannot write one run. The lock ends with its process, though data loaders live on."""
 
-import errno
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, content_of
+from conftest import PROJECT
 
-from suite.common import locks
-from suite.common.storage import replace_folder, write_json
+from suite.common import storage
 from utils import UserError
+
+LOCKED = "import pathlib, sys; from suite.common import storage; storage.lock(pathlib.Path(sys.argv[1])); "
 
 
 @pytest.fixture
 def other_process():
-    """other_process(folder): another process locks it."""
+    """other_process(folder, code): another process locks it, and then runs the code."""
     started = []
 
-    def start(folder: Path) -> subprocess.Popen:
-        code = ("import pathlib, sys; from suite.common import locks; locks.lock(pathlib.Path(sys.argv[1])); "
-                "print('locked', flush=True); input()")
+    def start(folder: Path, code: str = "") -> subprocess.Popen:
+        code = f"{LOCKED}\n{code}\nprint('locked', flush=True); input()"
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=PROJECT, stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started.append(process)
@@ -41,38 +42,32 @@ def test_every_name_of_a_folder_leads_to_the_same_lock(tmp_path, other_process, 
     assert (tmp_path / "runs" / ".run.lock").exists()
     monkeypatch.chdir(tmp_path)
     for name in ("alias", "other/run", "runs/run", "runs/../other/run", str(tmp_path / "runs" / "run")):
-        assert locks.is_locked(Path(name))
+        assert storage.is_locked(Path(name))
         with pytest.raises(UserError, match=f"{name} is in use by another process"):
-            locks.lock(Path(name))
+            storage.lock(Path(name))
 
 
-@pytest.mark.parametrize("write", [
-    lambda folder: write_json(folder / "file.json", 1), lambda folder: replace_folder(folder / "best", Path.mkdir)])
-def test_a_lock_file_that_was_removed(tmp_path, other_process, write):
-    folder, lock_file = tmp_path / "run", tmp_path / ".run.lock"
-    folder.mkdir()
-    locks.lock(folder)
-    lock_file.unlink()
-    write_json(folder / "file.json", 0)  # nobody has taken it: it is made and locked again
-    process = subprocess.run([sys.executable, "-c", "import pathlib, sys; from suite.common import locks; "
-                              "sys.exit(locks.is_locked(pathlib.Path(sys.argv[1])))", folder], cwd=PROJECT, check=False)
-    assert process.returncode == 1
-    lock_file.unlink()
-    other = other_process(folder)
-    before = content_of(tmp_path)
-    with pytest.raises(UserError, match=f"{folder} is in use by another process, which began when {lock_file} had"):
-        write(folder)
-    assert content_of(tmp_path) == before
+def test_a_killed_process_leaves_no_lock_even_if_what_it_has_forked_lives_on(tmp_path, other_process):
+    """Promise 1: the same command continues a killed run, at once."""
+    fork = (f"import os, time; child = os.fork(); child or (time.sleep(60), os._exit(0)); "
+            f"open({str(tmp_path / 'child')!r}, 'w').write(str(child))")
+    other = other_process(tmp_path / "run", fork)
+    assert storage.is_locked(tmp_path / "run")
     other.kill()
     other.wait()
-    write_json(folder / "file.json", 2)
+    child = int((tmp_path / "child").read_text())
+    os.kill(child, 0)  # it lives
+    try:
+        assert not storage.is_locked(tmp_path / "run")
+        storage.lock(tmp_path / "run")
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_is_used_with_a_line(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+def test_a_folder_that_cannot_be_written_is_not_said_to_be_in_use(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(locks.fcntl, "lockf", refuse)
-    locks.lock(tmp_path / "run")
-    assert "make sure that no other process uses this folder" in capsys.readouterr().out
-    assert not locks.is_locked(tmp_path / "run")
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match=r"\.run\.lock cannot be written \(Permission denied\): choose another"):
+        storage.lock(tmp_path / "run")

@@ -18,7 +18,6 @@ from suite.common.stopping import StopRequested
 from suite.comparison.results import read_result
 from suite.encoders.loading import load_encoder_config, new_model
 from suite.encoders.masked_lm import MaskedLanguageModel, new_masked_lm
-from suite.pretraining.masking import Step
 from suite.pretraining.run import PretrainingRun
 from suite.pretraining.texts import prepare_texts
 from suite.reviews.classes import load_reviews
@@ -113,11 +112,11 @@ def test_masks_depend_on_seed_epoch_and_step_alone(overrides):
     data = prepare_texts(config_of(overrides))
     train, valid = data.splits["train"], data.splits["valid"]
     rows = np.random.default_rng(0).permutation(len(train))[:100]
-    count, whole = train[Step(rows, [rows], (42, 0, 3))]
-    again, cut = train[Step(rows, [rows[60:], rows[:7], rows[7:60]], (42, 0, 3))]
+    _, whole, count, _ = train.step(rows, [rows], (42, 0, 3))
+    _, cut, again, _ = train.step(rows, [rows[60:], rows[:7], rows[7:60]], (42, 0, 3))
     assert (count, masked_words(whole)) == (again, masked_words(cut))
     assert sum(len(batch["labels"]) for batch in cut) == count
-    _, other = train[Step(rows, [rows, ~rows[:1]], (42, 0, 4))]
+    other = train.step(rows, [rows, ~rows[:1]], (42, 0, 4)).micro_batches
     assert masked_words(whole) != masked_words(other[:1])
     assert len(other[1]["labels"]) == 0  # a row that only keeps processes in step
     tokens = sum(train.lengths[rows] - 2)
@@ -126,7 +125,8 @@ def test_masks_depend_on_seed_epoch_and_step_alone(overrides):
     assert 0.7 < is_mask.float().mean() < 0.9
     assert not torch.isin(whole[0]["labels"], torch.tensor(data.tokenizer.all_special_ids)).any()
     everything = np.arange(len(valid))
-    assert masked_words([valid[everything]]) == masked_words([valid[everything[5:]], valid[everything[:5]]])
+    assert masked_words([valid.batch(everything)]) == masked_words(
+        [valid.batch(everything[5:]), valid.batch(everything[:5])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,10 +188,10 @@ def test_any_micro_batch_gives_the_same_parameters(overrides, whole_batches):
 
 def test_a_step_is_that_of_the_mean_over_all_masked_words(overrides):
     run = opened(overrides, *settings(8), "run_name=step", "train_config.max_steps=1")
-    rows = run.sampler.effective_batches()[0]
+    rows = run.sampler.effective_batches(0)[0]
     model = AutoModelForMaskedLM.from_config(run.model.config)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in run.model.state_dict().items()})
-    _, [batch] = run.data.splits["train"][Step(rows, [rows], (42, 0, 0))]
+    [batch] = run.data.splits["train"].step(rows, [rows], (42, 0, 0)).micro_batches
     labels = torch.full(batch["input_ids"].shape, -100)
     labels.view(-1)[batch["masked"]] = batch["labels"]
     model.train()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
@@ -219,7 +219,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(overrides, finishe
             raise StopRequested
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "stop_if_asked", stop_in_the_second_epoch)
+        patch.setattr("suite.training.run.stop_if_asked", stop_in_the_second_epoch)
         with pytest.raises(SystemExit):
             main.train(stopped)
     result = run_here(*overrides, "run_name=stopped", mode="pretrain")
@@ -235,7 +235,7 @@ def test_the_run_folder(overrides, finished):
     valid = metrics["valid"]
     assert valid["perplexity"] == pytest.approx(np.exp(valid["loss"]))
     validation = prepare_texts(config_of(overrides)).splits["valid"]
-    assert valid["n"] == len(validation[np.arange(len(validation))]["labels"])
+    assert valid["n"] == len(validation.batch(np.arange(len(validation)))["labels"])
     losses = [record["valid/loss"] for record in map(json.loads, (folder / "history.jsonl").read_text().splitlines())
               if "valid/loss" in record]
     assert valid["loss"] == min(losses) < 7  # an even guess has log 2500 = 7.8

@@ -44,10 +44,8 @@ def test_replacing_a_run_leaves_nothing_of_it(undisturbed):
     arguments = [*overrides, "run_name=replaced", "train_config.resume=never", "train_config.overwrite=true"]
     config = load_config(PROJECT / "config.yaml", arguments)
     Run.open(config, SingleDevice(config))
-    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last", "best.sha256",
-                                                           ".lock"}
+    assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last"}
     assert list((replaced / "last").iterdir()) == []
-    assert (replaced / "best.sha256").read_text() == ""
     assert not (replaced / "history.jsonl").read_text()
 
 
@@ -78,7 +76,7 @@ def test_a_state_of_another_version_is_refused_with_one_line(undisturbed):
 
 def test_a_state_with_other_items_has_another_version():
     """Killed at any moment, a run goes on: an item that is added here without a new version would stop older runs."""
-    assert (Progress.version, [entry.name for entry in fields(Progress)]) == (3, [
+    assert (Progress.version, [entry.name for entry in fields(Progress)]) == (4, [
         "data_fingerprint", "device", "step", "epoch", "steps_in_epoch", "best_epoch", "best_metrics",
         "epochs_without_improvement", "micro_batch", "history_lines", "wandb_id", "version"])
 
@@ -168,12 +166,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
     good = main.train_step
     weights = {}
 
-    def poisoned(model, *rest):
+    def poisoned(run, step):
         if run.progress.step == 4:  # optimizer step 5, in the middle of a log interval
-            weights.update({name: weight.clone() for name, weight in model.state_dict().items()})
-            head = model.head.weight
+            weights.update({name: weight.clone() for name, weight in run.model.state_dict().items()})
+            head = run.model.head.weight
             handle = head.register_hook(lambda gradient: gradient * float("nan"))
-        result = good(model, *rest)
+        result = good(run, step)
         if run.progress.step == 4:
             handle.remove()
         return result
@@ -186,9 +184,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
         main.train_step = good
     assert run.progress.step == 6  # noticed at the next record
     assert all(torch.equal(weight, weights[name]) for name, weight in run.model.state_dict().items())
-    ids = run.train_loader.dataset.ids[np.sort(run.sampler.effective_batches()[4])]
+    ids = run.data.splits["train"].ids[np.sort(run.sampler.effective_batches(0)[4])]
     assert f"reviews {', '.join(map(str, ids))}." in str(stopped.value)
-    state = saved_states(run.folder / "last")[0]
+    state = saved_states(run.folder.last)[0]
     assert state.name.endswith("step-00000004")  # the last good one, untouched
     assert f"(last saved state: {state})" in str(stopped.value)
 

@@ -131,7 +131,7 @@ def test_it_is_a_run_like_any_other(members, stacked):
     measured = metrics_of(stacked)
     costs = [metrics_of(folder)["train"]["seconds"] for folder in folders]
     assert sum(costs) < measured["train"]["seconds"] < sum(costs) + 5
-    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json", "best.sha256",
+    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json",
                  "best/member-2/model.safetensors"):
         assert (stacked / name).is_file(), name
     wrong = rows_of(stacked / "misclassified.csv")
@@ -253,21 +253,16 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
                                                   "checkpoints/NAME, and --output FOLDER; see --help\n")
 
 
-@pytest.mark.parametrize("place", ["replace_folder", "write_results"])
+@pytest.mark.parametrize("place", ["suite.training.states.RunFolder.begin", "suite.training.states.RunFolder.save_best",
+                                   "suite.comparison.stacking.write_results"])
 def test_the_same_command_starts_again_after_a_kill(members, stacked, monkeypatch, tmp_path, place):
     def killed(*arguments, **options):
         raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stacking, place, killed)
+        patch.setattr(place, killed)
         with pytest.raises(SystemExit):
             stack_runs(members[1], tmp_path / "stack")
-    (tmp_path / "begun").mkdir()  # a kill between the lock and the first file
-    (tmp_path / "begun" / ".lock").touch()
-    monkeypatch.setattr(stacking, "begin_run", killed)
-    with pytest.raises(SystemExit):
-        stack_runs(members[1], tmp_path / "begun")
-    monkeypatch.undo()
     stack_runs(members[1], tmp_path / "stack")
     for name in ("valid_predictions.csv", "best/config.json", "history.jsonl"):
         assert (tmp_path / "stack" / name).read_bytes() == (stacked / name).read_bytes()

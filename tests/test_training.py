@@ -163,12 +163,14 @@ class Waits(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(undisturbed, encoder_folder, encoder, tmp_path):
     overrides, _ = undisturbed
     config = load_config(PROJECT / "config.yaml", [*overrides, f"output_dir={tmp_path}",
-                                                   f"model_config.model_name={encoder_folder(encoder)}"])
+                                                   f"model_config.model_name={encoder_folder(encoder)}",
+                                                   "train_config.max_grad_norm=1"])
     run = Run.open(config, SingleDevice(config))
-    [batch] = next(iter(run.train_loader))
+    step = next(iter(run.train_loader(0)))
+    [batch] = step.micro_batches
     assert "attention_mask" in batch
     with Waits() as waits:
-        main.train_step(run.model, run.optimizer, [batch, batch], 32, run.devices, run.scheduler, max_grad_norm=1.0)
+        main.train_step(run, step._replace(micro_batches=[batch, batch]))
         assert waits.count == 0
         run.devices.guard.failed.item()
         assert waits.count == 1  # it would have been seen

@@ -14,7 +14,7 @@ from scipy.special import softmax
 from tokenizers import Tokenizer
 
 import main
-from data import Encode, get_dataloader, prepare_data, truncate
+from data import Encode, evaluation_loader, prepare_data, truncate
 from model import mean_over_windows
 from suite.common.stopping import StopRequested
 from suite.encoders.loading import load_model
@@ -112,7 +112,7 @@ def test_the_logits_of_a_review_are_the_mean_over_its_windows(encoder_folder, ru
     dataset = explicit_data()
     assert set(dataset.windows) == {1, 2, 3}
     rows = np.arange(40)
-    batch = dataset[rows]
+    batch = dataset.batch(rows)
     whole = model(batch["input_ids"], batch["attention_mask"], windows=batch["windows"]).logits
     assert whole.shape == (40, 2)
     for row in rows:
@@ -150,7 +150,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(run, monkeypatch):
             raise StopRequested
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "stop_if_asked", stop_in_the_second_epoch)
+        patch.setattr("suite.training.run.stop_if_asked", stop_in_the_second_epoch)
         with pytest.raises(SystemExit):
             main.train(stopped)
     result = run_here(*overrides, "run_name=stopped")
@@ -162,10 +162,10 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(run, monkeypatch):
 def test_the_meter_counts_reviews_and_the_tokens_of_all_windows(run):
     opened_run = opened([*run[0], "run_name=meter"])
     dataset = opened_run.data.splits["train"]
-    rows, _ = next(opened_run.steps())
-    opened_run.count(rows, torch.zeros(()), torch.zeros(()))
+    step = next(opened_run.steps_left(0))
+    opened_run.after_step(step, torch.zeros(()), torch.zeros(()))
     assert opened_run.meter.reviews == 16
-    assert opened_run.meter.tokens == sum(np.diff(dataset.offsets)[dataset.windows_of(rows)])
+    assert opened_run.meter.tokens == sum(np.diff(dataset.offsets)[dataset.windows_of(step.rows)])
     assert opened_run.meter.tokens > 16 * 12
 
 
@@ -180,7 +180,7 @@ def test_prediction_has_the_logits_of_evaluation_to_the_last_bit(run, precision,
     config = load_config(PROJECT / "config.yaml", arguments)
     data, devices = prepare_data(config, trained_model=str(run[1] / "best")), SingleDevice(config)
     classifier = Classifier(run[1] / "best", config, devices)
-    loader = get_dataloader(data, "valid", config, devices.device, pass_tokens(classifier.model, devices.device))
+    loader = evaluation_loader(data, "valid", config, devices.device, pass_tokens(classifier.model, devices.device))
     predictions = main.evaluate(classifier.model, loader, devices, "evaluation")
     classifier.model.eval()
     classifier.cast_weights()  # `predict` casts them once, evaluation in each pass

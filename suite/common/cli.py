@@ -21,7 +21,7 @@ from suite.common.run_folder import (
     shaping_values,
     without_encoder,
 )
-from suite.common.storage import PARTIAL, refuse_existing, refuse_long
+from suite.common.storage import refuse_existing
 from utils import BAG_OF_WORDS, ROW_FILES, Config, UserError, file_kind, load_config, num_processes, printable
 
 MODES = {"train": (), "test": (), "baseline": (), "pretrain": (), "predict": ("model", "text", "input", "output"),
@@ -243,7 +243,6 @@ def check_options(given: argparse.Namespace) -> None:
         if given.output in ("", "-") and not (given.mode == "explain" and given.text):
             raise UserError(f"--output {given.output!r}: give the name of a file or folder")
         refuse_existing(given.output)
-        refuse_long(given.output.rstrip("/") + PARTIAL)
         if given.mode == "explain" and Path(given.output).suffix != ".html":
             raise UserError(f"--output: {given.output}: the file must end in .html")
 
@@ -285,7 +284,6 @@ def check_files(source: str, output: str | None) -> None:
     kinds = [".csv", ".jsonl"] + [".parquet"] * (kind == ".parquet")
     if Path(output).suffix not in kinds:
         raise UserError(f"--output: {output}: from {kind or 'texts'}, the file must end in {', '.join(kinds)}")
-    refuse_long(output + ".rejected.csv")  # the longest of the names that are made of it
     if not Path(output + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
         refuse_existing(output, output + ".rejected.csv")
     if not Path(output).absolute().parent.is_dir():

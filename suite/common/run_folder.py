@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from suite.common.checks import INPUTS
-from suite.common.storage import OLD, PARTIAL, atomic_write, read_json
+from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_damage
 from utils import BAG_OF_WORDS, Config, DataConfig, ModelConfig, TrainConfig, UserError, brief, config_fields, leaves
 
 REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folders that a new run in the place removes
@@ -26,6 +26,16 @@ WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what
                    *(f"data_config.{key}" for key in REVIEWS))
 SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
+
+
+def best_model(run_folder: Path) -> Path:
+    """The folder of a run's best model. Raises UserError if there is none, or it is damaged."""
+    folder = run_folder / "best"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no trained model there: train this run first, or name another one with --config "
+                        "FILE, run_name=NAME or --model FOLDER")
+    refuse_damage(folder)
+    return folder
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

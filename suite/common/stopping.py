@@ -3,9 +3,13 @@
 The same command resumes it later. A second SIGINT leaves at once.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 from contextlib import contextmanager
+
+from suite.common.protocols import Devices
 
 # Schedulers such as SLURM announce the end by SIGUSR1; a terminal that is closed, as by a broken connection, by SIGHUP.
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129}
@@ -53,3 +57,9 @@ class StopSignals:
 
 
 SIGNALS = StopSignals()
+
+
+def stop_if_asked(devices: Devices) -> None:
+    """Raises StopRequested if any process has received a signal."""
+    if devices.any(SIGNALS.received is not None):
+        raise StopRequested

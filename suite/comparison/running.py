@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from statistics import fmean
 
-from suite.common.locks import is_locked
 from suite.common.run_folder import read_metrics
 from suite.common.stopping import EXIT_CODES, SIGNALS
+from suite.common.storage import is_locked
 from suite.comparison.grid import Cell, Experiment, describe, find_finished
 from utils import PROJECT, say
 

@@ -22,16 +22,16 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from data import load_split
 from suite.common.checks import impossible_values
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
-from suite.common.run_folder import STACK_OF, differences, is_encoder, read_metrics, without_encoder
-from suite.common.storage import MANIFEST, replace_folder, room_for, sha256_of, write_json
+from suite.common.run_folder import STACK_OF, best_model, differences, is_encoder, read_metrics, without_encoder
+from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits
-from suite.encoders.loading import STACK, best_model
+from suite.encoders.loading import STACK
 from suite.inference.opening import log_odds, member_name
 from suite.training.devices import SingleDevice
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import write_results, write_validation
-from suite.training.states import begin_run, claim_run_folder, refuse_other_data
+from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import Config, UserError, config_fields, say
 
@@ -50,27 +50,30 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice: name different runs")
+    if inside := next((folder for folder in folders if folder.resolve() in output.resolve().parents), None):
+        raise UserError(f"--output: {output} lies in {inside}, a run that it combines: choose another place")
     valid = read_valid(runs)
     config = configuration(runs, output)
     refuse_existing_output(config)
     check_hub(config)
     split = load_split(config)
     say_what_was_cached()
-    refuse_other_data(runs[0].config, runs[0].data_fingerprint, split.fingerprint)
+    RunFolder(runs[0].config).refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
     names, devices, started = runs[0].label_names, SingleDevice(config), time.perf_counter()
     features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels
     crossed = cross_fit(features, labels, names)
     regression = new_regression().fit(features, labels)
     seconds = time.perf_counter() - started
 
-    claim_run_folder(output)
+    made = RunFolder(config)
+    made.lock()
     refuse_existing_output(config)  # another process may have made it meanwhile
     with room_for(output, sum(path.stat().st_size for model in models for path in model.rglob("*")),
                   fix="make room or choose another --output"):
-        begin_run(config)
+        made.begin()
         iterations = int(regression.n_iter_.max())
         metrics, _ = write_validation(config, Predictions(valid[0].ids, labels, crossed), names, iterations)
-        replace_folder(output / "best", lambda folder: write_stack(folder, runs, models, regression), recorded=True)
+        made.save_best(lambda folder: write_stack(folder, runs, models, regression))
         tested = log_odds([run.predictions.probabilities for run in runs])
         predictions = Predictions(runs[0].predictions.ids, runs[0].predictions.labels,
                                   class_logits(regression.decision_function(tested).reshape(len(tested), -1)))

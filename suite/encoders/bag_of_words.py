@@ -22,7 +22,7 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, regular, write_json
+from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
 from suite.encoders.tokenizers import LINE_BREAKS
 from utils import BAG_OF_WORDS, UserError, brief
 
@@ -106,7 +106,7 @@ def load_bag_of_words(folder: Path) -> BagOfWords:
     if (folder / MANIFEST).exists():
         refuse_damage(folder)
     try:
-        arrays = safetensors.numpy.load_file(regular(folder / "words.safetensors"))
+        arrays = safetensors.numpy.load_file(folder / "words.safetensors")
         return BagOfWords(dict(read_json(folder / "config.json")), list(read_json(folder / "vocabulary.json")), arrays)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged, or of another version: no bag of words can be read from it "

@@ -31,7 +31,6 @@ from suite.common.storage import (
     atomic_write,
     read_json,
     refuse_damage,
-    refuse_foreign,
     write_json,
 )
 from suite.encoders.refusals import (
@@ -319,14 +318,3 @@ def _load_foreign(folder: Path, config: PreTrainedConfig) -> nn.Module:
     if lacking:
         raise UserError(f"{folder / WEIGHTS}: no weights for {lacking[0]}: take a trained classifier, not an encoder")
     return model
-
-
-def best_model(run_folder: Path) -> Path:
-    """The folder of a run's best model. Raises UserError if there is none, or it is not what this run has saved."""
-    folder = run_folder / "best"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no trained model there: train this run first, or name another one with --config "
-                        "FILE, run_name=NAME or --model FOLDER")
-    refuse_damage(folder)
-    refuse_foreign(folder)
-    return folder

@@ -20,7 +20,7 @@ from suite.encoders.loading import load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.refusals import refuse_foreign_tokens, refuse_unknown_words
 from suite.encoders.tokenizers import COMPARED_TEXTS, compare_with_file, load_tokenizer
-from suite.reviews.sampling import LengthSampler
+from suite.reviews.sampling import evaluation_batches
 from utils import Config, UserError
 
 
@@ -116,8 +116,9 @@ class Classifier(Labeller):
         rows = np.arange(len(texts))
         reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id,
                               first_windows=first_windows)
-        batches = LengthSampler(reviews.lengths, self.batch_size, pass_tokens=self.pass_tokens, windows=reviews.windows)
-        ids, _, logits = compute_logits(self.model, map(reviews.__getitem__, batches), len(texts), self.devices)
+        batches = evaluation_batches(reviews.lengths, self.batch_size, pass_tokens=self.pass_tokens,
+                                     windows=reviews.windows)
+        ids, _, logits = compute_logits(self.model, map(reviews.batch, batches), len(texts), self.devices)
         result = np.empty((len(texts), len(self.label_names)))
         result[ids] = logits
         return result

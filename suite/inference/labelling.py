@@ -21,9 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from suite.common.locks import lock
 from suite.common.stopping import SIGNALS
-from suite.common.storage import NOT_SEALED, atomic_write, refuse_existing, room_for, sha256_of, write_json
+from suite.common.storage import NOT_SUMMED, atomic_write, lock, refuse_existing, room_for, sha256_of, write_json
 from suite.inference.classifier import Labeller
 from suite.inference.parts import Parts
 from suite.reviews.rows import Row, as_text, column_problem, columns_of, listed, read_rows, size_of, text_files
@@ -168,7 +167,7 @@ class Job:
         texts = text_files(source) if source.is_dir() else [source]
         return {"input": str(source), "content": sum_of_files(source, texts),
                 "model": sum_of_files(model, (path for path in model.rglob("*")
-                                              if path.is_file() and path.name not in NOT_SEALED)),
+                                              if path.is_file() and path.name not in NOT_SUMMED)),
                 "text_column": self.column, "chunk_rows": CHUNK_ROWS, **self.classifier.settings}
 
     def label_chunks(self, done: set[int]) -> tuple[Counter, dict[str, None]]:

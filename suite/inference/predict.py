@@ -9,7 +9,7 @@ from pathlib import Path
 
 from suite.common.cli import Command, drop_output
 from suite.common.protocols import Devices
-from suite.encoders.loading import best_model
+from suite.common.run_folder import best_model
 from suite.inference.classifier import Labeller
 from suite.inference.labelling import Job, label, read_chunks
 from suite.inference.opening import open_classifier

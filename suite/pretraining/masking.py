@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from data import IGNORED, IMDBDataset, pad
-from suite.reviews.sampling import StepSampler
-
-
-@dataclass
-class Step:
-    """What a process needs to know of an optimizer step."""
-
-    rows: np.ndarray  # (windows,) of the whole effective batch
-    micro_batches: list[np.ndarray]  # this process's
-    seed: tuple[int, int, int]  # of the masks: the run's seed, the epoch and the step in it
-
-
-class MaskingSampler(StepSampler):
-    """A StepSampler that yields a `Step`, because masks are drawn for the whole effective batch."""
-
-    def __iter__(self) -> Iterator[Step]:
-        steps = zip(self.effective_batches()[self.first_step:], super().__iter__(), strict=True)
-        for number, (rows, micro_batches) in enumerate(steps, start=self.first_step):
-            yield Step(rows, micro_batches, (self.seed, self.epoch, number))
+from data import IGNORED, IMDBDataset, Step, pad
 
 
 class MaskedWindows(IMDBDataset):
@@ -36,10 +14,8 @@ class MaskedWindows(IMDBDataset):
     become the mask token, 10 % any token, and 10 % stay (Devlin et al. 2019).
 
     `windows`: their places in `offsets`; `ids` (windows,): the texts that they are of. With `seed`, the masks are
-    always the same, for validation; else each `Step` has its own.
+    always the same, for validation; else each step has its own.
     """
-
-    step_sampler = MaskingSampler
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, windows: np.ndarray, ids: np.ndarray,
                  tokenizer: PreTrainedTokenizerBase, seed: int | None = None):
@@ -57,15 +33,15 @@ class MaskedWindows(IMDBDataset):
                             for place in self.windows_of(rows)], self.pad_token_id)
         return self.collator.torch_mask_tokens(input_ids, special_tokens_mask=torch.isin(input_ids, self.special))
 
-    def __getitem__(self, wanted: Step | np.ndarray) -> tuple[int, list[dict]] | dict[str, torch.Tensor]:
-        """(the masked tokens of the whole effective batch, this process's micro-batches) of a step; for validation, the
-        batch of the windows `wanted`."""
-        if not isinstance(wanted, Step):
-            return self._batch(wanted, *self.fixed)
-        rows = np.sort(wanted.rows)
-        input_ids, labels = self._mask(rows, *wanted.seed)
-        return (int((labels != IGNORED).sum()),
-                [self._batch(part, rows, input_ids, labels) for part in wanted.micro_batches])
+    def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return self._batch(rows, *self.fixed)
+
+    def step(self, rows: np.ndarray, micro_batches: list[np.ndarray], seed: tuple[int, ...]) -> Step:
+        """The masks are drawn for the whole effective batch, whatever it is cut into."""
+        ascending = np.sort(rows)
+        input_ids, labels = self._mask(ascending, *seed)
+        masked = max(1, int((labels != IGNORED).sum()))  # a last effective batch of one short window may have none
+        return Step(rows, [self._batch(part, ascending, input_ids, labels) for part in micro_batches], masked, masked)
 
     def _batch(self, part: np.ndarray, rows: np.ndarray, input_ids: torch.Tensor, labels: torch.Tensor
                ) -> dict[str, torch.Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from data import PreparedData
 from suite.common.pages import write_pretrained_card
+from suite.common.progress import watched
 from suite.common.protocols import Devices
 from suite.encoders.loading import PRETRAINED_TEXTS
 from suite.encoders.masked_lm import new_masked_lm
@@ -46,15 +48,13 @@ class PretrainingRun(Run):
     def write_predictions(self, predictions: np.ndarray) -> None:
         pass  # there is no review to predict
 
-    def total_weight(self, rows: np.ndarray) -> float:
-        return max(1, self.masked_tokens)  # a last effective batch of one short window may have none
 
-    def judged(self, rows: np.ndarray) -> int:
-        return max(1, self.masked_tokens)
-
-    def steps(self) -> Iterator[tuple[np.ndarray, list[Batch]]]:
-        for rows, (self.masked_tokens, micro_batches) in super().steps():
-            yield rows, micro_batches
+def evaluate_masked(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> np.ndarray:
+    """[summed loss, hits, number] of the masked words of a split. Raises StopRequested between batches."""
+    model.eval()
+    sums = masked_sums(model, watched(loader, devices, name), devices)
+    model.train()
+    return sums
 
 
 @torch.inference_mode()

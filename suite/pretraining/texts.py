@@ -44,7 +44,7 @@ def prepare_texts(config: Config) -> PreparedData:
     for name_of_split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
         windows = np.flatnonzero(np.isin(text_of, ids))
         splits[name_of_split] = MaskedWindows(tokens, offsets, windows, text_of[windows], tokenizer, seed)
-    if not len(splits["valid"][np.arange(len(splits["valid"]))]["labels"]):
+    if not len(splits["valid"].batch(np.arange(len(splits["valid"])))["labels"]):
         raise UserError(f"{data_config.dataset}: {len(valid)} texts to validate on are too few, none of their words is "
                         "masked: raise data_config.limit or add texts")
     return PreparedData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +68,7 @@ def _earliest_starts(counts: np.ndarray, batch_size: int, processes: int) -> lis
 
 @dataclass
 class StepSampler:
-    """Yields this process's micro-batches of each optimizer step of an epoch: a list of arrays of indices.
+    """Which reviews form the optimizer steps of an epoch, and this process's micro-batches of each.
 
     Which reviews form an effective batch depends on the seed, the epoch and the effective batch size alone, never on
     the micro-batch or the number of processes. The last one of an epoch may be smaller.
@@ -84,45 +82,28 @@ class StepSampler:
     processes: int = 1
     pass_tokens: float = math.inf  # what a forward and backward pass costs apart from its tokens, in tokens
     windows: np.ndarray | None = None  # (reviews,) how many each has; None: one
-    epoch: int = 0
-    first_step: int = 0  # steps to skip, when an epoch is resumed in its middle
 
-    def effective_batches(self) -> list[np.ndarray]:
-        """The reviews of each optimizer step of the epoch, those before `first_step` included."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
+    def effective_batches(self, epoch: int) -> list[np.ndarray]:
+        """The reviews of each optimizer step of the epoch."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
         return [order[i:i + self.effective_batch] for i in range(0, len(order), self.effective_batch)]
 
-    def __iter__(self) -> Iterator[list[np.ndarray]]:
-        for rows in self.effective_batches()[self.first_step:]:
-            rounds = cut(rows, self.lengths, self.micro_batch, self.processes, self.pass_tokens, self.windows)
-            yield [micro_batches[self.rank] for micro_batches in rounds]
+    def micro_batches(self, rows: np.ndarray) -> list[np.ndarray]:
+        """This process's share of the effective batch `rows`, in batches of similar lengths."""
+        rounds = cut(rows, self.lengths, self.micro_batch, self.processes, self.pass_tokens, self.windows)
+        return [shares[self.rank] for shares in rounds]
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.effective_batch) - self.first_step
+        """The optimizer steps of an epoch."""
+        return -(-len(self.lengths) // self.effective_batch)
 
 
-@dataclass
-class LengthSampler:
-    """Yields this process's batches of a split for evaluation, each review exactly once.
+def evaluation_batches(lengths: np.ndarray, batch_size: int, rank: int = 0, processes: int = 1,
+                       pass_tokens: float = math.inf, windows: np.ndarray | None = None) -> list[np.ndarray]:
+    """This process's batches of a split for evaluation, each review exactly once.
 
     They are those that prediction makes of the same reviews, so the logits are the same to the last bit.
     """
-
-    lengths: np.ndarray
-    batch_size: int
-    rank: int = 0
-    processes: int = 1
-    pass_tokens: float = math.inf
-    windows: np.ndarray | None = None
-
-    @functools.cached_property
-    def batches(self) -> list[np.ndarray]:
-        chunks = np.split(np.arange(len(self.lengths)), range(CHUNK_ROWS, len(self.lengths), CHUNK_ROWS))
-        return [round_[self.rank] for chunk in chunks for round_ in cut(
-            chunk, self.lengths, self.batch_size, self.processes, self.pass_tokens, self.windows)]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    chunks = np.split(np.arange(len(lengths)), range(CHUNK_ROWS, len(lengths), CHUNK_ROWS))
+    return [shares[rank] for chunk in chunks
+            for shares in cut(chunk, lengths, batch_size, processes, pass_tokens, windows)]

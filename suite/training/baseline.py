@@ -14,12 +14,11 @@ import numpy as np
 from data import Split, load_split
 from suite.common.hub import say_what_was_cached
 from suite.common.protocols import Devices
-from suite.common.storage import replace_folder
 from suite.encoders.bag_of_words import fit
 from suite.training.efficiency import peak_memory_mb
 from suite.training.evaluation import Predictions
 from suite.training.finish import show_finished, write_results, write_untested, write_validation
-from suite.training.states import begin_run, claim_run_folder, find_state
+from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, say
 
@@ -28,9 +27,9 @@ def baseline(config: Config, devices: Devices) -> None:
     """Fit, validate and test a bag of words. An earlier run's files are removed only when the fit has succeeded."""
     if show_finished(config):
         return
-    if is_there := config.run_folder.exists():
-        claim_run_folder(config.run_folder)
-    find_state(config)  # refuses a folder with another run; a bag of words has no saved states
+    folder = RunFolder(config)
+    folder.lock()
+    folder.state_to_continue()  # refuses a folder with another run; a bag of words has no saved states
     split = load_split(config)
     say_what_was_cached()
     names, (texts, labels) = split.label_names, split.texts_and_labels("train")
@@ -39,15 +38,12 @@ def baseline(config: Config, devices: Devices) -> None:
     words, iterations = fit(texts, labels, names, config.data_config.line_breaks, split.fingerprint)
     seconds = time.perf_counter() - started
     say(f"{BAG_OF_WORDS}: {len(words.vocabulary):,} words and pairs of words")
-    if not is_there:
-        claim_run_folder(config.run_folder)
-        find_state(config)  # another process may have begun a run meanwhile
-    begin_run(config)
-    valid, folder = predictions_of(words.logits, split, "valid"), config.run_folder
+    folder.begin()
+    valid = predictions_of(words.logits, split, "valid")
     metrics, record = write_validation(config, valid, names, iterations)
     tracker = Tracker(config)
     tracker.log(record)
-    replace_folder(folder / "best", words.save, recorded=True)
+    folder.save_best(words.save)
     figures = {"train": {"samples_per_second": len(texts) / seconds, "seconds": seconds,
                          "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
                "valid": metrics | {"epoch": 1}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from suite.common.figures import on_console, show
 from suite.common.pages import write_model_card
 from suite.common.protocols import Devices
 from suite.common.run_folder import is_encoder, read_history
-from suite.common.storage import write_json
+from suite.common.storage import write_json, write_text
 from suite.training.efficiency import environment
 from suite.training.evaluation import (
     SPLITS,
@@ -23,8 +24,8 @@ from suite.training.evaluation import (
     write_mistakes,
     write_predictions,
 )
-from suite.training.states import finished_metrics
-from suite.training.tracking import History, Tracker
+from suite.training.states import RunFolder
+from suite.training.tracking import Tracker
 from utils import Config, brief, say
 
 
@@ -57,7 +58,7 @@ def write_validation(config: Config, predictions: Predictions, label_names: list
     record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
                                                    if isinstance(value, float)}
     write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
-    History(config.run_folder / "history.jsonl").log(record)
+    write_text(config.run_folder / "history.jsonl", json.dumps(record) + "\n")
     return metrics, record
 
 
@@ -85,9 +86,9 @@ def try_plots(module: str, *arguments: Any) -> list[Path]:
 def show_finished(config: Config) -> bool:
     """Whether the run folder holds this run, finished, and nothing is to be done again; its results are printed.
 
-    Raises UserError as `finished_metrics` does.
+    Raises UserError as `RunFolder.finished_metrics` does.
     """
-    metrics = finished_metrics(config)
+    metrics = RunFolder(config).finished_metrics()
     if metrics is None:
         return False
     say(f"{config.run_folder} holds this run, finished: nothing was done again. For another one set run_name=NAME; "

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from data import Step
 from suite.common.protocols import Devices
 from suite.training.efficiency import peak_flops, peak_memory_mb, training_flops, work_of
 
@@ -23,17 +24,16 @@ class Meter:
         self.reviews = self.tokens = 0
         self.flops = self.executed_flops = 0.0  # of the whole model; of what is computed of it. Padding not counted
         self.seconds = 0.0  # of training, without evaluation and saving
-        self.judged, self.total_weight = 0, 0.0  # the predictions since then, and their weight, see `train_step`
+        self.predictions, self.total_weight = 0, 0.0  # since then, and their weight: see `Step`
         self._started: float | None = None  # None while the clock stands still
 
-    def add(self, loss: torch.Tensor, correct: torch.Tensor, total_weight: float, judged: int, reviews: int,
-            lengths: np.ndarray) -> None:
-        """Count an optimizer step: this process's summed loss and hits, the weight of all its predictions and their
-        number, the number of all its reviews, and the lengths of their windows in tokens."""
+    def add(self, step: Step, loss: torch.Tensor, correct: torch.Tensor, lengths: np.ndarray) -> None:
+        """Count an optimizer step: `loss` and `correct` are this process's sums; `lengths`: of all its windows, in
+        tokens."""
         self.sums += torch.stack([loss, correct])
-        self.total_weight += total_weight
-        self.judged += judged
-        self.reviews += reviews
+        self.total_weight += step.total_weight
+        self.predictions += step.predictions
+        self.reviews += len(step.rows)
         self.tokens += int(lengths.sum())
         self.flops += float(training_flops(self.work, lengths))
         self.executed_flops += float(training_flops(self.executed_work, lengths))
@@ -41,9 +41,9 @@ class Meter:
     def read(self) -> tuple[float, float, float]:
         """(mean loss and accuracy since the last reading, reviews a second so far). Waits for the device."""
         loss, correct = self.devices.total(self.sums).tolist()
-        figures = loss / self.total_weight, correct / self.judged, self.reviews / self.seconds
+        figures = loss / self.total_weight, correct / self.predictions, self.reviews / self.seconds
         self.sums.zero_()
-        self.judged, self.total_weight = 0, 0.0
+        self.predictions, self.total_weight = 0, 0.0
         return figures
 
     def start_clock(self) -> None:
@@ -78,4 +78,4 @@ class Meter:
         self.sums = self.sums.to(self.devices.device)
 
 
-SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "judged", "total_weight")
+SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "predictions", "total_weight")

@@ -1,14 +1,11 @@
-"""The optimizer, the schedule of its learning rate, and the weights of classes in the loss."""
+"""The optimizer, and the schedule of its learning rate."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from transformers import get_scheduler
 
-from data import PreparedData
 from utils import TrainConfig
 
 
@@ -28,13 +25,3 @@ def build_scheduler(optimizer: torch.optim.Optimizer, train_config: TrainConfig,
         name = "constant_with_warmup"
     return get_scheduler(name, optimizer, num_warmup_steps=round(train_config.warmup_ratio * total_steps),
                          num_training_steps=total_steps)
-
-
-def weigh_classes(data: PreparedData, train_config: TrainConfig, device: torch.device
-                  ) -> tuple[torch.Tensor | None, np.ndarray]:
-    """(class weights (num_labels,) for the loss, or None; the weight of each training review in it (reviews,))."""
-    labels = data.splits["train"].labels
-    if train_config.class_weights is None:
-        return None, np.ones(len(labels))
-    class_weights = compute_class_weight("balanced", classes=np.arange(len(data.label_names)), y=labels)
-    return torch.tensor(class_weights, dtype=torch.float32, device=device), class_weights[labels]

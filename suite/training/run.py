@@ -12,41 +12,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
-from data import PreparedData, get_dataloader, prepare_data
+from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.hub import say_what_was_cached
+from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
-from suite.common.stopping import SIGNALS, StopRequested
-from suite.common.storage import replace_folder, room_for
-from suite.encoders.loading import TRAINED_TEXTS, best_model, load_encoder_config, new_model, save_model
-from suite.encoders.placement import Batch, checkpoint_gradients, pass_tokens, place_model
+from suite.common.run_folder import best_model
+from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
+from suite.common.storage import room_for
+from suite.encoders.loading import TRAINED_TEXTS, load_encoder_config, new_model, save_model
+from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
 from suite.training.compatibility import refuse_incompatible
+from suite.training.devices import random_state, set_random_state, set_seed
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
-from suite.training.optimization import build_optimizer, build_scheduler, weigh_classes
-from suite.training.states import (
-    KEPT_STATES,
-    Progress,
-    begin_run,
-    claim_run_folder,
-    find_state,
-    load_progress,
-    lock_within,
-    random_state,
-    refuse_other_data,
-    refuse_other_device,
-    save_state,
-    saved_states,
-    set_random_state,
-    set_seed,
-)
-from suite.training.tracking import History, ProgressBar, Tracker
+from suite.training.optimization import build_optimizer, build_scheduler
+from suite.training.states import KEPT_STATES, Progress, RunFolder, load_progress, saved_states
+from suite.training.tracking import Tracker
 from utils import Config, UserError, process_rank, say
 
 
 class Run:
-    """What the loop in main.py works on. A PretrainingRun differs in the methods down to `judged`, and in `steps`."""
+    """What the loop in main.py works on. A PretrainingRun differs in the methods down to `write_predictions`."""
 
     unit = "reviews"  # what a row of the data is
     prepare_data, metrics_of = staticmethod(prepare_data), staticmethod(compute_metrics)
@@ -63,15 +52,7 @@ class Run:
         np.save(folder / TRAINED_TEXTS, self.data.digests)
 
     def write_predictions(self, predictions: Predictions) -> None:
-        write_predictions(self.folder / VALID_PREDICTIONS, predictions, self.data.label_names)
-
-    def total_weight(self, rows: np.ndarray) -> float:
-        """What the loss of these reviews is divided by: their number or, with class weights, the sum of theirs."""
-        return float(self.review_weights[rows].sum())
-
-    def judged(self, rows: np.ndarray) -> int:
-        """How many predictions these rows ask for."""
-        return len(rows)
+        write_predictions(self.folder.path / VALID_PREDICTIONS, predictions, self.data.label_names)
 
     @classmethod
     def open(cls, config: Config, devices: Devices) -> Run:
@@ -79,11 +60,11 @@ class Run:
 
         Raises UserError, before anything is replaced, if data, encoder and run folder do not go together.
         """
-        if is_there := config.run_folder.exists():
-            claim_run_folder(config.run_folder)
-        state = find_state(config)
+        folder = RunFolder(config)
+        folder.lock()
+        state = folder.state_to_continue()
         set_seed(config.train_config.seed)
-        encoder_config = load_encoder_config(config.model_config)  # refuses what is no encoder before reviews are read
+        encoder_config = load_encoder_config(config.model_config)  # refuses other models before reviews are read
         with devices.main_process_first():
             data = cls.prepare_data(config)
         refuse_incompatible(config, encoder_config, data)
@@ -91,31 +72,31 @@ class Run:
         if config.train_config.gradient_checkpointing:
             checkpoint_gradients(model, config.model_config.model_name)
         say_what_was_cached()
-        if not is_there:  # only now, so that wrong input leaves nothing behind, not even a lock
-            claim_run_folder(config.run_folder)
-            state = find_state(config)  # another process may have begun the run meanwhile
         devices.barrier()
-        run = cls(config, devices, data, model)
+        run = cls(config, devices, data, model, folder)
         run.ensure_room()
         if state is None:
-            run.begin()
+            if devices.is_main:  # an earlier run's files are removed only now, after data and model have loaded
+                folder.begin()
         else:
             run.resume(state)
+        run.open_records()
+        run.model.train()
         return run
 
-    def __init__(self, config: Config, devices: Devices, data: PreparedData, model: nn.Module):
-        self.config, self.devices, self.data, self.folder = config, devices, data, config.run_folder
+    def __init__(self, config: Config, devices: Devices, data: PreparedData, model: nn.Module, folder: RunFolder):
+        self.config, self.devices, self.data, self.folder = config, devices, data, folder
         train_config = config.train_config
         place_model(model, devices.device, compiled=train_config.compile)
         self.model_config, self.meter = model.config, Meter(model, devices)
         self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
-        self.train_loader, self.valid_loader = (
-            get_dataloader(data, split, config, devices.device, pass_tokens(model, devices.device))
-            for split in ("train", "valid"))
-        self.sampler = self.train_loader.sampler
+        self.sampler = new_sampler(data, config, pass_tokens(model, devices.device))
+        self.valid_loader = evaluation_loader(data, "valid", config, devices.device, pass_tokens(model, devices.device))
         self.steps_per_epoch = len(self.sampler)
         self.total_steps = min(self.steps_per_epoch * train_config.epochs, train_config.max_steps or math.inf)
-        self.class_weights, self.review_weights = weigh_classes(data, train_config, devices.device)
+        weights = data.splits["train"].class_weights
+        self.class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float32,
+                                                                       device=devices.device)
         if train_config.compile:
             model.encoder.compile(dynamic=True)
         self.model, self.optimizer = devices.prepare(model, build_optimizer(model, train_config))
@@ -124,7 +105,10 @@ class Run:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
         self.progress = Progress(data.fingerprint, devices.kind)
         self.start_step, self.saved_at = 0, time.monotonic()  # where this process began, and when it last saved
-        self._out_of_memory = False
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.data.label_names
 
     @property
     def state_bytes(self) -> int:
@@ -135,26 +119,16 @@ class Run:
         """Raises UserError if the disk has no room for what the run folder will hold at its largest: the kept states
         and a new one, the best model and its replacement."""
         most = (KEPT_STATES + 1) * self.state_bytes + 2 * self.model_bytes
-        there = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        with room_for(self.folder, max(most - there, self.state_bytes)):
+        there = sum(path.stat().st_size for path in self.folder.path.rglob("*") if path.is_file())
+        with room_for(self.folder.path, max(most - there, self.state_bytes)):
             pass
-
-    def begin(self) -> None:
-        """Start from the beginning. An earlier run's files are removed only now, after data and model have loaded."""
-        if self.devices.is_main:
-            try:
-                begin_run(self.config)
-            except OSError as error:
-                raise UserError(f"{self.folder} cannot be written ({error.strerror}): set output_dir") from None
-        self._open_records()
 
     def resume(self, state: Path) -> None:
         """Continue from a saved state."""
-        self.progress = load_progress(state)
-        refuse_other_data(self.config, self.progress.data_fingerprint, self.data.fingerprint)
-        refuse_other_device(state, self.progress.device, self.devices.kind)
+        self.progress = load_progress(state, self.devices.kind)
+        self.folder.refuse_other_data(self.progress.data_fingerprint, self.data.fingerprint)
         if self.progress.best_epoch:
-            best_model(self.folder)  # raises UserError if it is lost or damaged
+            best_model(self.folder.path)  # raises UserError if it is lost or damaged
         own = state / f"process_{process_rank()}.pt"
         if not own.exists():
             raise UserError(f"{state} was saved by fewer processes than are running now: start as many as before")
@@ -164,19 +138,21 @@ class Run:
         self.meter.load_state_dict(loop["meter"])
         set_random_state(loop["random"])
         self.sampler.micro_batch = self.progress.micro_batch or self.sampler.micro_batch
-        lock_within(self.folder)
+        self.start_step = self.progress.step
         say(f"continuing from {state}: epoch {self.progress.epoch + 1}, optimizer step {self.progress.step}")
-        self._open_records()
 
-    def _open_records(self) -> None:
+    def open_records(self) -> None:
+        """Open the history and the tracker."""
         if self.devices.is_main:
-            self.history = History(self.folder / "history.jsonl", self.progress.history_lines)
+            self.folder.open_history(self.progress.history_lines)
         self.tracker = Tracker(self.config, self.progress.wandb_id)
         self.progress.wandb_id = self.tracker.run_id
-        self.start_step = self.progress.step
-        self.model.train()
 
-    def epochs(self) -> Iterator[int]:
+    def train_loader(self, epoch: int, first_step: int = 0) -> DataLoader:
+        """Yields each `Step` of the epoch from `first_step` on."""
+        return train_loader(self.data, self.sampler, epoch, self.config, self.devices.device, first_step)
+
+    def epochs_left(self) -> Iterator[int]:
         """The epochs that are left, counted from 0. They end with max_steps or early_stopping_patience, too."""
         progress, train_config = self.progress, self.config.train_config
         patience = train_config.early_stopping_patience or math.inf
@@ -185,23 +161,18 @@ class Run:
                 and progress.epochs_without_improvement < patience):
             yield progress.epoch
 
-    def steps(self) -> Iterator[tuple[np.ndarray, list[Batch]]]:
-        """The optimizer steps that are left of this epoch: the rows of the effective batch (reviews,), over all
-        processes, and this process's micro-batches of them.
-
-        After an out-of-memory error, the same step comes again in smaller micro-batches.
-        """
-        progress, sampler = self.progress, self.sampler
-        name = f"epoch {progress.epoch + 1}/{self.config.train_config.epochs}"
+    def steps_left(self, epoch: int) -> Iterator[Step]:
+        """The optimizer steps that are left of this epoch. A step that was not counted, because the device ran out of
+        memory, comes again in smaller micro-batches."""
+        progress = self.progress
+        name = f"epoch {epoch + 1}/{self.config.train_config.epochs}"
         self.bar = ProgressBar(name, self.steps_per_epoch, progress.steps_in_epoch)
-        sampler.epoch = progress.epoch
         while progress.steps_in_epoch < self.steps_per_epoch and progress.step < self.total_steps:
-            sampler.first_step = progress.steps_in_epoch
             self.meter.start_clock()
-            for rows, micro_batches in zip(sampler.effective_batches()[sampler.first_step:], self.train_loader,
-                                           strict=True):
-                yield rows, micro_batches
-                if self._out_of_memory:
+            for step in self.train_loader(epoch, progress.steps_in_epoch):
+                before = progress.step
+                yield step
+                if progress.step == before:
                     self._halve_micro_batch()
                     break
                 if progress.step == self.total_steps:
@@ -211,18 +182,18 @@ class Run:
         self.bar.close()
 
     @contextmanager
-    def smaller_if_out_of_memory(self):
-        """Around an optimizer step. If the device runs out of memory and train_config.auto_micro_batch is set, `steps`
-        gives the same step again, in micro-batches of half the size."""
+    def may_run_out_of_memory(self):
+        """Around an optimizer step. With train_config.auto_micro_batch, an out-of-memory error ends here: the step is
+        not counted, and `steps_left` gives it again when the error, which keeps the tensors, is gone."""
+        before = self.progress.step
         try:
             yield
         except torch.OutOfMemoryError:
-            if not self.config.train_config.auto_micro_batch or self.sampler.micro_batch == 1:
+            is_counted = self.progress.step > before
+            if is_counted or not self.config.train_config.auto_micro_batch or self.sampler.micro_batch == 1:
                 raise
-            self._out_of_memory = True  # `steps` acts on it when this error is gone, which keeps the tensors
 
     def _halve_micro_batch(self) -> None:
-        self._out_of_memory = False
         self.model.zero_grad(set_to_none=True)
         self.wait_and_check()
         self.sampler.micro_batch = self.progress.micro_batch = -(-self.sampler.micro_batch // 2)
@@ -232,19 +203,20 @@ class Run:
             f"{self.sampler.micro_batch} {self.unit}, at the same {self.sampler.effective_batch} {self.unit} an "
             "optimizer step")
 
-    def count(self, rows: np.ndarray, loss: torch.Tensor, correct: torch.Tensor) -> None:
-        """An optimizer step is done: `loss` and `correct` are this process's sums over the reviews `rows`."""
-        reviews = self.data.splits["train"]
-        self.meter.add(loss, correct, self.total_weight(rows), self.judged(rows), len(rows),
-                       reviews.window_lengths(reviews.windows_of(rows)))
-        self.progress.step += 1
-        self.progress.steps_in_epoch += 1
+    def after_step(self, step: Step, loss: torch.Tensor, correct: torch.Tensor) -> None:
+        """Count an optimizer step, and record, stop and save where that is due. `loss` and `correct`: this process's
+        sums over the effective batch, which stay on the device, so that nothing waits for them."""
+        progress, dataset = self.progress, self.data.splits["train"]
+        self.meter.add(step, loss, correct, dataset.window_lengths(dataset.windows_of(step.rows)))
+        progress.step += 1
+        progress.steps_in_epoch += 1
         self.bar.update()
-
-    def log_due(self) -> bool:
-        progress = self.progress
         is_last = progress.steps_in_epoch == self.steps_per_epoch or progress.step == self.total_steps
-        return is_last or progress.step % self.config.log_config.log_every_steps == 0
+        if is_last or progress.step % self.config.log_config.log_every_steps == 0:
+            self.log()
+        stop_if_asked(self.devices)
+        if self._is_time_to_save():
+            self.save()
 
     def log(self) -> None:
         """Record the means since the last record. Waits for the device, as `save` does."""
@@ -259,9 +231,9 @@ class Run:
         if self.devices.is_main:
             epoch = self.progress.epoch + self.progress.steps_in_epoch / self.steps_per_epoch
             record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}
-            self.history.log(record)
+            self.folder.record(record)
             self.tracker.log(record | (speed or {}))
-            self.progress.history_lines = self.history.lines
+            self.progress.history_lines = self.folder.history_lines
 
     def wait_and_check(self) -> None:
         """Wait for the device and stop the clock.
@@ -275,15 +247,15 @@ class Run:
             return
         step = self.start_step + good_steps + 1
         place = self.progress.steps_in_epoch - (self.progress.step - step)  # of that step in this epoch, from 1
-        rows = self.sampler.effective_batches()[place - 1]
+        rows = self.sampler.effective_batches(self.progress.epoch)[place - 1]
         ids = self.data.splits["train"].ids[np.sort(rows)].tolist()
-        kept = next((str(state) for state in saved_states(self.folder / "last")), "none yet")
+        kept = next((str(state) for state in saved_states(self.folder.last)), "none yet")
         raise FloatingPointError(
             f"optimizer step {step}: loss or gradient is not finite, so the weights were left as they were; reviews "
             f"{', '.join(map(str, ids))}. Lower train_config.learning_rate, set train_config.max_grad_norm, or look "
             f"at these reviews (last saved state: {kept})")
 
-    def end_epoch(self, predictions: Any) -> None:
+    def after_epoch(self, predictions: Any) -> None:
         """Record the metrics on validation, keep the model if it is the best so far, save the state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
         metrics = self.metrics_of(predictions)
@@ -302,7 +274,7 @@ class Run:
             progress.epochs_without_improvement += 1
         self.save()
 
-    def save_due(self) -> bool:
+    def _is_time_to_save(self) -> bool:
         """Whether all processes shall save a state now."""
         steps, minutes = self.config.train_config.save_every_steps, self.config.train_config.save_every_minutes
         is_step = steps is not None and self.progress.step % steps == 0
@@ -318,18 +290,18 @@ class Run:
                 torch.save({"scheduler": self.scheduler.state_dict(), "meter": self.meter.state_dict(),
                             "random": random_state()}, file)
 
-        with room_for(self.folder, self.state_bytes):
+        with room_for(self.folder.path, self.state_bytes):
             if self.devices.is_main:
-                self.history.sync()
-            save_state(self.folder / "last", self.progress, write, self.devices.barrier)
+                self.folder.sync_history()
+            self.folder.save_state(self.progress, write, self.devices.barrier)
         self.saved_at = time.monotonic()
 
     def save_best(self) -> None:
         """Replace the best model by the present one."""
         weights = self.devices.state_dict(self.model)
         if self.devices.is_main:
-            with room_for(self.folder, self.model_bytes):
-                replace_folder(self.folder / "best", lambda folder: self.write_model(folder, weights), recorded=True)
+            with room_for(self.folder.path, self.model_bytes):
+                self.folder.save_best(lambda folder: self.write_model(folder, weights))
 
     @contextmanager
     def saved_when_stopped(self):
@@ -343,6 +315,7 @@ class Run:
                     "there")
                 raise SystemExit(SIGNALS.exit_code) from None
 
+    @property
     def figures(self) -> dict[str, Any]:
         """What metrics.json says about training and validation."""
         return {"train": self.meter.figures() | {"optimizer_steps": self.progress.step},

@@ -1,4 +1,4 @@
-"""The records of a run: history.jsonl and the progress bar always, an experiment tracker such as wandb where it works.
+"""What follows a run from outside: an experiment tracker, such as wandb.
 
 A run never waits at a tracker's prompt and never dies of one. At its first failure the run goes on without it, and the
 files of the run folder are complete all the same.
@@ -6,68 +6,19 @@ files of the run folder are complete all the same.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from suite.common.hub import answers
-from suite.common.storage import atomic_write
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say
 
 TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the start, and the end; wandb's own is 90
 TABLE_ROWS = 1000  # misclassified reviews that a tracker gets; misclassified.csv has them all
-
-
-class ProgressBar:
-    """A bar with the running loss, accuracy and speed; plain lines where the output is no terminal."""
-
-    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
-        self.name, self.total, self.done, self.printed = name, total, done, done
-        is_terminal = process_rank() == 0 and sys.stderr.isatty()
-        self.bar = tqdm(desc=name, total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True,
-                        disable=not is_terminal)
-
-    def update(self) -> None:
-        self.done += 1
-        self.bar.update()
-
-    def show(self, loss: float, accuracy: float, speed: str) -> None:
-        text = f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed}"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable and (self.done - self.printed) * 10 >= self.total:  # about ten lines an epoch
-            say(f"{self.name}, step {self.done}/{self.total}: {text}")
-            self.printed = self.done
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-class History:
-    """history.jsonl: one JSON object a line, with step, epoch and the values logged."""
-
-    def __init__(self, path: Path, lines: int = 0):
-        """Keep the first `lines` lines. What an interrupted run wrote after its last saved state is removed: the run
-        writes it again, and a kill may have cut it."""
-        kept = path.read_bytes().splitlines(keepends=True)[:lines] if lines else []
-        with atomic_write(path, "wb") as file:
-            file.writelines(kept)
-        self.lines = lines
-        self.file = path.open("a", encoding="utf-8")
-
-    def log(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        self.lines += 1
-
-    def sync(self) -> None:
-        os.fsync(self.file.fileno())
 
 
 class Tracker:
