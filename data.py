@@ -265,6 +265,10 @@ class PreparedData:
     held_out: np.ndarray  # that of the Split
     digests: np.ndarray  # (texts,) of 16 bytes: of what is trained on here, and of what the model was trained on before
 
+    def text(self, review_id: int) -> str:
+        """The review whose `id` this is."""
+        return self.splits["train"].text(review_id)
+
 
 def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
     """Load, clean, split and tokenize, once for all three splits.
@@ -277,7 +281,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     seen = split.digests[ids_of["train"]]
     if trained_model is None:
-        seen = np.union1d(seen, trained_texts(config.model_config))
+        seen = np.union1d(seen, trained_texts(config.model_config, split.held_out))
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks,
                                    texts=reviews.table[:COMPARED_TEXTS]["text"])
     else:

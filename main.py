@@ -27,29 +27,27 @@ if __name__ == "__main__":
     cli.begin()
     COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong value is refused before torch's slow import
 
+import importlib
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from data import Step, evaluation_loader
 from suite.common.hub import check_hub, quiet_libraries
-from suite.common.progress import watched
 from suite.common.protocols import Devices
 from suite.common.run_folder import best_model, is_encoder
 from suite.common.storage import room_for
 from suite.comparison.report import show_baseline
 from suite.encoders.loading import load_model
 from suite.encoders.placement import compute_logits, pass_tokens, place_model, to_device
-from suite.inference.explain import explain
-from suite.inference.export import export
-from suite.inference.predict import predict
-from suite.inference.publish import publish
 from suite.pretraining.run import PretrainingRun, evaluate_masked
-from suite.training.baseline import baseline, predictions_of
+from suite.training.baseline import predictions_of
 from suite.training.devices import SingleDevice, make_deterministic
 from suite.training.evaluation import Predictions
 from suite.training.finish import show_finished, write_results, write_untested
 from suite.training.run import Run
+from suite.training.tracking import watched
 from suite.training.trained import TrainedRun
 from utils import Config, say
 
@@ -121,7 +119,7 @@ def train_and_test(config: Config, devices: Devices) -> None:
         f"{run.sampler.effective_batch} {run.unit} on {devices}")
     train(run)
     if not config.train_config.test:
-        write_untested(config, devices, run.figures, run.tracker)
+        write_untested(run)
         return
     test(run, load_model(best_model(config.run_folder)))
     show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
@@ -132,10 +130,7 @@ def test(run: Run | TrainedRun, model: nn.Module) -> None:
     config, devices = run.config, run.devices
     place_model(model, devices.device, compiled=config.train_config.compile)
     loader = evaluation_loader(run.data, "test", config, devices.device, pass_tokens(model, devices.device))
-    predictions = evaluate(model, loader, devices, "test")
-    if devices.is_main:
-        write_results(config, devices, predictions, list(model.config.id2label.values()), run.data.splits["test"].text,
-                      run.figures, run.tracker)
+    write_results(run, evaluate(model, loader, devices, "test"))
 
 
 def test_again(config: Config, devices: Devices) -> None:
@@ -143,28 +138,27 @@ def test_again(config: Config, devices: Devices) -> None:
     run = TrainedRun(config, devices)
     if is_encoder(config):
         test(run, run.classifier.model)
-    elif devices.is_main:
-        write_results(config, devices, predictions_of(run.classifier.logits, run.data, "test"), run.label_names,
-                      run.data.text, run.figures, run.tracker)
+    else:
+        write_results(run, predictions_of(run.classifier.logits, run.data, "test"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
-    config = command.config
-    if command.mode in cli.RUN_MODES or command.int8:
+    config, mode = command.config, cli.MODES[command.mode]
+    if mode.writes_run or command.int8:
         check_hub(config)
     quiet_libraries()
     make_deterministic()
     devices = devices_class(config)
-    if command.mode in cli.RUN_MODES:
+    module, _, name = mode.function.partition(":")
+    work = globals()[name] if module == "main" else getattr(importlib.import_module(module), name)
+    if mode.writes_run:
         with room_for(config.run_folder):
-            modes = {"train": train_and_test, "pretrain": train_and_test, "test": test_again, "baseline": baseline}
-            modes[command.mode](config, devices)
+            work(config, devices)
     else:
-        modes = {"predict": predict, "export": export, "explain": explain, "publish": publish}
-        modes[command.mode](command, devices)
+        work(command, devices)
     devices.close()
 
 

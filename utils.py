@@ -1,39 +1,37 @@
 """The configuration, and small helpers that every script shares.
 
-`load_config` reads config.yaml with omegaconf, applies overrides such as `train_config.epochs=3`, and refuses unknown
-keys, wrong types and impossible values in one error that lists them all. Torch is only imported when it is needed, so
-the answer to a typing mistake comes at once.
+Each key of config.yaml is a field of one of the classes below, which states its type, default, bounds and meaning.
+`load_config` reads the file and the overrides of a command line, such as `train_config.epochs=3`, and refuses whatever
+cannot work in one line that names all of it. No torch is imported for that, so the answer comes at once.
+
+    python utils.py       prints the table in docs/settings.md
 """
 
-from __future__ import annotations
-
-import difflib
-import functools
-import io
+import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
-from suite.common.checks import INPUTS, deep_yaml, impossible_values, odd_number, short_name, shown
+from suite.common.checks import choices, contradictions, problems_of, shown, suggestion
 
 PROJECT = Path(__file__).resolve().parent
-TRUNCATIONS = ("head", "tail", "head_tail", "windows")
+INPUTS = ("model_config.model_name", "data_config.dataset")  # keys whose values may be paths of what is read
 ROW_FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")  # suite/reviews/rows.py reads them
 BAG_OF_WORDS = "bag-of-words"  # the model_name of a run of --mode baseline
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
-
-# Control characters, those that turn the direction of writing, the ends of lines and halves of characters, as escapes
-CONTROLS = {code: chr(code).encode("unicode_escape").decode() for codes in (
-    range(9), range(10, 32), range(127, 160), range(0x2028, 0x202F), range(0x2066, 0x206A), range(0xD800, 0xE000))
-    for code in codes}
+LONGEST_RUN_NAME = 200  # characters; some files and folders get a name that is made of it
 
 
 class UserError(Exception):
@@ -46,121 +44,154 @@ def brief(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The configuration: type, default, meaning, unit and bounds of every key
+# The configuration: type, default, bounds, unit and meaning of every key
 
 
-def option(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A field of the configuration. `meaning` stands in the table of settings, docs/settings.md.
+def setting(default: Any, meaning: str, shapes_result: bool = True, **bounds: float) -> Any:
+    """A key of the configuration. `meaning` stands in the table of settings, docs/settings.md.
 
-    `bounds`: `choices` (a tuple of allowed values), `at_least`, `at_most`, `above` and `below` (numbers).
-    `shapes_result=False` marks a key that no trained weight depends on. It may change when a run is resumed.
+    `bounds` are pydantic's: ge (at least), gt (above), le (at most), lt (below). `shapes_result=False` marks a key that
+    no trained weight depends on. It may change when a run is resumed.
     """
-    metadata = {"meaning": meaning, "shapes_result": True, **bounds}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return Field(default, description=meaning, json_schema_extra={"shapes_result": shapes_result}, **bounds)
 
 
-@dataclass
+def _three_shares(split: Any) -> list[float] | str:
+    if split == "official":
+        return split
+    try:
+        shares = [float(share) for share in split]
+    except (TypeError, ValueError):
+        shares = []
+    if len(shares) != 3:
+        raise ValueError("give three shares such as [0.8, 0.1, 0.1], or official")
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError("each share must lie between 0 and 1")
+    if not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise ValueError(f"the shares sum to {sum(shares):.6g}; they must sum to 1")
+    return shares
+
+
+def _name_of_a_folder(name: str) -> str:
+    if not re.fullmatch(rf"[\w=+-][\w.=+ -]{{,{LONGEST_RUN_NAME - 1}}}", name):
+        raise ValueError(f"use up to {LONGEST_RUN_NAME} letters, digits and . _ - = + for a folder's name, which does "
+                         "not begin with a dot")
+    return name
+
+
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # the shell leaves key=~/folder alone
+RunName = Annotated[str, AfterValidator(_name_of_a_folder)]
+Split = Annotated[Any, PlainValidator(_three_shares)]
+# Numbers become texts, because ${...} may refer to one; a text is never empty, and a number is finite.
+CHECKED = {"extra": "forbid", "coerce_numbers_to_str": True, "str_min_length": 1, "allow_inf_nan": False}
+
+
+@dataclass(config=CHECKED)
 class ModelConfig:
-    model_name: str = option("bert-base-uncased", "the pretrained encoder: Hub id or local folder")
-    pretrained: bool = option(True, "false: the same architecture with random weights")
-    num_labels: int = option(2, "number of classes", at_least=2, at_most=100_000)
-    pooling: str = option("cls", "what represents a review: `cls`, the first token's hidden state, or `mean`, the mean "
-                          "over its tokens without padding", choices=("cls", "mean"))
-    dropout_rate: float = option(0.1, "dropout before the classification head", at_least=0, below=1)
-    encoder_dropout: float | None = option(None, "dropout everywhere in the encoder; null: the encoder's own rates",
-                                           at_least=0, below=1)
+    model_name: PathText = setting("bert-base-uncased", "the pretrained encoder: Hub id or local folder")
+    pretrained: bool = setting(True, "false: the same architecture with random weights")
+    num_labels: int = setting(2, "number of classes", ge=2, le=100_000)
+    pooling: Literal["cls", "mean"] = setting(
+        "cls", "what represents a review: `cls`, the first token's hidden state, or `mean`, the mean over its tokens "
+        "without padding")
+    dropout_rate: float = setting(0.1, "dropout before the classification head", ge=0, lt=1)
+    encoder_dropout: float | None = setting(
+        None, "dropout everywhere in the encoder; null: the encoder's own rates", ge=0, lt=1)
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class DataConfig:
-    dataset: str = option("stanfordnlp/imdb", "Hub id, local folder, or a .csv, .tsv, .jsonl, .json or .parquet file")
-    subset: str | None = option(None, "which configuration, or subset, of a dataset that has several; null: its own "
-                                "default")
-    text_column: str = option("text", "column that holds the review")
-    label_column: str = option("label", "column that holds the class: numbers, which are ordered by their size, or "
-                               "names, by their Unicode code points")
-    split: Any = option([0.8, 0.1, 0.1], "shares of train, valid and test in all labelled rows, stratified by class; "
-                        "or `official`: the dataset's own test split")
-    split_seed: int = option(42, "seed of the split; independent of train_config.seed", at_least=0, at_most=2**32 - 1)
-    drop_duplicates: bool = option(True, "keep only the first of exactly equal texts; "
-                                   "false: keep them all, in the same part of the split")
-    limit: int | None = option(None, "use only this many rows, for a quick look", at_least=1)
-    max_len: int = option(128, "longest input in tokens, special tokens included", at_least=4)
-    truncation: str = option("head", "what is read of a review longer than max_len: its head, its tail, half from each "
-                             "end, or all of it in windows whose logits are averaged", choices=TRUNCATIONS)
-    max_windows: int = option(4, "with truncation=windows, the most windows of a review; of a longer one, half of them "
-                              "are from each end", at_least=1, at_most=1024)
-    line_breaks: str = option("keep", "how `<br />` in a text is read: as it is written, or as a space",
-                              choices=("keep", "space"))
-    batch_size: int = option(64, "reviews per forward pass on one device, or their windows: the micro-batch",
-                             at_least=1)
-    eval_batch_size: int = option(256, "reviews per forward pass in evaluation and prediction, or their windows; "
-                                  "at most 8,192 tokens on a CPU", at_least=1, shapes_result=False)
-    num_workers: int = option(0, "processes that prepare batches; without them, a batch takes 0.15 ms", at_least=0,
-                              at_most=256, shapes_result=False)
+    dataset: PathText = setting("stanfordnlp/imdb",
+                                "Hub id, local folder, or a .csv, .tsv, .jsonl, .json or .parquet file")
+    subset: str | None = setting(
+        None, "which configuration, or subset, of a dataset that has several; null: its own default")
+    text_column: str = setting("text", "column that holds the review")
+    label_column: str = setting("label", "column that holds the class: numbers, which are ordered by their size, or "
+                                "names, by their Unicode code points")
+    split: Split = setting([0.8, 0.1, 0.1], "shares of train, valid and test in all labelled rows, stratified by "
+                           "class; or `official`: the dataset's own test split")
+    split_seed: Seed = setting(42, "seed of the split; independent of train_config.seed")
+    drop_duplicates: bool = setting(
+        True, "keep only the first of exactly equal texts; false: keep them all, in the same part of the split")
+    limit: Count | None = setting(None, "use only this many rows, for a quick look")
+    max_len: int = setting(128, "longest input in tokens, special tokens included", ge=4, le=2**31)
+    truncation: Literal["head", "tail", "head_tail", "windows"] = setting(
+        "head", "what is read of a review longer than max_len: its head, its tail, half from each end, or all of it "
+        "in windows whose logits are averaged")
+    max_windows: int = setting(4, "with truncation=windows, the most windows of a review; of a longer one, half of "
+                               "them are from each end", ge=1, le=1024)
+    line_breaks: Literal["keep", "space"] = setting(
+        "keep", "how `<br />` in a text is read: as it is written, or as a space")
+    batch_size: Count = setting(64, "reviews per forward pass on one device, or their windows: the micro-batch")
+    eval_batch_size: Count = setting(256, "reviews per forward pass in evaluation and prediction, or their windows; at "
+                                     "most 8,192 tokens on a CPU", shapes_result=False)
+    num_workers: int = setting(0, "processes that prepare batches; without them, a batch takes 0.15 ms",
+                               shapes_result=False, ge=0, le=256)
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class TrainConfig:
-    seed: int = option(42, "seed of the head's weights, dropout and review order", at_least=0, at_most=2**32 - 1)
-    objective: str = option("classification", "what is learned, classes or masked words; `--mode pretrain` sets it",
-                            choices=("classification", "masked_lm"))
-    epochs: int = option(5, "passes over the training reviews", at_least=1)
-    max_steps: int | None = option(None, "end after this many optimizer steps, if not before", at_least=1)
-    optimizer: str = option("adam", "adam adds weight decay to the gradient (L2), adamw decouples it from the gradient",
-                            choices=("adam", "adamw", "sgd"))
-    learning_rate: float = option(5e-5, "learning rate after the warm-up", above=0, at_most=1e30)
-    weight_decay: float = option(0.0, "weight decay, on all weights except biases and norms", at_least=0)
-    class_weights: str | None = option(None, "`balanced`: a review's weight in the loss is inversely proportional to "
-                                       "its class's share of training; null: all count the same", choices=("balanced",))
-    scheduler: str = option("constant", "how the learning rate changes with the optimizer steps after the warm-up",
-                            choices=("constant", "linear", "cosine"))
-    warmup_ratio: float = option(0.0, "share of the optimizer steps that warm up from 0", at_least=0, at_most=1)
-    max_grad_norm: float | None = option(None, "clip each step's gradient to this L2 norm; null: never", above=0)
-    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step on each device; above 1 for "
-                                              "main_accumulation.py", at_least=1)
-    effective_batch_size: int | None = option(None, "reviews per optimizer step, over all micro-batches and devices; "
-                                              "sets gradient_accumulation_steps", at_least=1)
-    auto_micro_batch: bool = option(False, "halve the micro-batch when a GPU runs out of memory, at the same effective "
-                                    "batch", shapes_result=False)
-    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
-    mixed_precision: str = option("auto", "precision of the forward pass; auto: bf16 if the device supports it, else "
-                                  "no", choices=("auto", "no", "bf16", "fp16"))
-    compile: bool = option(False, "compile the encoder with torch.compile")
-    gradient_checkpointing: bool = option(False, "compute layers twice, which takes less memory", shapes_result=False)
-    early_stopping_patience: int | None = option(None, "stop after so many epochs without a better metric", at_least=1)
-    best_metric: str = option("accuracy", "validation metric that chooses the best epoch", choices=("accuracy", "loss"))
-    test: bool = option(True, "measure the best model on the test split at the end; false: for runs that choose "
-                        "settings, which compare.py compares on validation", shapes_result=False)
-    resume: str = option("auto", "auto: continue the same run where it stopped; never: start it again; must: fail if "
-                         "there is nothing to continue", choices=("auto", "never", "must"), shapes_result=False)
-    overwrite: bool = option(False, "with resume=never: replace a finished run", shapes_result=False)
-    save_every_minutes: float = option(10.0, "minutes between two saved states; one more is saved after each epoch",
-                                       at_least=0, shapes_result=False)
-    save_every_steps: int | None = option(None, "save after every so many optimizer steps, too", at_least=1,
-                                          shapes_result=False)
+    seed: Seed = setting(42, "seed of the head's weights, dropout and review order")
+    objective: Literal["classification", "masked_lm"] = setting(
+        "classification", "what is learned, classes or masked words; `--mode pretrain` sets it")
+    epochs: Count = setting(5, "passes over the training reviews")
+    max_steps: Count | None = setting(None, "end after this many optimizer steps, if not before")
+    optimizer: Literal["adam", "adamw", "sgd"] = setting(
+        "adam", "adam adds weight decay to the gradient (L2), adamw decouples it from the gradient")
+    learning_rate: float = setting(5e-5, "learning rate after the warm-up", gt=0, le=1e30)
+    weight_decay: float = setting(0.0, "weight decay, on all weights except biases and norms", ge=0)
+    class_weights: Literal["balanced"] | None = setting(
+        None, "`balanced`: a review's weight in the loss is inversely proportional to its class's share of training; "
+        "null: all count the same")
+    scheduler: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "how the learning rate changes with the optimizer steps after the warm-up")
+    warmup_ratio: float = setting(0.0, "share of the optimizer steps that warm up from 0", ge=0, le=1)
+    max_grad_norm: float | None = setting(None, "clip each step's gradient to this L2 norm; null: never", gt=0)
+    gradient_accumulation_steps: Count = setting(
+        1, "micro-batches per optimizer step on each device; above 1 for main_accumulation.py")
+    effective_batch_size: Count | None = setting(
+        None, "reviews per optimizer step, over all micro-batches and devices; sets gradient_accumulation_steps")
+    auto_micro_batch: bool = setting(
+        False, "halve the micro-batch when a GPU runs out of memory, at the same effective batch", shapes_result=False)
+    device: Literal["auto", "cuda", "mps", "cpu"] = setting("auto", "auto: cuda, else mps, else cpu")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = setting(
+        "auto", "precision of the forward pass; auto: bf16 if the device supports it, else no")
+    compile: bool = setting(False, "compile the encoder with torch.compile")
+    gradient_checkpointing: bool = setting(False, "compute layers twice, which takes less memory", shapes_result=False)
+    early_stopping_patience: Count | None = setting(None, "stop after so many epochs without a better metric")
+    best_metric: Literal["accuracy", "loss"] = setting("accuracy", "validation metric that chooses the best epoch")
+    test: bool = setting(True, "measure the best model on the test split at the end; false: for runs that choose "
+                         "settings, which compare.py compares on validation", shapes_result=False)
+    resume: Literal["auto", "never", "must"] = setting(
+        "auto", "auto: continue the same run where it stopped; never: start it again; must: fail if there is nothing "
+        "to continue", shapes_result=False)
+    overwrite: bool = setting(False, "with resume=never: replace a finished run", shapes_result=False)
+    save_every_minutes: float = setting(10.0, "minutes between two saved states; one more is saved after each epoch",
+                                        shapes_result=False, ge=0)
+    save_every_steps: Count | None = setting(None, "save after every so many optimizer steps, too", shapes_result=False)
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class LogConfig:
-    wandb_project: str = option("imdb-sentiment", "name of the project on wandb", shapes_result=False)
-    wandb_mode: str = option("auto", "auto: online if there is a login, else offline",
-                             choices=("auto", "online", "offline", "disabled"), shapes_result=False)
-    log_every_steps: int = option(10, "optimizer steps between two training records; without a terminal, about ten "
-                                  "of them are printed in an epoch", at_least=1)
+    wandb_project: str = setting("imdb-sentiment", "name of the project on wandb", shapes_result=False)
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = setting(
+        "auto", "auto: online if there is a login, else offline", shapes_result=False)
+    log_every_steps: Count = setting(10, "optimizer steps between two training records; without a terminal, about ten "
+                                     "of them are printed in an epoch")
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class Config:
-    run_name: str | None = option(None, "name of the run folder; null: `<model>-len<max_len>-bs<effective batch>-"
-                                  "seed<seed>`, after `pretrain-` for a pretraining run", shapes_result=False)
-    output_dir: str = option("checkpoints", "folder that holds the run folders", shapes_result=False)
-    model_config: ModelConfig = field(default_factory=ModelConfig)
-    data_config: DataConfig = field(default_factory=DataConfig)
-    train_config: TrainConfig = field(default_factory=TrainConfig)
-    log_config: LogConfig = field(default_factory=LogConfig)
+    run_name: RunName | None = setting(
+        None, "name of the run folder; null: `<model>-len<max_len>-bs<effective batch>-seed<seed>`, after `pretrain-` "
+        "for a pretraining run", shapes_result=False)
+    output_dir: PathText = setting("checkpoints", "folder that holds the run folders", shapes_result=False)
+    model_config: ModelConfig = Field(default_factory=ModelConfig)
+    data_config: DataConfig = Field(default_factory=DataConfig)
+    train_config: TrainConfig = Field(default_factory=TrainConfig)
+    log_config: LogConfig = Field(default_factory=LogConfig)
 
     @property
     def run_folder(self) -> Path:
@@ -181,6 +212,162 @@ class Config:
         return "DEMO (generated reviews, not IMDB): " if self.is_demo else ""
 
 
+SECTIONS = {"model_config": ModelConfig, "data_config": DataConfig, "train_config": TrainConfig,
+            "log_config": LogConfig}
+
+
+def config_fields() -> dict[str, FieldInfo]:
+    """{dotted key: pydantic's field} of every key of the configuration."""
+    found = {name: entry for name, entry in Config.__pydantic_fields__.items() if name not in SECTIONS}
+    for section, its_class in SECTIONS.items():
+        found |= {f"{section}.{name}": entry for name, entry in its_class.__pydantic_fields__.items()}
+    return found
+
+
+def shapes_result(field: FieldInfo) -> bool:
+    return field.json_schema_extra["shapes_result"]
+
+
+def takes_null(field: FieldInfo) -> bool:
+    return type(None) in get_args(field.annotation)
+
+
+def settings_table() -> str:
+    """docs/settings.md's Markdown table, with one row for each key of the configuration."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for key, field in config_fields().items():
+        default = field.default if isinstance(field.default, str) else json.dumps(field.default)
+        words = ", ".join(choices(field))
+        rows.append(f"| `{key}` | `{default}` | {field.description}{words and f' ({words})'} |")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and checking it
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mapping[str, Mapping[str, Any]] | None = None
+                ) -> Config:
+    """The configuration of `path` with the overrides (`section.key=value`) applied.
+
+    `between` holds values that replace those of the file and are themselves replaced by the overrides:
+    {where they come from: {dotted key: value}}. Raises one UserError that lists all problems.
+    """
+    items = [(str(path), key, _found_from(path, value) if key in INPUTS else value)
+             for key, value in leaves(read_yaml(path))]
+    items += [(origin, key, value) for origin, values in (between or {}).items() for key, value in values.items()]
+    items += [("command line", key, value) for item in overrides for key, value in _read_override(item)]
+    given = {key: (origin, value) for origin, key, value in items}  # the last one counts
+    known = config_fields()
+    problems = {key: f"unknown key {key}{suggestion(key, known)}" for key in given if key not in known}
+    try:
+        tree = OmegaConf.create(asdict(Config()))
+        for key in given.keys() & known:
+            OmegaConf.update(tree, key, given[key][1])
+        config = Config(**OmegaConf.to_container(tree, resolve=True))
+    except OmegaConfBaseException as error:  # a ${...} that refers to nothing
+        problems[error.full_key] = f"{error.full_key}: {brief(error)}"
+    except ValidationError as error:
+        problems |= problems_of(error, known)
+    else:
+        problems |= contradictions(config, num_processes())
+    if problems:
+        found = [f"{given[key][0] if key in given else path}: {problem}" for key, problem in problems.items()]
+        raise UserError("; ".join([f"{len(found)} problems: {found[0]}" if len(found) > 1 else found[0], *found[1:]]))
+    # The batch was given by one of two keys; from here on, both hold what it means.
+    share = config.data_config.batch_size * num_processes()
+    if config.train_config.effective_batch_size is None:
+        config.train_config.effective_batch_size = share * config.train_config.gradient_accumulation_steps
+    config.train_config.gradient_accumulation_steps = config.train_config.effective_batch_size // share
+    config.run_name = config.run_name or _default_run_name(config)
+    return config
+
+
+class Texts(yaml.SafeLoader):
+    """Reads the structure of YAML, and every value but null as the text that is written there: the type of its key
+    decides what it is. YAML itself would make 13 of a folder called 1_3, and true of a column called `on`."""
+
+    yaml_implicit_resolvers = {first: [(tag, form) for tag, form in forms if tag.endswith(":null")]
+                               for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        found = super().construct_mapping(node, deep=True)
+        if len(found) < len(node.value):  # a key that stands there twice, of which YAML would take the last
+            names = [key.value for key, _ in node.value]
+            key = next(key for key, _ in node.value if names.count(key.value) > 1)
+            raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
+        return found
+
+
+def read_yaml(path: str | Path, fix: str = "give the configuration with --config FILE") -> dict[str, Any]:
+    """The mapping in a YAML file, with every value as a text. Raises UserError; `fix`: what to do without a file."""
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Texts)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {fix}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {brief(error)}") from None
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
+    return tree or {}
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in a tree of sections. An empty section means its defaults."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif value is not None or key not in SECTIONS:
+            yield f"{prefix}{key}", value
+
+
+def _read_override(item: str) -> list[tuple[str, Any]]:
+    """(dotted key, value) of each value in `section.key=value`, or in `section={key: value}`.
+
+    A value is the text that was typed. If it is YAML in brackets or quotes, it is what stands in them.
+    """
+    key, equals, text = item.partition("=")
+    if not equals or item.startswith("-"):
+        raise UserError(f"command line: {shown(item)} is not an override; write section.key=value, for example "
+                        "train_config.epochs=3")
+    value: Any = text
+    if text in ("", "null", "~") and key in (known := config_fields()) and takes_null(known[key]):
+        value = None
+    elif text.startswith(("[", "{", "'", '"')):
+        with suppress(ValueError, yaml.YAMLError):  # as in the name of a file: [final].csv
+            value = yaml.load(text, Texts)
+    return list(leaves({key: value}))
+
+
+def _found_from(path: str | Path, value: Any) -> Any:
+    """A path in a configuration file: if it exists in that file's folder, it is found there, whatever the current
+    folder."""
+    folder = Path(path).parent
+    found = isinstance(value, str) and folder.resolve() != Path.cwd() and os.path.exists(folder / value)
+    return str(folder / value) if found else value
+
+
+def short_name(path: str) -> str:
+    """The last part of a model's or dataset's name; of a run's `best` folder, the name of the run."""
+    return Path(path).absolute().parent.name if Path(path).name == "best" else Path(path).name
+
+
+def _default_run_name(config: Config) -> str:
+    model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
+    demo, kind = "DEMO-" if config.is_demo else "", "pretrain-" if config.pretrains else ""
+    if config.model_config.model_name == BAG_OF_WORDS:
+        return demo + BAG_OF_WORDS
+    return (f"{demo}{kind}{model.removeprefix(demo)}-len{config.data_config.max_len}"
+            f"-bs{config.train_config.effective_batch_size}-seed{config.train_config.seed}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every script needs
+
+
 def num_processes() -> int:
     """The number of processes that torchrun or `accelerate launch` started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -197,6 +384,12 @@ def say(text: str) -> None:
         print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
+def printable(text: str) -> str:
+    """The text with control characters and halves of characters as escapes: one in the name of a class could end the
+    line, change the state of the terminal, or be refused by a file."""
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
+
+
 def file_kind(path: str | Path) -> str:
     """The kind of a file of rows, one of ROW_FILES, by the end of its name: `.csv` for Reviews.CSV and reviews.csv.gz.
 
@@ -207,200 +400,5 @@ def file_kind(path: str | Path) -> str:
     return kind if kind in ROW_FILES and (kind, name.suffix) != (".parquet", ".gz") else ""
 
 
-def printable(text: str) -> str:
-    """The text with its control characters escaped: one in the name of a class could change the terminal's state."""
-    return text.translate(CONTROLS)
-
-
-def config_fields(config: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of the configuration as (dotted key, dataclass field)."""
-    for entry in fields(config):
-        section = entry.default_factory if entry.name.endswith("_config") else None
-        if section is not None:
-            yield from config_fields(section, f"{prefix}{entry.name}.")
-        else:
-            yield prefix + entry.name, entry
-
-
-@functools.cache
-def text_keys() -> dict[str, bool]:
-    """{dotted key: whether it may be null} of every key whose value is a text."""
-    return {key: "None" in entry.type for key, entry in config_fields() if entry.type.startswith("str")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and checking it
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mapping[str, Mapping[str, Any]] | None = None
-                ) -> Config:
-    """The configuration of `path` with the overrides (`section.key=value`) applied.
-
-    `between` holds values that replace those of the file and are themselves replaced by the overrides:
-    {where they come from: {dotted key: value}}. Raises one UserError that lists all problems.
-    """
-    known = dict(config_fields())
-    config = OmegaConf.structured(Config)
-    problems: dict[str, str] = {}
-    origins: dict[str, str] = {}
-    items = [(str(path), key, _beside(path, value) if key in INPUTS else value)
-             for key, value in leaves(read_yaml(path))]
-    items += [(origin, key, value) for origin, values in (between or {}).items() for key, value in values.items()]
-    for origin, key, value in [*items, *_read_overrides(overrides)]:
-        if key not in known:
-            problems[key] = f"{origin}: unknown key {key}{suggest(key, known)}"
-            continue
-        origins[key] = origin
-        try:
-            OmegaConf.update(config, key, value)
-            problems.pop(key, None)  # an override replaces a wrong value of the file
-        except (OmegaConfBaseException, OverflowError):
-            problems[key] = f"{origin}: {key} must be {_type_name(known[key])}, got {shown(value)}"
-    try:
-        config = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        key = error.full_key or "an interpolation"  # a ${...} whose value is missing or of the wrong type
-        raise UserError(f"{origins.get(key, path)}: {key}: {brief(error)}: give a value of the right type") from None
-    for section, key in ((config, "output_dir"), (config.model_config, "model_name"), (config.data_config, "dataset")):
-        if (value := getattr(section, key)).startswith("~") and "\0" not in value:
-            setattr(section, key, os.path.expanduser(value))  # the shell leaves it alone in key=~/folder
-    for key, text in impossible_values(config, known, num_processes()).items():
-        problems.setdefault(key, f"{origins.get(key, path)}: {text}")
-    if problems:
-        found = list(problems.values())
-        count = f"{len(found)} problems: " if len(found) > 1 else ""
-        raise UserError(count + "; ".join(found))
-    # The batch was given by one of two keys; from here on, both hold what it means.
-    share = config.data_config.batch_size * num_processes()
-    if config.train_config.effective_batch_size is None:
-        config.train_config.effective_batch_size = share * config.train_config.gradient_accumulation_steps
-    config.train_config.gradient_accumulation_steps = config.train_config.effective_batch_size // share
-    config.run_name = config.run_name or _default_run_name(config)
-    return config
-
-
-def read_yaml(path: str | Path, fix: str = "give the configuration with --config FILE") -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError; `fix` says what to do if there is no such file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if problem := deep_yaml(text):
-            raise UserError(problem)
-        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-        tree = _with_texts(tree, yaml.compose(text, Loader=yaml.SafeLoader))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {fix}") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise UserError(f"{path}:{line} not valid YAML: {error.problem}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: cannot be read: it is not UTF-8: save it as UTF-8") from None
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: cannot be read: {brief(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections such as model_config, found a {type(tree).__name__}")
-    return tree
-
-
-def _with_texts(value: Any, node: yaml.Node | None, name: str = "") -> Any:
-    """What YAML reads of a node, but under a key of the configuration that is a text, wherever it stands in the tree,
-    the text as it is written: there, 2026_11 and 1e3 are names, and `no` is a word.
-
-    Raises UserError for a number that YAML reads as another one.
-    """
-    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
-        nodes = {key.value: child for key, child in node.value}
-        return {key: _with_texts(child, nodes.get(str(key)), f"{name}.{key}" if name else str(key))
-                for key, child in value.items()}
-    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
-        return [_with_texts(child, of_child, name) for child, of_child in zip(value, node.value, strict=True)]
-    if not isinstance(node, yaml.ScalarNode):
-        return value
-    if f".{name}".endswith(tuple(f".{key}" for key in text_keys())):
-        return None if node.tag.endswith(":null") else node.value
-    if node.style is None and (problem := odd_number(node.value)):
-        raise UserError(f"{name}: {problem}")
-    return value
-
-
-def _beside(path: str | Path, value: Any) -> Any:
-    """A path in a configuration file: if it exists beside that file, it is found there, whatever the current folder."""
-    folder = Path(path).parent
-    found = isinstance(value, str) and folder.resolve() != Path.cwd() and os.path.exists(folder / value)
-    return str(folder / value) if found else value
-
-
-def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value in a tree of sections."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        is_section = name in Config.__dataclass_fields__ and name.endswith("_config")
-        if isinstance(value, dict):
-            yield from leaves(value, name + ".")
-        elif not (is_section and value is None):  # an empty section means its defaults
-            yield name, value
-
-
-def _read_overrides(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
-    items = []
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not equals or item.startswith("-"):
-            raise UserError(f"command line: {shown(item)} is not an override; write section.key=value, "
-                            "for example train_config.epochs=3")
-        text = item[len(key) + 1:]
-        if key in (texts := text_keys()):
-            items.append(("command line", key, _typed_text(text, is_optional=texts[key])))
-            continue
-        try:
-            if problem := deep_yaml(text):
-                raise UserError(problem)
-            value = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + text]))["value"]
-            value = _with_texts(value, yaml.compose(text, Loader=yaml.SafeLoader), key)
-        except UserError as error:
-            raise UserError(f"command line: {shown(key)}: {error}") from None
-        except (ValueError, yaml.YAMLError, OmegaConfBaseException):  # ValueError: 5000 digits
-            raise UserError(f"command line: the value of {shown(item)} is not valid YAML; quote it") from None
-        if isinstance(value, dict):
-            items += [("command line", *leaf) for leaf in leaves(value, key + ".")]
-        else:
-            items.append(("command line", key, value))
-    return items
-
-
-def _typed_text(text: str, is_optional: bool) -> str | None:
-    """The value of a text that was typed on the command line: as it is, or what stands in quotes around all of it."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        with suppress(yaml.YAMLError):
-            return str(yaml.safe_load(text))
-    return None if is_optional and text in ("", "null", "~") else text
-
-
-def suggest(key: str, known: dict) -> str:
-    """What to say after an unknown key: the nearest valid name, or where all of them stand."""
-    if key in Config.__dataclass_fields__:
-        return f"; it is a section: set one of its keys, such as {next(k for k in known if k.startswith(key + '.'))}"
-    # If the section is missing or misspelt, the last part still finds the key: `epochs` -> train_config.epochs.
-    by_leaf = {name.rpartition(".")[2]: name for name in known}
-    leaf = key.rpartition(".")[2]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    if (not near or leaf in by_leaf) and (leaves := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)):
-        near = [by_leaf[leaves[0]]]
-    return f"; did you mean {near[0]}?" if near else "; docs/settings.md lists all keys"
-
-
-def _type_name(entry: Any) -> str:
-    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
-    kinds = [kind.strip() for kind in str(entry.type).split("|")]
-    return " or ".join("null" if kind == "None" else names.get(kind, kind) for kind in kinds)
-
-
-def _default_run_name(config: Config) -> str:
-    model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
-    model = model.encode()[:120].decode(errors="ignore")  # a file's name takes 255 bytes
-    demo, kind = "DEMO-" if config.is_demo else "", "pretrain-" if config.pretrains else ""
-    if config.model_config.model_name == BAG_OF_WORDS:
-        return demo + BAG_OF_WORDS
-    return (f"{demo}{kind}{model.removeprefix(demo)}-len{config.data_config.max_len}"
-            f"-bs{config.train_config.effective_batch_size}-seed{config.train_config.seed}")
+if __name__ == "__main__":
+    print(settings_table())

@@ -28,6 +28,7 @@ os.environ["CPU_OF_TESTS"] = "fp32"
 
 import pytest
 import torch
+from forked import Forked, can_fork
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -59,6 +60,8 @@ ENCODERS = {
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--long-tenth", type=int, choices=range(10), metavar="N",
+                     help="run every tenth of them, from the N-th (0 to 9), in place of all")
 
 
 # From the longest to the shortest: files that come last should be short, so that no process waits for the other.
@@ -70,10 +73,19 @@ LONGEST_FILES = ["test_accumulation", "test_resuming", "test_benchmarks", "test_
 def pytest_collection_modifyitems(config, items):
     order = {f"{name}.py": place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
-    if not config.getoption("--long"):
-        for item in items:
-            if "long" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+    long, tenth = [item for item in items if "long" in item.keywords], config.getoption("--long-tenth")
+    wanted = long if config.getoption("--long") else [] if tenth is None else long[tenth::10]
+    for item in set(long) - set(wanted):
+        item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def not_drawn():
+    """Plots are made and not drawn in this process: that would take half of a tiny run's time. The scripts that tests
+    start do draw them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"not drawn"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -139,25 +151,61 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_script(*arguments: str, environment: dict | None = None, timeout: float = 120, **options
-               ) -> subprocess.CompletedProcess:
-    """`python ARGUMENTS` in the project's folder, as a user would call it."""
-    return subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, **(environment or {})}, check=False, **options)
+def start_script(*arguments: str, environment: dict | None = None, merged: bool = False, fresh: bool = False
+                 ) -> subprocess.Popen | Forked:
+    """Starts `python ARGUMENTS` in the project's folder, as a user would call it: forked from a process that has
+    imported the libraries, unless a `fresh` one is asked for. `merged`: standard error goes to standard output."""
+    environment = {**os.environ, **(environment or {})}
+    if can_fork(arguments, environment) and not fresh:
+        return Forked(arguments, environment, merged)
+    return subprocess.Popen([sys.executable, *arguments], cwd=PROJECT, text=True, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT if merged else subprocess.PIPE)
 
 
-def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", **options
-             ) -> subprocess.CompletedProcess:
+def run_script(*arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+    """Starts it as `start_script` does, and waits for its end."""
+    process = start_script(*arguments, **options)
+    try:
+        output, error = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, output, error)
+
+
+ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+
+
+def launch(processes: int, *arguments: str, machines: int = 1, timeout: float = 120, **variables: str) -> str:
+    """What `torchrun --nproc_per_node PROCESSES ARGUMENTS` on so many machines prints. Its processes start as
+    torchrun would start them, with the same variables; a few tests call torchrun itself, and `accelerate launch`."""
+    together = {"WORLD_SIZE": str(machines * processes), "LOCAL_WORLD_SIZE": str(processes), **variables,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [start_script(*arguments, merged=True, environment=together | {
+        "RANK": str(rank), "GROUP_RANK": str(rank // processes), "LOCAL_RANK": str(rank % processes)})
+        for rank in range(machines * processes)]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
+    return "\n".join(outputs)
+
+
+def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", devices_class: type | None = None,
+             **options) -> subprocess.CompletedProcess:
     """What `python main.py --mode MODE --config CONFIG --OPTION VALUE ARGUMENTS` does, in this process, which has paid
     for its imports already."""
     import main
     from suite.common import cli
+    from suite.training.devices import SingleDevice
 
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / config, arguments),
-                                                  **options)))
+            cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / config, arguments), **options),
+                                      devices_class or SingleDevice))
         except SystemExit as left:
             code = left.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
@@ -245,9 +293,9 @@ def refused(tmp_path, overrides):
     (occupied / "best" / "model.safetensors").write_bytes(b"precious")
 
     def attempt(*more: str) -> str:
-        before, started = content_of(occupied), time.perf_counter()
+        before, started = content_of(occupied), time.process_time()
         result = run_here(*overrides, "train_config.resume=never", *more)
-        assert time.perf_counter() - started < 5
+        assert time.process_time() - started < 5  # of this process, however busy the machine is
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert (result.returncode, len(errors)) == (2, 1), result.stderr
         assert "Traceback" not in result.stderr

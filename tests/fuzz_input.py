@@ -87,7 +87,7 @@ def values_of(key: str, field) -> st.SearchStrategy:
 @st.composite
 def configurations(draw) -> tuple[dict[str, str], list[str], list]:
     """(the values of the YAML file, the overrides, damages to the file)"""
-    fields = dict(config_fields())
+    fields = config_fields()
     keys = st.sampled_from([*fields, "seed", "nope", "train_config", "train_config.epochs.x", "1"])
     changes = draw(st.lists(keys.flatmap(lambda key: st.tuples(
         st.just(key), values_of(key, fields.get(key, fields["run_name"])), st.booleans())), min_size=1, max_size=3))

@@ -1,4 +1,4 @@
-"""What several processes agree on; test_processes.py starts this under torchrun.
+"""What several processes agree on; test_processes.py starts this as torchrun would.
 
     torchrun [...] tests/processes_worker.py caches RESULT_FOLDER
     torchrun [...] tests/processes_worker.py failure RESULT_FOLDER [section.key=value ...]

@@ -87,7 +87,7 @@ def test_its_run_folder_is_like_any_other(finished):
     overrides, folder = finished
     assert set(metrics_of(folder)) == {"train", "valid", "test", "environment"}
     assert metrics_of(folder)["train"]["optimizer_steps"] > 0
-    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json", "best.sha256",
+    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json",
                  "plots/learning_curves.png", "plots/confusion_matrix.png", "plots/reliability.png"):
         assert (folder / name).is_file(), name
     assert {path.suffix for path in (folder / "best").iterdir()} == {".json", ".md", ".safetensors"}
@@ -197,7 +197,7 @@ def test_a_damaged_or_senseless_model_is_refused_in_one_line(finished, tmp_path,
     assert str(folder) in error_of(run_here(mode="predict", model=str(folder), text="good"))
 
 
-@pytest.mark.parametrize("place", ["replace_folder", "write_results"])
+@pytest.mark.parametrize("place", ["predictions_of", "write_results"])
 def test_the_same_command_starts_again_after_a_kill(finished, monkeypatch, tmp_path, place):
     overrides, folder = finished
     mine = [*overrides, f"output_dir={tmp_path}"]

@@ -12,7 +12,6 @@ from conftest import PROJECT, SHARED, write_reviews
 from transformers import AutoTokenizer
 
 import data
-from suite.encoders.tokenizers import load_tokenizer
 from suite.reviews import splitting
 from suite.reviews.classes import load_reviews
 from suite.reviews.sampling import StepSampler, cut
@@ -26,33 +25,29 @@ def config(overrides):
     return load_config(PROJECT / "config.yaml", overrides)
 
 
-def splits_of(config) -> dict[str, list[int]]:
-    return {name: dataset.ids.tolist() for name, dataset in data.prepare_data(config).splits.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits
 
 
-def test_split_is_8_1_1_stratified_and_complete(config):
-    splits = splits_of(config)
-    assert {name: len(ids) for name, ids in splits.items()} == {"train": 160, "valid": 20, "test": 20}
-    assert sorted(sum(splits.values(), [])) == list(range(200))
-    for dataset in data.prepare_data(config).splits.values():
-        assert dataset.labels.mean() == 0.5
+def test_the_split_is_8_1_1_stratified_complete_and_that_of_its_seed_alone(overrides, config, encoder_folder):
+    splits = data.prepare_data(config).splits
+    assert {name: len(dataset) for name, dataset in splits.items()} == {"train": 160, "valid": 20, "test": 20}
+    assert sorted(np.concatenate([dataset.ids for dataset in splits.values()])) == list(range(200))
+    assert all(dataset.labels.mean() == 0.5 for dataset in splits.values())
+
+    def ids_with(*changes: str) -> dict[str, list[int]]:
+        ids_of = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, *changes])).ids_of
+        return {name: ids.tolist() for name, ids in ids_of.items()}
+
+    expected = {name: dataset.ids.tolist() for name, dataset in splits.items()}
+    assert ids_with("train_config.seed=7", "data_config.batch_size=3", "data_config.max_len=9",
+                    f"model_config.model_name={encoder_folder('modernbert')}") == expected
+    assert ids_with("data_config.split_seed=1") != expected
 
 
-@pytest.mark.parametrize("change", [
-    "train_config.seed=7", "data_config.batch_size=3", "data_config.max_len=9", "model_config.pooling=mean"])
-def test_split_does_not_change_with(overrides, config, change):
-    other = load_config(PROJECT / "config.yaml", [*overrides, change])
-    assert splits_of(config) == splits_of(other)
-
-
-def test_split_changes_with_its_seed_and_is_the_same_in_another_encoder(overrides, config, encoder_folder):
-    reseeded, other = "data_config.split_seed=1", f"model_config.model_name={encoder_folder('modernbert')}"
-    assert splits_of(config) != splits_of(load_config(PROJECT / "config.yaml", [*overrides, reseeded]))
-    assert splits_of(config) == splits_of(load_config(PROJECT / "config.yaml", [*overrides, other]))
+def test_the_demo_s_split_is_the_one_of_the_published_figures():
+    split = data.load_split(load_config(PROJECT / "demo.yaml"))
+    assert split.fingerprint == "2770d3f5bf505cc0cd515097439015db97b9a6343dd7b398bf6ee59200f0a041"
 
 
 def test_no_text_stands_in_two_splits_and_duplicates_are_counted(overrides, reviews_file, capsys):
@@ -69,16 +64,9 @@ def test_no_text_stands_in_two_splits_and_duplicates_are_counted(overrides, revi
         assert "50 exact duplicates" in capsys.readouterr().out
 
 
-def test_duplicates_with_different_labels_are_refused(config, reviews_file):
-    with open(reviews_file, "a") as file:
-        file.write(reviews_file.read_text().splitlines()[1].replace("bad", "good") + "\n")
-    with pytest.raises(UserError, match=r"row 201 has the same text as .*: row 1, and another label"):
-        data.prepare_data(config)
-
-
 def test_limit_keeps_the_shares(overrides):
     config = load_config(PROJECT / "config.yaml", [*overrides, "data_config.limit=50"])
-    assert [len(ids) for ids in splits_of(config).values()] == [40, 5, 5]
+    assert [len(ids) for ids in data.load_split(config).ids_of.values()] == [40, 5, 5]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,34 +166,6 @@ def test_the_official_test_split_stays_whole_and_is_not_trained_on(drop, capsys)
     assert "5 rows repeat a text of the official test split" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("review,verdict\nfine,good\n,bad\n", "row 2 has no text"),
-    ("review,verdict\nfine,good\nbleak,\n", "row 2 has no label"),
-    ("review,verdict\nfine,good\nso, so,bad\n", r"row 2 \(line 3\) has 3 fields, the header has 2"),
-    ("text,verdict\nfine,good\n", "no column 'review'; found text, verdict"),
-    ("review,verdict\nfine,0\nbleak,7\nso so,1\nfair,0\nbad,1\n", r"the rarest class is '7' \(.*: row 2\)"),
-    ("review,verdict\nfine,good\nnice,good\n", "all rows have the label 'good'"),
-    ("review,verdict\n", "no labelled rows"),
-    ("", "no labelled rows"),
-    (b"review,verdict\nfine,good\nbl\xffeak,bad\n", "not UTF-8"),
-])
-def test_bad_files_are_named_with_their_row(tmp_path, content, words):
-    path = tmp_path / "bad.csv"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=words) as caught:
-        rows(path)
-    assert str(path) in str(caught.value)
-
-
-def test_paths_that_are_nothing(tmp_path):
-    for name, words in (("absent.csv", "no such file"), ("./absent", "no such file"), ("notes.txt", "must end in")):
-        path = tmp_path / name
-        if name == "notes.txt":
-            path.write_text("text")
-        with pytest.raises(UserError, match=words):
-            rows(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
@@ -234,14 +194,6 @@ def test_tokens_are_cached(config, monkeypatch):
     monkeypatch.setattr(data.Encode, "__call__", lambda *_: pytest.fail("tokenized again"))
     again = data.prepare_data(config)
     assert np.array_equal(again.splits["train"].tokens, first.splits["train"].tokens)
-
-
-def test_a_tokenizer_without_padding_is_refused(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo/bert")
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no padding token"):
-        load_tokenizer(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

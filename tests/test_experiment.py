@@ -81,14 +81,14 @@ RATES = {"train_config.learning_rate": [0.001, 0.002]}
 BAD_FILES = [  # (changes of the file, its problems)
     ({"grids": {}, "wandb": {}, "seeds": [1, -1, "two", True], "script": "train.py", "name": "a/b"}, [
         "7 problems: ", "unknown key grids; did you mean grid?", "unknown key wandb; use name, question, script",
-        "seeds.1 is -1: input should be greater than or equal to 0", "seeds.2 is 'two': input should be a valid int",
-        "seeds.3 is True: input should be a valid integer", "script is 'train.py': input should be 'main.py' or",
-        "name is 'a/b': string should match"]),
+        "seeds.1 is -1: it must be at least 0", "seeds.2 is two: it must be a valid int",
+        "seeds.3 is true: it must be a valid integer", "script is train.py: it must be 'main.py' or",
+        "name is a/b: it must match"]),
     ({"seeds": None}, ["seeds is missing"]),
     ({"grid": {"train_config.epochs": 3, "train_config": {"seed": []}}}, [
-        "grid.train_config.epochs is 3: input should be a valid list", "train_config.seed is []: list should have"]),
+        "grid.train_config.epochs is 3: it must be a valid list", "train_config.seed is []: it must have"]),
     ({"published": [{"where": {"train_config.learning_rate": 0.001}, "accuracy": {"them": 90}}]},
-     ["published.0.accuracy.them is 90: input should be less than or equal to 1"]),
+     ["published.0.accuracy.them is 90: it must be at most 1"]),
     ({"config": "absent.yaml"}, ["absent.yaml: no such file"]),
     ({"grid": None}, ["give the settings either as a grid"]),
     ({"settings": [{}]}, ["give the settings either as a grid"]),
@@ -96,7 +96,7 @@ BAD_FILES = [  # (changes of the file, its problems)
       "published": [{"where": {"train_config.learning_rate": 0.1}, "accuracy": {"them": 0.9}}]}, [
           "4 problems: ", "train_config.seed cannot be set for an experiment: list it under `seeds`",
           "run_name cannot be set", "data_config.split varies: set it under overrides",
-          "published: where is {'train_config.learning_rate': 0.1}, which is of no setting"]),
+          "published: where is {'train_config.learning_rate': '0.1'}, which is of no setting"]),
     ({"grid": {"train_config.epoch": [3]}}, ["unknown key train_config.epoch; did you mean train_config.epochs?"]),
     ({"overrides": {"train_config.epochs": 0}}, ["train_config.epochs is 0"]),
     ({"grid": {"data_config.batch_size": [16, 64], "train_config.effective_batch_size": [64]}},

@@ -1,35 +1,35 @@
-"""As many processes as were asked for, and they decide alike: who fills the caches first, and when a number that is
-not finite ends the run."""
+"""Launchers: as many processes as were asked for, and an environment that moves no optimizer step."""
 
+import importlib.util
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from accelerate.commands.config import config_args
-from conftest import PROJECT, free_port, run_script
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from accumulation_worker import build_model, explicit_data, single_device, train_steps
+from conftest import ACCELERATE, launch, run_here, run_script, train_here
 
+import main_accumulation
+from main_accumulation import AcceleratedDevices
 from suite.common.launcher import asked_processes
+from suite.training.accelerated import refuse_other_settings
+from utils import Config, TrainConfig, UserError
 
-WORKER = "tests/processes_worker.py"
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that decide alike
 
 
 @pytest.fixture
 def results(tmp_path):
+    """results(machines, kind of work, *overrides): what the worker's processes say, two on each machine, by rank."""
     (tmp_path / "results").mkdir()
 
-    def run(machines: int, *arguments: str) -> list[dict]:
-        """What the worker's processes say, two on each machine, in the order of their ranks."""
-        port = str(free_port())
-        nodes = [subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(machines), "--node_rank", str(node),
-             "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port, WORKER, arguments[0],
-             str(tmp_path / "results"), *arguments[1:]], cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in range(machines)]
-        for node in nodes:
-            output = node.communicate(timeout=120)[0]
-            assert node.returncode == 0, output
+    def run(machines: int, work: str, *overrides: str) -> list[dict]:
+        launch(2, "tests/processes_worker.py", work, str(tmp_path / "results"), *overrides, machines=machines)
         return [json.loads((tmp_path / "results" / f"{rank}.json").read_text()) for rank in range(2 * machines)]
 
     return run
@@ -58,7 +58,7 @@ def test_all_processes_name_the_step_whose_loss_is_not_finite_in_one(results, ov
 def test_a_launcher_that_starts_fewer_processes_than_it_was_asked_for_is_noticed(overrides, tmp_path):
     """Wrong settings end in one line with the fix and exit code 2: Accelerate starts one process here, without a word,
     and the effective batch would be half of what was asked for."""
-    result = run_script("-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2",
+    result = run_script(*ACCELERATE, "--num_processes", "2",
                         "main_accumulation.py", *overrides, environment={"CUDA_VISIBLE_DEVICES": ""})
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
         line for line in result.stderr.splitlines()
@@ -90,3 +90,167 @@ def test_what_a_launcher_was_asked_for(words, default_file, asked, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config_args, "default_config_file", "FILE" if default_file else "absent")
     assert asked_processes(words) == asked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The environment variables that Accelerate reads: an optimizer step is the mean over its effective batch under each of
+# them, or it is refused before the first step
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(**variables): the environment of a launcher, and an Accelerate that has not read it yet."""
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def launch(**variables: str) -> None:
+        forget()
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    yield launch
+    forget()
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """Makes Accelerate believe that this process runs on a GPU, without which it starts neither FSDP nor DeepSpeed."""
+    def believe():
+        PartialState(cpu=True)
+        monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_GPU)
+        monkeypatch.setattr(main_accumulation, "Accelerator", lambda cpu, **given: Accelerator(**given))
+
+    return believe
+
+
+# What `accelerate launch` sets by default, and what changes no number
+HARMLESS = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO",
+            "ACCELERATE_DYNAMO_MODE": "max-autotune", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True",
+            "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+            "ACCELERATE_GRADIENT_CLIPPING": "0.001", "ACCELERATE_DEBUG_MODE": "true", "FORK_LAUNCHED": "1",
+            "ACCELERATE_BYPASS_DEVICE_MAP": "true", "ACCELERATE_DOWNCAST_BF16": "1", "FSDP_VERSION": "1",
+            "MEGATRON_LM_GRADIENT_CLIPPING": "0.001", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+REFUSED = [  # the variable, its value, what to use instead
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "train_config.gradient_accumulation_steps"),
+    ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "train_config.compile=true"),
+    ("ACCELERATE_FP8_BACKEND", "TE", "train_config.mixed_precision=bf16"),
+    ("ACCELERATE_TORCH_DEVICE", "meta", "train_config.device"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "DDP, launch/fsdp2.yaml")]
+REFUSED_UNDER_FSDP = [
+    ("FSDP_VERSION", "1", "use 2"), ("FSDP_IGNORED_MODULES", "head", "unset it"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use train_config.gradient_checkpointing=true"),
+    ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT", "use SHARDED_STATE_DICT")]
+
+
+def first_step(folder: str, devices) -> dict[str, torch.Tensor]:
+    """The weights after one optimizer step of SGD, not clipped, on 64 reviews in 4 micro-batches."""
+    model = build_model(folder)
+    prepared = devices.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    train_steps(*prepared, devices, explicit_data(), 64, 16, 1)
+    return model.state_dict()
+
+
+def devices_for(**settings: str) -> AcceleratedDevices:
+    return AcceleratedDevices(Config(train_config=TrainConfig(**{"device": "cpu", "mixed_precision": "no"} | settings)))
+
+
+def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_a_launcher_sets_by_default_changes_no_bit(encoder_folder, launched):
+    folder = encoder_folder("bert")
+    launched(**HARMLESS)
+    assert same_bits(first_step(folder, devices_for()), first_step(folder, single_device()))
+
+
+def test_a_launchers_mixed_precision_counts_where_the_configuration_says_auto(encoder_folder, launched):
+    folder, found = encoder_folder("bert"), {}
+    for variable, key in (("bf16", "auto"), ("no", "bf16"), ("bf16", "no")):
+        launched(ACCELERATE_MIXED_PRECISION=variable)
+        found[variable, key] = first_step(folder, devices_for(mixed_precision=key))
+    assert same_bits(found["bf16", "auto"], found["no", "bf16"])
+    assert same_bits(found["bf16", "no"], first_step(folder, single_device()))
+    assert not same_bits(found["bf16", "auto"], found["bf16", "no"])
+    launched(ACCELERATE_MIXED_PRECISION="fp16")
+    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION.* is 'fp16', which a CPU cannot train in"):
+        devices_for(mixed_precision="auto")
+
+
+def test_a_launcher_that_asks_for_the_cpu_gets_it(launched, monkeypatch):
+    asked = []
+    monkeypatch.setattr(main_accumulation, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    for value in ("True", "False"):
+        launched(ACCELERATE_USE_CPU=value)
+        devices_for(device="auto")
+    assert asked == ["cpu", "auto"]
+    launched(ACCELERATE_USE_CPU="1")
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU=1: use train_config.device=cpu"):
+        refuse_other_settings(devices_for().accelerator, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("variable", "value", "instead"), REFUSED)
+def test_variables_that_would_change_the_step_are_refused(launched, variable, value, instead):
+    launched(**{variable: value})
+    with pytest.raises(UserError, match=f"{variable}={value}: use {instead}"):
+        devices_for()
+
+
+def test_all_of_them_are_named_at_once_and_nothing_is_written(overrides, tmp_path, launched):
+    launched(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2", ACCELERATE_DYNAMO_BACKEND="INDUCTOR")
+    result = run_here(*overrides, devices_class=AcceleratedDevices)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "ACCUMULATION_STEPS=2: " in result.stderr
+    assert "; ACCELERATE_DYNAMO_BACKEND=INDUCTOR: " in result.stderr
+    assert not (tmp_path / "runs" / "run" / "best").exists()
+
+
+def test_sharding_that_accelerate_would_leave_out_is_refused(launched):
+    launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    with pytest.raises(UserError, match="FSDP is asked for, and Accelerate starts it on GPUs only"):
+        devices_for()
+
+
+@pytest.mark.parametrize(("variable", "value", "instead"), REFUSED_UNDER_FSDP)
+def test_variables_of_fsdp_that_would_change_the_step_are_refused(launched, on_gpus, variable, value, instead):
+    """Tried with two processes: a module that FSDP ignores is trained on the reviews of its own process alone."""
+    launched(**{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | {variable: value})
+    on_gpus()
+    with pytest.raises(UserError, match=f"file: {variable}={value}: {instead}"):
+        devices_for()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize(("variables", "variable"), [
+    ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+    ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, "ACCELERATE_DEEPSPEED_CONFIG_FILE")])
+def test_variables_of_deepspeed_that_would_change_the_step_are_refused(launched, on_gpus, tmp_path, monkeypatch,
+                                                                       variables, variable):
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").write_text('{"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 4}')
+    launched(ACCELERATE_USE_DEEPSPEED="true", **variables)
+    on_gpus()
+    with pytest.raises(UserError, match=f"file: {variable}="):
+        devices_for()
+
+
+def test_processes_that_only_accelerate_counts_are_refused(launched):
+    """The configuration has counted one: two would make another effective batch than the one that it says."""
+    launched(OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="0")
+    with pytest.raises(UserError, match="Accelerate would join 2 processes"):
+        devices_for()
+
+
+def test_main_is_not_moved_by_what_accelerate_reads(overrides, tmp_path, monkeypatch):
+    one_step = [*overrides, "train_config.max_steps=1", "train_config.optimizer=sgd", "train_config.test=false",
+                "train_config.mixed_precision=auto"]
+    train_here(*one_step, "run_name=plain")
+    for variable, value, _ in [*REFUSED, *REFUSED_UNDER_FSDP]:
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    train_here(*one_step, "run_name=launched")
+    plain, launched = (tmp_path / "runs" / name / "best/model.safetensors" for name in ("plain", "launched"))
+    assert plain.read_bytes() == launched.read_bytes()

@@ -240,7 +240,7 @@ def test_the_command_itself(run):
 
 @pytest.mark.parametrize(("name", "shown"), [
     ("good", "good"), ("two words", "two words"), ("a|b", r"a\|b"), ("<b>", r"\<b\>"), ("`x`", r"\`x\`"),
-    ("a\nb", r"a\\nb"), ("\x1b[31m", r"\\x1b\[31m"), ("\u202e", r"\\u202e"), ("---\n# x", r"---\\n# x"),
+    ("a\nb", r"a\\nb"), ("\x1b[31m", r"\\x1b\[31m"), ("---\n# x", r"---\\n# x"),
     ("\ud800", r"\\ud800"), ("schön", "schön")])
 def test_a_class_name_stays_text_in_the_model_card(name, shown):
     assert plain(name) == shown

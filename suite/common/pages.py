@@ -8,12 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from suite.common.checks import short_name
 from suite.common.figures import on_card
 from suite.common.hub import is_hub_name
 from suite.common.run_folder import is_encoder, read_saved_config, run_of
 from suite.common.storage import CARD, write_text
-from utils import BAG_OF_WORDS, DEMO_WARNING, PROJECT, Config, printable
+from utils import BAG_OF_WORDS, DEMO_WARNING, PROJECT, Config, printable, short_name
 
 USE = "\n## How to use it\n"  # from here on, a model card speaks of its own folder
 NOT_TESTED = "A text classifier, not tested yet"

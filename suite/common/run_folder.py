@@ -6,16 +6,29 @@ import csv
 import itertools
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
-from suite.common.checks import INPUTS
+from suite.common.checks import problems_of
 from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_damage
-from utils import BAG_OF_WORDS, Config, DataConfig, ModelConfig, TrainConfig, UserError, brief, config_fields, leaves
+from utils import (
+    BAG_OF_WORDS,
+    INPUTS,
+    SECTIONS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    UserError,
+    config_fields,
+    leaves,
+    read_yaml,
+    shapes_result,
+)
 
 REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folders that a new run in the place removes
             "onnx")  # what earlier versions have exported
@@ -51,9 +64,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 def shaping_values(config: Config) -> dict[str, Any]:
     """{dotted key: value} of everything that shapes a run's result. Runs that agree in it are the same run."""
-    shaping = {key for key, entry in config_fields() if entry.metadata["shapes_result"]}
-    values = leaves(OmegaConf.to_container(OmegaConf.structured(config)))
-    return {key: value for key, value in values if key in shaping}
+    known = config_fields()
+    return {key: value for key, value in leaves(asdict(config)) if shapes_result(known[key])}
 
 
 def is_encoder(config: Config) -> bool:
@@ -83,13 +95,14 @@ def run_of(folder: Path) -> Path | None:
 
 def read_saved_config(path: Path) -> Config:
     """The configuration that a run has saved. Raises UserError if the file is damaged."""
+    saved = read_yaml(path, "it belongs to its run folder")
     try:
-        saved = OmegaConf.load(path)
-        if missing := Config.__dataclass_fields__.keys() - dict(saved).keys():
-            raise ValueError(f"{min(missing)} is missing")
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
-    except (OSError, ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: damaged, or of another version: {brief(error)}") from None
+        if missing := SECTIONS.keys() - saved.keys():
+            raise UserError(f"{path}: damaged, or of another version: {min(missing)} is missing")
+        return Config(**saved)
+    except ValidationError as error:
+        problems = "; ".join(problems_of(error, config_fields()).values())
+        raise UserError(f"{path}: damaged, or of another version: {problems}") from None
 
 
 def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> list[str]:
@@ -112,7 +125,7 @@ def is_same_place(path: str, other: str) -> bool:
 
 def save_config(config: Config, path: str | Path) -> None:
     with atomic_write(path) as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        file.write(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
 
 def how_to_write_again(run_folder: Path) -> str:

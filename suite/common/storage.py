@@ -100,14 +100,14 @@ def seal(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a saved folder, naming the file; None if every file is as it was saved."""
     try:
-        sums = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST).items()}
+        sums = {name: (entry["bytes"], entry["sha256"]) for name, entry in read_json(folder / MANIFEST).items()}
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return f"{folder / MANIFEST} is missing or damaged"
-    for name, expected in sums.items():
+    for name, (size, digest) in sums.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if sha256_of(path) != expected:
+        if path.stat().st_size != size or sha256_of(path) != digest:
             return f"{path} is damaged: it has changed since it was saved"
     return None
 

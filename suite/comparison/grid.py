@@ -33,9 +33,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from suite.common.checks import LONGEST_RUN_NAME, shown
+from suite.common.checks import in_plain_words, shown
 from suite.common.run_folder import SAME_TEST, read_metrics, read_saved_config, shaping_values
-from utils import Config, UserError, leaves, load_config, read_yaml
+from utils import LONGEST_RUN_NAME, Config, UserError, leaves, load_config, read_yaml
 
 PER_CELL = {"train_config.seed": "list it under `seeds`", "run_name": "each run gets a name of its own",
             "train_config.objective": "an experiment tests classifiers"}
@@ -47,14 +47,14 @@ Sections = BeforeValidator(lambda tree: dict(leaves(tree)) if isinstance(tree, d
 Values = Annotated[dict[str, Any], Sections]
 
 
-class Published(BaseModel, extra="forbid", coerce_numbers_to_str=True):
+class Published(BaseModel, extra="forbid"):
     """Figures of others for a setting."""
 
     where: Values
     accuracy: dict[str, Annotated[float, Field(ge=0, le=1)]]  # {source: share of reviews}
 
 
-class ExperimentFile(BaseModel, extra="forbid", coerce_numbers_to_str=True):
+class ExperimentFile(BaseModel, extra="forbid"):
     """What may stand in the file. The example at the top of this module says what each key means."""
 
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None = None  # None: that of the file
@@ -64,7 +64,7 @@ class ExperimentFile(BaseModel, extra="forbid", coerce_numbers_to_str=True):
     overrides: Values = {}
     grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Sections] = {}
     settings: list[Values] = []
-    seeds: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
     published: list[Published] = []
 
     def all_settings(self) -> list[dict[str, Any]]:
@@ -175,7 +175,7 @@ def _problem(error: dict[str, Any]) -> str:
                                          f"use {', '.join(ExperimentFile.model_fields)}")
     if error["type"] == "missing":
         return f"{key} is missing: the top of suite/comparison/grid.py shows every key"
-    return f"{key} is {shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{key} is {shown(error['input'])}: {in_plain_words(error['msg'])}"
 
 
 def _impossible(file: ExperimentFile, settings: list[dict[str, Any]], given: set[str]) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from suite.common.checks import short_name
 from suite.common.run_folder import (
     SAME_TEST,
     WITHOUT_ENCODER,
@@ -25,7 +24,7 @@ from suite.common.run_folder import (
 )
 from suite.common.storage import read_json
 from suite.training.evaluation import TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
-from utils import Config, UserError
+from utils import Config, UserError, short_name
 
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
 AUTO = "auto"

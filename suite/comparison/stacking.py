@@ -12,25 +12,27 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from data import load_split
-from suite.common.checks import impossible_values
+from suite.common.checks import problems_of
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.run_folder import STACK_OF, best_model, differences, is_encoder, read_metrics, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits
 from suite.encoders.loading import STACK
-from suite.inference.opening import log_odds, member_name
+from suite.inference.classifier import log_odds, member_name
 from suite.training.devices import SingleDevice
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
-from suite.training.finish import write_results, write_validation
+from suite.training.finish import FittedRun, write_results, write_validation
 from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import Config, UserError, config_fields, say
@@ -50,8 +52,8 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice: name different runs")
-    if inside := next((folder for folder in folders if folder.resolve() in output.resolve().parents), None):
-        raise UserError(f"--output: {output} lies in {inside}, a run that it combines: choose another place")
+    if around := next((folder for folder in folders if folder.resolve() in output.resolve().parents), None):
+        raise UserError(f"--output: {output} lies in {around}, a run that it combines: choose another place")
     valid = read_valid(runs)
     config = configuration(runs, output)
     refuse_existing_output(config)
@@ -79,7 +81,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
                                   class_logits(regression.decision_function(tested).reshape(len(tested), -1)))
         figures = {"train": training_figures(runs, seconds, iterations), "valid": metrics | {"epoch": 1}}
         show_weights(config, runs, regression)
-        write_results(config, devices, predictions, names, split.text, figures, Tracker(config))
+        write_results(FittedRun(config, devices, split, figures, Tracker(config)), predictions)
 
 
 def read_valid(runs: Sequence[Result]) -> list[Predictions]:
@@ -103,19 +105,19 @@ def configuration(runs: Sequence[Result], output: Path) -> Config:
     config = without_encoder(runs[0].config, STACK_OF + ", ".join(members))
     seeds = {run.seed for run in runs if is_encoder(run.config)}
     config.train_config.seed = seeds.pop() if len(seeds) == 1 else runs[0].seed
-    config.output_dir, config.run_name = str(output.parent), output.name
-    if problems := impossible_values(config, dict(config_fields()), processes=1):
-        raise UserError(f"--output: {output}: {'; '.join(problems.values())}")
-    return config
+    try:
+        return replace(config, output_dir=str(output.parent), run_name=output.name)
+    except ValidationError as error:
+        problems = problems_of(error, config_fields()).values()
+        raise UserError(f"--output: {output}: {'; '.join(problems)}") from None
 
 
 def refuse_existing_output(config: Config) -> None:
     """Raises UserError if the output is there, unless it is what the same command left when it was killed."""
     folder = config.run_folder
     path = folder / "config.yaml"
-    # A kill may have come after the lock and before the first file.
-    is_begun = (folder / ".lock").exists() and all(there.name.startswith(".") for there in folder.iterdir())
-    if os.path.lexists(folder) and not is_begun and (
+    is_empty = folder.is_dir() and all(there.name.startswith(".") for there in folder.iterdir())  # or hardly begun
+    if os.path.lexists(folder) and not is_empty and (
             not path.is_file() or read_metrics(folder) or differences(path, config)):
         raise UserError(f"--output: {folder} exists already: choose another name, or remove it")
 

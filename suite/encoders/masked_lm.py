@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from model import attention_masks, is_known
 from suite.common.hub import explained
-from suite.encoders.loading import load_weights, own_classifier
-from suite.encoders.refusals import WEIGHTS, try_forward_pass
+from suite.encoders.checkpoints import WEIGHTS, own_classifier, try_forward_pass
+from suite.encoders.loading import load_checkpoint
 from utils import ModelConfig, UserError, say
 
 
@@ -87,7 +87,7 @@ def new_masked_lm(model_config: ModelConfig, config: PreTrainedConfig) -> Masked
             if own_classifier(name):
                 raise UserError(f"model_config.model_name: {name} is a trained classifier: pretrain first, then "
                                 "fine-tune; name the encoder that it was made of")
-            model, missing = load_weights(AutoModelForMaskedLM, name, config)
+            model, missing = load_checkpoint(AutoModelForMaskedLM, name, config)
             if missing:
                 say(f"{name} has no head for masked words: a fresh one is trained")
         else:

@@ -1,17 +1,17 @@
-"""Tokenizers from the Hub and from folders, and what is said of one that reads texts otherwise than its files."""
+"""Tokenizers from the Hub and from folders, and what is said of one that does not fit its files, its encoder or the
+reviews."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from suite.common.hub import explained
-from suite.encoders.refusals import refuse_no_words
-from utils import UserError, printable, process_rank, say
+from suite.encoders.checkpoints import file_of, remark
+from utils import UserError, say
 
 MANY_WORDS = 0.05  # of a vocabulary; one that was made of texts in lower case has none, or the 26 letters
 COMPARED_TEXTS, COMPARED_CHARACTERS = 100, 2000  # of the data, and of each text: enough to see a difference
@@ -27,7 +27,8 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     """
     with explained(key, name, any_error=True):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        refuse_no_words(tokenizer)
+        if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("its tokenizer has no words: the files are missing, such as tokenizer.json, or empty")
         compare_with_file(tokenizer, name, key, texts)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{key}: the tokenizer of {name} has no padding token: set pad_token in its "
@@ -57,8 +58,7 @@ def compare_with_file(tokenizer: PreTrainedTokenizerBase, name: str, key: str, t
         remark(key, f"{name}: its tokenizer reads every text in lower case, so {len(words):,} of its {known:,} words "
                     f"are never found, such as {words[0]}: if the model is a cased one, write "
                     '{"do_lower_case": false} into its tokenizer_config.json')
-    path = texts and cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False,
-                                 _raise_exceptions_for_connection_errors=False)
+    path = texts and file_of(name, "tokenizer.json")
     if path:
         of_file = Tokenizer.from_file(path)
         of_file.no_truncation()
@@ -81,9 +81,32 @@ def words_never_read(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted((word for word in words if any(map(str.isupper, word))), key=len, reverse=True)
 
 
-def remark(key: str, text: str) -> None:
-    """Print a line about the model that `key` gives. It leaves standard output to what a model has labelled."""
-    if key != "--model":
-        say(text)
-    elif process_rank() == 0:
-        print(printable(text), file=sys.stderr)
+def refuse_foreign_tokens(key: str, name: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises UserError if the tokenizer gives tokens that its encoder, of `vocab_size` embeddings, does not have."""
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise UserError(f"{key}: the tokenizer of {name} gives token {largest}, but its encoder only knows "
+                        f"{vocab_size}: take a model whose files belong together")
+
+
+def refuse_unknown_words(key: str, name: str, tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> None:
+    """Raises UserError if most of the words in reviews are unknown to the tokenizer. `tokens`: the ids of the reviews,
+    one after the other.
+
+    A tokenizer that reads bytes has no token for an unknown word, and leaves nothing to be noticed.
+    """
+    is_unknown = np.isin(tokens, unknown_tokens(tokenizer))
+    words = np.count_nonzero(is_unknown | ~np.isin(tokens, tokenizer.all_special_ids))
+    share = np.count_nonzero(is_unknown) / max(words, 1)
+    if words == 0 or share > 0.5:
+        problem = f"does not know {share:.0%} of the words" if words else "finds no word"
+        raise UserError(f"{key}: the tokenizer of {name} {problem} in the reviews: give reviews in the language of "
+                        "this model, or name another one")
+
+
+def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that stand for an unknown word."""
+    found = [] if tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # where it names another one, that is the true one
+        of_nothing = backend.model.tokenize("\ue000")  # a character without meaning; read as bytes, it is several
+        found += [token.id for token in of_nothing if len(of_nothing) == 1]
+    return found

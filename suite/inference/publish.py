@@ -17,8 +17,9 @@ from suite.common.pages import NOT_TESTED
 from suite.common.protocols import Devices
 from suite.common.run_folder import read_metrics, read_saved_config, run_of
 from suite.common.storage import CARD, MANIFEST, refuse_damage
-from suite.encoders.loading import NO_ENCODERS, kind_of
-from suite.inference.predict import model_folder
+from suite.encoders.checkpoints import kind_of
+from suite.encoders.loading import WITHOUT_ENCODER
+from suite.inference.classifier import chosen_model
 from utils import DEMO_WARNING, UserError, brief, say
 
 FILES = ("README.md", "config.json", "model.safetensors", "model.py", "sentence_bert_config.json", "onnx/model.onnx",
@@ -40,7 +41,7 @@ def publish(command: Command, devices: Devices) -> None:
         validate_repo_id(command.repo)
     except HFValidationError as error:
         raise UserError(f"--mode publish: {command.repo}: {brief(error)}") from None
-    folder = model_folder(command)
+    folder = chosen_model(command)
     is_demo = refuse_unpublishable(folder)
     names = [name for name in FILES if (folder / name).is_file()]
     card = fit_card(read_card(folder), command.repo, command.license)
@@ -56,7 +57,7 @@ def publish(command: Command, devices: Devices) -> None:
 
 def refuse_unpublishable(folder: Path) -> bool:
     """Whether the model is a demo's. Raises UserError for what is damaged, unfinished, or no encoder."""
-    if (kind := kind_of(folder)) in NO_ENCODERS:
+    if (kind := kind_of(folder)) in WITHOUT_ENCODER:
         raise UserError(f"{folder} holds a {kind} model, which no program but this one reads: publish an encoder")
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} has no {MANIFEST}, so nothing tells whether its files are whole: name a run, its "

@@ -15,13 +15,13 @@ from transformers import PreTrainedConfig
 
 from data import PreparedData
 from suite.common.pages import write_pretrained_card
-from suite.common.progress import watched
 from suite.common.protocols import Devices
 from suite.encoders.loading import PRETRAINED_TEXTS
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import Batch, to_device
 from suite.pretraining.texts import prepare_texts
 from suite.training.run import Run
+from suite.training.tracking import watched
 from utils import Config
 
 

@@ -31,6 +31,7 @@ def prepare_texts(config: Config) -> PreparedData:
     digests = np.concatenate([labelled, *(text_digests(part.table) for part in reviews.unlabelled)])
     train, valid = choose(split.ids_of["train"], np.arange(len(labelled), len(table)), digests, split.held_out,
                           data_config)
+    seen = trained_texts(config.model_config, split.held_out)
     tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks, texts=table[:COMPARED_TEXTS]["text"])
     if tokenizer.mask_token is None:
         raise UserError(f"model_config.model_name: the tokenizer of {name} has no mask token: take a model that was "
@@ -48,7 +49,7 @@ def prepare_texts(config: Config) -> PreparedData:
         raise UserError(f"{data_config.dataset}: {len(valid)} texts to validate on are too few, none of their words is "
                         "masked: raise data_config.limit or add texts")
     return PreparedData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,
-                        np.union1d(digests[used], trained_texts(config.model_config)))
+                        np.union1d(digests[used], seen))
 
 
 def choose(labelled: np.ndarray, unlabelled: np.ndarray, digests: np.ndarray, held_out: np.ndarray,

@@ -6,14 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, concatenate_datasets
 
 from suite.reviews.rows import MOST_NAMED, listed
-from suite.reviews.sources import Part, load_parts
 from utils import DataConfig, UserError, say
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from suite.reviews.sources import Part
 
 SPLIT_NAMES = {  # other names of the three splits
     "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
@@ -61,6 +65,10 @@ def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
     Raises UserError, with the rows and the fix, for a missing column, missing or empty texts, missing labels, and
     classes that do not match `num_labels`.
     """
+    from datasets import concatenate_datasets  # here, because labelling needs neither, and both take a second
+
+    from suite.reviews.sources import load_parts
+
     name, column = data_config.dataset, data_config.label_column
     parts, unlabelled, found = [], [], load_parts(data_config)
     for part in found:
@@ -89,9 +97,13 @@ def _unlabelled_splits(parts: list[Part]) -> set[str]:
     for part in parts:
         values = pc.unique(pc.utf8_trim_whitespace(part.table.data.column("label")))
         found.setdefault(part.split, set()).update(value for value in values.to_pylist() if value)
-    return {split for split, values in found.items() if split == "unsupervised" or split != "train" and all(
-        re.fullmatch("-[0-9]+", value) for value in values) and not any(
-        values & others for other, others in found.items() if other != split)}
+
+    def has_labels(split: str) -> bool:
+        others = set().union(*(values for other, values in found.items() if other != split))
+        return split != "unsupervised" and (split == "train" or bool(found[split] & others) or any(
+            not re.fullmatch("-[0-9]+", value) for value in found[split]))
+
+    return {split for split in found if not has_labels(split)}
 
 
 def refuse_no_texts(parts: list[Part]) -> None:

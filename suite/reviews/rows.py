@@ -8,7 +8,6 @@ text becomes a number, a date or a missing value.
 from __future__ import annotations
 
 import csv
-import functools
 import gzip
 import io
 import json
@@ -31,7 +30,6 @@ from utils import UserError, brief, file_kind
 LONGEST_FIELD = 1 << 24  # characters of a .csv field: a quote that is never closed would swallow the rest of the file
 MOST_NAMED = 3  # rows that a message names
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of columns, and what they are called
-DEEPEST = 100  # nested brackets in a .jsonl line; Python's own limit depends on how deep the calling code already is
 
 
 @dataclass
@@ -135,13 +133,18 @@ def column_problem(row: Row, columns: tuple[str, ...]) -> str | None:
     return None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Text files, line by line
+
+
 class _Lines:
-    """The lines of a text file. Those since the last `mark` make up a row, and can be given back."""
+    """The lines of a text file. It keeps those of the row that is being read, and takes back the ones that turn out to
+    belong to other rows. Bytes that are not UTF-8 stay in them as surrogates."""
 
     def __init__(self, file: BinaryIO):
-        self.file = file
         self.text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        self.number, self.since_mark, self.characters, self.returned = 0, [], 0, deque()
+        self.on_disk = getattr(file, "fileobj", file)  # of a compressed file, the bytes that are there
+        self.number, self.of_row, self.returned = 0, [], deque()
 
     def __iter__(self) -> _Lines:
         return self
@@ -149,35 +152,32 @@ class _Lines:
     def __next__(self) -> str:
         line = self.returned.popleft() if self.returned else next(self.text)
         self.number += 1
-        self.since_mark.append(line)
-        self.characters += len(line)
-        if self.characters > LONGEST_FIELD and len(self.since_mark) > 1:
-            raise csv.Error(f"a row of more than {LONGEST_FIELD:,} characters")
+        self.of_row.append(line)
         return line
 
-    def mark(self) -> None:
-        self.since_mark, self.characters = [], 0
-
     def give_back(self, kept: int) -> None:
-        """Give back the lines since the mark, except for the first `kept` of them."""
-        self.returned.extendleft(reversed(self.since_mark[kept:]))
-        self.number -= len(self.since_mark[kept:])
-        del self.since_mark[kept:]
+        """Give back the lines of this row, except for the first `kept` of them."""
+        self.returned.extendleft(reversed(self.of_row[kept:]))
+        self.number -= len(self.of_row[kept:])
+        del self.of_row[kept:]
 
     def row(self, number: int, values: dict[str, Any], problem: str | None = None) -> Row:
-        """The row that the lines since the mark make up: a broken one if it has a problem or is not UTF-8."""
-        file = getattr(self.file, "fileobj", self.file)  # of a compressed file, the bytes on the disk
-        position = file.tell() if file.seekable() else 0
-        if not (problem := self.encoding_problem() or problem):
-            return Row(number, position, values)
-        content = "".join(self.since_mark).rstrip("\r\n")
-        content = content.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        return Row(number, position, problem=problem, content=content)
+        """The row that the lines make up, a broken one if it has a problem or is not UTF-8; the next row begins."""
+        position = self.on_disk.tell() if self.on_disk.seekable() else 0
+        if problem := self.encoding_problem() or problem:
+            content = "".join(self.of_row).rstrip("\r\n").encode(errors="surrogateescape")
+            row = Row(number, position, problem=problem, content=content.decode(errors="backslashreplace"))
+        else:
+            row = Row(number, position, values)
+        self.of_row = []
+        return row
 
     def encoding_problem(self) -> str | None:
-        """Names the first line since the mark that is not UTF-8."""
-        for number, line in enumerate(self.since_mark, start=self.number - len(self.since_mark) + 1):
-            if not line.isascii() and any("\udc80" <= character <= "\udcff" for character in line):
+        """Names the first line of this row that is not UTF-8."""
+        for number, line in enumerate(self.of_row, start=self.number - len(self.of_row) + 1):
+            try:
+                line.encode()
+            except UnicodeEncodeError:
                 return f"line {number} is {_other_encoding(line.encode(errors='surrogateescape'))}"
         return None
 
@@ -200,8 +200,7 @@ def _read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[_Li
     csv.field_size_limit(LONGEST_FIELD)
     lines, own = _Lines(file), "\t" if file_kind(path) == ".tsv" else ","
     if stated := re.fullmatch(r"sep=(.)\s*", next(lines, "")):
-        own = stated[1]
-        lines.mark()
+        own, lines.of_row = stated[1], []
     for separator in (own, *(mark for mark in SEPARATORS if mark != own), own):
         lines.give_back(0)
         try:
@@ -218,6 +217,7 @@ def _read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[_Li
     header = [f"{name} (column {place})" if name in header[:place - 1] else name
               for place, name in enumerate(header, start=1)]
     spaced = len(found) > 1 and all(name.startswith(" ") for name in found[1:])  # `text, label`: so do the rows, too
+    lines.of_row = []
     return lines, csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True), header
 
 
@@ -225,24 +225,23 @@ def _read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[R
     lines, reader, header = _read_header(path, file, columns)
     number, separator = 0, reader.dialect.delimiter
     while True:
-        lines.mark()
-        problem, values = None, []
         try:
-            values = next(reader)
-            if not values:
-                continue  # a blank line
+            problem, values = None, next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             lines.give_back(1)  # the quote that is wrong here may have swallowed good rows
-            problem = f"line {lines.number}: {error}: mend the quotes there"
+            problem, values = f"line {lines.number}: {error}: mend the quotes there", []
+        if not values and not problem:  # a blank line
+            lines.of_row = []
+            continue
         # A text of several lines may hold commas, but hardly one tab in each line. These are rows, of a program that
         # writes no quotes around texts: a text begins with a quote, and a later one ends with one.
-        swallowed = len(lines.since_mark)
-        if problem is None and separator != "," and swallowed > 1 and len(header) > 1 and all(
-                line.count(separator) == len(header) - 1 for line in lines.since_mark):
+        swallowed = len(lines.of_row) - 1
+        if swallowed and separator != "," and len(header) > 1 and all(
+                line.count(separator) == len(header) - 1 for line in lines.of_row):
             lines.give_back(1)
-            problem = (f"line {lines.number}: the quotes would make one text of this row and the {swallowed - 1} below "
+            problem = (f"line {lines.number}: the quotes would make one text of this row and the {swallowed} below "
                        "it: double the quotes in a text, and put quotes around it")
         number += 1
         if problem is None and len(values) != len(header):
@@ -252,22 +251,33 @@ def _read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[R
         yield lines.row(number, dict(zip(header, values, strict=False)), problem)
 
 
-def _read_lines(path: str, file: BinaryIO, columns: Sequence[str],
-                parse: Callable[[str], tuple[dict[str, Any], str | None]]) -> Iterator[Row]:
-    """The rows of a file with one row a line; `parse` gives a line's values and its problem, if it has one."""
+def _read_lines(file: BinaryIO, parse: Callable[[str], dict[str, Any]]) -> Iterator[Row]:
+    """The rows of a file with one row a line; `parse` gives a line's values, or raises ValueError with the problem."""
     lines, number = _Lines(file), 0
     for line in lines:
-        if line.strip():
-            number += 1
-            values, problem = parse(line)
-            yield lines.row(number, values, problem and f"line {lines.number} {problem}")
-        lines.mark()
+        if not line.strip():
+            lines.of_row = []
+            continue
+        number += 1
+        try:
+            values, problem = parse(line), None
+        except ValueError as error:
+            values, problem = {}, f"line {lines.number} {error}"
+        yield lines.row(number, values, problem)
+
+
+def _read_json_lines(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
+    return _read_lines(file, _parse_object)
+
+
+def _read_plain_lines(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
+    return _read_lines(file, lambda line: {"text": line.rstrip("\r\n")})
 
 
 def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
     """An array of objects; or an object in each line, which many people call .json, too."""
     if not file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        for row in _read_lines(path, file, columns, _parse_json):
+        for row in _read_lines(file, _parse_object):
             if row.number == 1 and row.problem:
                 raise UserError(f"{path}: holds neither an array of objects nor an object in each line "
                                 f"({row.problem}): write one of them")
@@ -275,25 +285,39 @@ def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Ro
         return
     content = file.read()
     try:
-        records = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_twins)
+        records = _parse_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is {_other_encoding(content)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}: mend it, or write one object a line into a .jsonl file") from None
-    may_hold_halves = b"\\ud" in content.lower()
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: mend it, or write one object a line into a .jsonl file") from None
+    size, may_hold_halves = os.path.getsize(path), b"\\ud" in content.lower()
     for number, values in enumerate(records, start=1):
         problem = _object_problem(values, may_hold_halves)
-        yield Row(number, os.path.getsize(path) * number // len(records), {} if problem else values,
+        yield Row(number, size * number // len(records), {} if problem else values,
                   problem and f"row {number} {problem}", json.dumps(values) if problem else "")
 
 
-def _parse_json(line: str) -> tuple[dict[str, Any], str | None]:
+def _parse_object(line: str) -> dict[str, Any]:
+    values = _parse_json(line)
+    if problem := _object_problem(values, "\\ud" in line.lower()):
+        raise ValueError(problem)
+    return values
+
+
+def _parse_json(text: str) -> Any:
     try:
-        values = json.loads(line, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
-        return {}, f"is not JSON: {error}"
-    problem = _object_problem(values, "\\ud" in line.lower())
-    return ({}, problem) if problem else (values, None)
+        raise ValueError(f"is not JSON: {error}") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One key twice is what two rows look like when the end of the first is lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice: keep one of them")
+    return values
 
 
 def _object_problem(values: Any, may_hold_halves: bool) -> str | None:
@@ -306,35 +330,16 @@ def _object_problem(values: Any, may_hold_halves: bool) -> str | None:
             json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return "holds half of a \\ud... pair: write the character itself"
-    return f"nests more than {DEEPEST} brackets: flatten it" if _is_deep(values) else None
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. One key twice is what two rows look like when the end of the first is lost."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice: keep one of them")
-    return values
-
-
-def _is_deep(values: dict[str, Any]) -> bool:
-    """Whether more than DEEPEST brackets are nested."""
-    level: list[Any] = [values]
-    for _ in range(DEEPEST):
-        level = [value for each in level for value in (each.values() if isinstance(each, dict) else each)
-                 if isinstance(value, dict | list)]
-        if not level:
-            return False
-    return True
+    return None
 
 
 # What reads the rows of each kind of file but .parquet
 KINDS: dict[str, Callable[[str, BinaryIO, Sequence[str]], Iterator[Row]]] = {
-    ".csv": _read_table, ".tsv": _read_table, ".json": _read_json,
-    ".jsonl": functools.partial(_read_lines, parse=_parse_json),
-    ".ndjson": functools.partial(_read_lines, parse=_parse_json),
-    ".txt": functools.partial(_read_lines, parse=lambda line: ({"text": line.rstrip("\r\n")}, None))}
+    ".csv": _read_table, ".tsv": _read_table, ".json": _read_json, ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines, ".txt": _read_plain_lines}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parquet
 
 
 def _read_parquet(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -345,42 +350,11 @@ def _read_parquet(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
         number = 0
         try:
             for batch in file.iter_batches(batch_size=1000, columns=columns):
-                values_of = dict(zip(batch.schema.names, map(_python_values, batch.columns), strict=True))
-                for place in range(batch.num_rows):
+                for place, values in enumerate(batch.to_pylist()):
                     number += 1
-                    values = {name: column[place] for name, column in values_of.items()}
                     yield Row(number, number, values, source=(batch, place))
-        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: Python has no such date
             raise _unreadable(path, error) from None
-
-
-def _python_values(column: pa.Array) -> list[Any]:
-    """A column's values. Python's times of a day have no nanoseconds, so these come as texts; its dates end with the
-    year 9999, so a column with later ones comes as Arrow's own numbers (days or fractions of a second since 1970)."""
-    column = column.cast(_with_leaves(column.type, lambda kind: pa.string() if kind == pa.time64("ns") else kind))
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError):
-        return column.cast(_with_leaves(column.type, lambda kind: (pa.int32() if kind.bit_width == 32 else pa.int64())
-                                        if pa.types.is_temporal(kind) else kind)).to_pylist()
-
-
-def _with_leaves(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
-    """The type with `leaf(type)` in the place of every type within it that is not nested."""
-    def within(field: pa.Field) -> pa.Field:
-        return field.with_type(_with_leaves(field.type, leaf))
-
-    if pa.types.is_struct(kind):
-        return pa.struct(list(map(within, kind)))
-    if pa.types.is_map(kind):
-        return pa.map_(_with_leaves(kind.key_type, leaf), _with_leaves(kind.item_type, leaf))
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(within(kind.value_field), kind.list_size)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return (pa.list_ if pa.types.is_list(kind) else pa.large_list)(within(kind.value_field))
-    if pa.types.is_dictionary(kind) and (value := _with_leaves(kind.value_type, leaf)) != kind.value_type:
-        return value
-    return leaf(kind)
 
 
 def _opened(path: str) -> BinaryIO:
@@ -393,7 +367,7 @@ def _opened(path: str) -> BinaryIO:
 def _opened_parquet(path: str) -> pyarrow.parquet.ParquetFile:
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (pa.ArrowException, OSError, UnicodeError) as error:  # the file's name may not be UTF-8 either
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
 
 

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ from suite.reviews.rows import (
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
 
 FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows have a column for the label
-DECLARING = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # files that say what a dataset folder holds
 READER = 2  # the version of what reads rows: it is part of the name under which they are cached
 
 
@@ -71,15 +70,13 @@ class Part:
 def load_parts(data_config: DataConfig) -> list[Part]:
     """The tables of the dataset that the configuration names. Raises UserError for what cannot be read."""
     name, columns = data_config.dataset, (data_config.text_column, data_config.label_column)
-    if os.path.isfile(name):  # unlike Path's own, these functions take names that no file can have
+    if os.path.isfile(name):
         if file_kind(name) not in FILE_TYPES:
             raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}, or one of them "
                             "and .gz")
         return [_load_file("train", name, columns)]
     if os.path.isdir(name):
         return _load_folder(name, data_config.subset, columns)
-    if os.path.exists(name):
-        raise UserError(f"data_config.dataset: {name} is neither a file nor a folder: name one")
     if not is_hub_name(name) or name in READERS:
         raise UserError(f"data_config.dataset: no such file or folder: {name}")
     return _load_from_hub(name, data_config.subset, columns)
@@ -90,31 +87,35 @@ def _load_file(split: str, path: str, columns: tuple[str, str], class_names: lis
     _refuse_missing(columns, columns_of(path, columns), path)
     if class_names is None and file_kind(path) == ".parquet":
         class_names = _class_names(Features.from_arrow_schema(pyarrow.parquet.read_schema(path)), columns[1])
-    return Part(split, path, _cached_table(path, [Path(path)], columns, _labelled_rows, class_names), class_names)
+    return Part(split, path, _cached_table(path, [Path(path)], columns, class_names), class_names)
 
 
-def _cached_table(place: str, files: list[Path], columns: tuple[str, str], read: Callable[..., Iterator[dict]],
-                  class_names: list[str] | None = None) -> Dataset:
-    """The rows that `read(place, files, columns, class_names)` gives, from the cache if files of the same content were
-    read before."""
+def _cached_table(place: str, files: list[Path], columns: tuple[str, str], class_names: list[str] | None = None
+                  ) -> Dataset:
+    """What `_labelled_rows` gives, from the cache if files of the same content were read before."""
     features = Features({"text": Value("string"), "label": Value("string")})
     with explained("data_config.dataset", place):
         names = [os.path.abspath(file) for file in files]
         key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
         return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
-            read, features=features, cache_dir=str(folder), fingerprint=key,
+            _labelled_rows, features=features, cache_dir=str(folder), fingerprint=key,
             gen_kwargs={"place": place, "files": tuple(files), "columns": columns,  # the library cuts lists into shards
                         "class_names": class_names and tuple(class_names)}))
 
 
 def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, str], class_names: Sequence[str] | None
                    ) -> Iterator[dict[str, str | None]]:
-    """Raises UserError, which counts them, for rows that cannot be read."""
+    """The text and the label of each row of the file `place`; if `files` hold a text each, its folder is the label.
+
+    Raises UserError, which counts them, for rows that cannot be read.
+    """
     number, broken, first_problem, known = 0, [], "", {}
-    for number, row in enumerate(read_rows(place, columns, only=True), start=1):
-        found = row.values
-        known |= found  # a row of JSON may leave out what it has no value for
-        row.values = dict.fromkeys(columns) | found
+    of_texts = file_kind(files[0]) == ".txt"
+    for number, row in enumerate(read_texts(files) if of_texts else read_rows(place, columns, only=True), start=1):
+        if of_texts:
+            row.values["label"] = files[number - 1].parent.name
+        known |= row.values  # a row of JSON may leave out what it has no value for
+        row.values = dict.fromkeys(columns) | row.values
         if problem := row.problem or column_problem(row, columns):
             first_problem = first_problem or problem
             broken.append(number)
@@ -149,7 +150,7 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> lis
     if not any(file_kind(path) in FILE_TYPES for path in everything) and text_files(name):
         return _load_texts(name, columns)
     builder = _builder(name, subset)
-    files = _files_of_splits(name, builder)
+    files = {str(split): list(of_split) for split, of_split in builder.config.data_files.items()}
     # The library takes files of one kind and leaves out the others without a word.
     there = {file_kind(path) for path in everything} & set(FILE_TYPES) - {".json"}  # .json: what describes the data
     kinds = sorted(there | {file_kind(file) or Path(file).suffix for of_split in files.values() for file in of_split})
@@ -197,16 +198,8 @@ def _load_texts(name: str, columns: tuple[str, str]) -> list[Part]:
         if len(place) == deepest:
             split = "unsupervised" if place[-2] == "unsup" else place[-3] if deepest > 2 else "train"
             splits.setdefault(split, []).append(path)
-    return [Part(split, place := f"{name}, split {split}", _cached_table(place, files, columns, _labelled_texts),
-                 files=files) for split, files in splits.items()]
-
-
-def _labelled_texts(place: str, files: Sequence[Path], columns: tuple[str, str], class_names: None
-                    ) -> Iterator[dict[str, str | None]]:
-    for path, row in zip(files, read_texts(files), strict=True):
-        if row.problem:
-            raise UserError(row.problem)
-        yield {"text": row.values["text"], "label": path.parent.name}
+    return [Part(split, place := f"{name}, split {split}", _cached_table(place, files, columns), files=files)
+            for split, files in splits.items()]
 
 
 def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
@@ -267,7 +260,8 @@ def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns:
 def _builder(name: str, subset: str | None) -> DatasetBuilder:
     """What the datasets library knows of a dataset before it reads it: its splits, files and declared columns."""
     path = str(Path(name).resolve()) if os.path.isdir(name) else name  # else a folder called `csv` would be its reader
-    with explained("data_config.dataset", _with_card(name), any_error=True):
+    card = " with its README.md" if os.path.isfile(os.path.join(name, "README.md")) else ""  # it may be what is wrong
+    with explained("data_config.dataset", name + card, any_error=True):
         try:
             return load_dataset_builder(path, subset)
         except ValueError:
@@ -276,22 +270,6 @@ def _builder(name: str, subset: str | None) -> DatasetBuilder:
                 raise
             raise UserError(f"data_config.dataset: {name} has several configurations: set data_config.subset to one of "
                             f"{', '.join(names)}") from None
-
-
-def _files_of_splits(name: str, builder: DatasetBuilder) -> dict[str, list[str]]:
-    """Which files of a dataset folder belong to which split."""
-    folder = Path(name).resolve()
-    splits = {str(split): list(files) for split, files in builder.config.data_files.items()}
-    for file in (file for files in splits.values() for file in files):
-        if folder not in Path(os.path.normpath(file)).parents:
-            raise UserError(f"{name}/README.md: names {file}, which lies outside the folder: name only files inside")
-    return splits
-
-
-def _with_card(name: str) -> str:
-    """A dataset's name for an error that may come from the files in which a folder declares what it holds."""
-    declaring = [file for file in DECLARING if os.path.isfile(os.path.join(name, file))]
-    return f"{name} with its {' and '.join(declaring)}" if declaring else name
 
 
 def _class_names(features: Features | None, column: str) -> list[str] | None:

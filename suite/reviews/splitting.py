@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
-from sklearn.model_selection import train_test_split
 
 from suite.reviews.classes import Reviews, name_rows
 from utils import DataConfig, UserError, say
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def text_digests(table: Dataset) -> np.ndarray:
@@ -117,6 +119,8 @@ def draw_stratified(rows: np.ndarray, labels: np.ndarray, count: int, data_confi
 
     `key` of the data_config asks for the draw. Raises UserError if a class has too few rows.
     """
+    from sklearn.model_selection import train_test_split  # here, because labelling does not need it
+
     if key == "limit" and len(rows) - count < len(np.unique(labels[rows])):
         # scikit-learn wants a row of each class on both sides. So few rows are dropped that strata do not matter.
         order = np.random.default_rng(data_config.split_seed).permutation(rows)

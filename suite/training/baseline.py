@@ -17,7 +17,7 @@ from suite.common.protocols import Devices
 from suite.encoders.bag_of_words import fit
 from suite.training.efficiency import peak_memory_mb
 from suite.training.evaluation import Predictions
-from suite.training.finish import show_finished, write_results, write_untested, write_validation
+from suite.training.finish import FittedRun, show_finished, write_results, write_untested, write_validation
 from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, say
@@ -47,10 +47,11 @@ def baseline(config: Config, devices: Devices) -> None:
     figures = {"train": {"samples_per_second": len(texts) / seconds, "seconds": seconds,
                          "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
                "valid": metrics | {"epoch": 1}}
+    run = FittedRun(config, devices, split, figures, tracker)
     if config.train_config.test:
-        write_results(config, devices, predictions_of(words.logits, split, "test"), names, split.text, figures, tracker)
+        write_results(run, predictions_of(words.logits, split, "test"))
     else:
-        write_untested(config, devices, figures, tracker)
+        write_untested(run)
 
 
 def predictions_of(logits: Callable[[list[str]], np.ndarray], split: Split, name: str) -> Predictions:

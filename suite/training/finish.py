@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import Split
 from suite.common.figures import on_console, show
 from suite.common.pages import write_model_card
 from suite.common.protocols import Devices
@@ -29,25 +30,38 @@ from suite.training.tracking import Tracker
 from utils import Config, brief, say
 
 
-def write_results(config: Config, devices: Devices, predictions: Predictions, label_names: list[str],
-                  text: Callable[[int], str], figures: dict[str, Any], tracker: Tracker) -> None:
+@dataclass
+class FittedRun:
+    """What the end of a run needs to know of it. A `Run` and a `TrainedRun` have these attributes, too; this is a run
+    whose model a solver has fitted in one go."""
+
+    config: Config
+    devices: Devices
+    data: Split
+    figures: dict[str, Any]  # what metrics.json says about training and validation
+    tracker: Tracker
+
+
+def write_results(run: Any, predictions: Predictions) -> None:
     """Write everything about the `predictions` on the test reviews, in process 0, and print the most of it.
 
-    `text` returns the review with an id; `figures`: what metrics.json says about training and validation.
+    `run`: a Run, a TrainedRun or a FittedRun.
     """
-    folder = config.run_folder
-    metrics = figures | {"test": compute_metrics(predictions), "environment": environment(devices)}
-    rows = mistakes(predictions, text, label_names)
+    if not run.devices.is_main:
+        return
+    config, folder, label_names = run.config, run.config.run_folder, run.data.label_names
+    metrics = run.figures | {"test": compute_metrics(predictions), "environment": environment(run.devices)}
+    rows = mistakes(predictions, run.data.text, label_names)
     write_predictions(folder / TEST_PREDICTIONS, predictions, label_names)
     write_mistakes(folder / "misclassified.csv", rows)
     history = read_history(folder / "history.jsonl")
     plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, label_names)
     write_model_card(folder / "best", config, metrics, label_names)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
-    tracker.report({f"{split}/{name}": value for split in ("valid", "test")
-                    for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
+    run.tracker.report({f"{split}/{name}": value for split in ("valid", "test")
+                        for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
     print_results(config, metrics)
-    tracker.finish()
+    run.tracker.finish()
 
 
 def write_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
@@ -62,13 +76,13 @@ def write_validation(config: Config, predictions: Predictions, label_names: list
     return metrics, record
 
 
-def write_untested(config: Config, devices: Devices, figures: dict[str, Any], tracker: Tracker) -> None:
+def write_untested(run: Any) -> None:
     """The end of a run without a test, in process 0."""
-    if devices.is_main:
-        metrics = figures | {"environment": environment(devices)}
-        write_json(config.run_folder / "metrics.json", metrics)  # it says that the run is finished
-        print_results(config, metrics)
-        tracker.finish()
+    if run.devices.is_main:
+        metrics = run.figures | {"environment": environment(run.devices)}
+        write_json(run.config.run_folder / "metrics.json", metrics)  # it says that the run is finished
+        print_results(run.config, metrics)
+        run.tracker.finish()
 
 
 def try_plots(module: str, *arguments: Any) -> list[Path]:

@@ -17,20 +17,18 @@ from transformers import PreTrainedConfig
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.hub import say_what_was_cached
-from suite.common.progress import ProgressBar
 from suite.common.protocols import Devices
 from suite.common.run_folder import best_model
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
-from suite.encoders.loading import TRAINED_TEXTS, load_encoder_config, new_model, save_model
+from suite.encoders.loading import TRAINED_TEXTS, load_encoder_config, new_model, refuse_incompatible, save_model
 from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
-from suite.training.compatibility import refuse_incompatible
 from suite.training.devices import random_state, set_random_state, set_seed
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
 from suite.training.optimization import build_optimizer, build_scheduler
 from suite.training.states import KEPT_STATES, Progress, RunFolder, load_progress, saved_states
-from suite.training.tracking import Tracker
+from suite.training.tracking import ProgressBar, Tracker
 from utils import Config, UserError, process_rank, say
 
 
@@ -67,7 +65,7 @@ class Run:
         encoder_config = load_encoder_config(config.model_config)  # refuses other models before reviews are read
         with devices.main_process_first():
             data = cls.prepare_data(config)
-        refuse_incompatible(config, encoder_config, data)
+        refuse_incompatible(config, encoder_config, data.tokenizer, data.splits["train"].tokens, data.fingerprint)
         model = cls.new_model(config, encoder_config, data)
         if config.train_config.gradient_checkpointing:
             checkpoint_gradients(model, config.model_config.model_name)
@@ -105,10 +103,6 @@ class Run:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
         self.progress = Progress(data.fingerprint, devices.kind)
         self.start_step, self.saved_at = 0, time.monotonic()  # where this process began, and when it last saved
-
-    @property
-    def label_names(self) -> list[str]:
-        return self.data.label_names
 
     @property
     def state_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What follows a run from outside: an experiment tracker, such as wandb.
+"""What follows a run: the progress bar, and an experiment tracker such as wandb where it works.
 
 A run never waits at a tracker's prompt and never dies of one. At its first failure the run goes on without it, and the
 files of the run folder are complete all the same.
@@ -7,18 +7,56 @@ files of the run folder are complete all the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from suite.common.hub import answers
+from suite.common.protocols import Devices
+from suite.common.stopping import stop_if_asked
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say
 
 TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the start, and the end; wandb's own is 90
 TABLE_ROWS = 1000  # misclassified reviews that a tracker gets; misclassified.csv has them all
+
+
+class ProgressBar:
+    """A bar with the running loss, accuracy and speed; plain lines where the output is no terminal."""
+
+    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
+        self.name, self.total, self.done, self.printed = name, total, done, done
+        is_terminal = process_rank() == 0 and sys.stderr.isatty()
+        self.bar = tqdm(desc=name, total=total, initial=done, unit=unit, leave=False, dynamic_ncols=True,
+                        disable=not is_terminal)
+
+    def update(self) -> None:
+        self.done += 1
+        self.bar.update()
+
+    def show(self, loss: float, accuracy: float, speed: str) -> None:
+        text = f"loss {loss:.4f}, accuracy {accuracy:.4f}, {speed}"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (self.done - self.printed) * 10 >= self.total:  # about ten lines an epoch
+            say(f"{self.name}, step {self.done}/{self.total}: {text}")
+            self.printed = self.done
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def watched(batches: Sized, devices: Devices, name: str) -> Iterator[Any]:
+    """The batches, with a progress bar. Raises StopRequested between two of them."""
+    bar = ProgressBar(name, len(batches), unit="batch")
+    for batch in batches:
+        stop_if_asked(devices)
+        yield batch
+        bar.update()
+    bar.close()
 
 
 class Tracker:
@@ -88,7 +126,7 @@ class WandbRun:
             return wandb.init(
                 mode=mode, project=config.log_config.wandb_project, name=config.run_name, dir=config.output_dir,
                 id=run_id, resume="allow" if run_id else None, job_type=job_type,
-                config=OmegaConf.to_container(OmegaConf.structured(config)), tags=["DEMO"] if config.is_demo else None,
+                config=asdict(config), tags=["DEMO"] if config.is_demo else None,
                 settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
                                         finish_timeout=TIMEOUT_SECONDS, finish_timeout_raises=False))
 

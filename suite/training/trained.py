@@ -6,7 +6,7 @@ from data import load_split, prepare_data
 from suite.common.hub import say_what_was_cached
 from suite.common.protocols import Devices
 from suite.common.run_folder import best_model, is_encoder, read_metrics
-from suite.inference.opening import open_classifier
+from suite.inference.classifier import open_classifier
 from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import Config, UserError
@@ -31,8 +31,7 @@ class TrainedRun:
             self.data = prepare_data(config, trained_model=str(best)) if is_encoder(config) else load_split(config)
         say_what_was_cached()
         folder.refuse_other_data(self.classifier.data_fingerprint, self.data.fingerprint)
-        self.label_names = self.data.label_names
-        if self.label_names != self.classifier.label_names:
-            raise UserError(f"{config.data_config.dataset} has the classes {self.label_names}, {best} was trained on "
-                            f"{self.classifier.label_names}: test it on the data of its training")
+        if self.data.label_names != self.classifier.label_names:
+            raise UserError(f"{config.data_config.dataset} has the classes {self.data.label_names}, {best} was trained "
+                            f"on {self.classifier.label_names}: test it on the data of its training")
         self.figures, self.tracker = read_metrics(folder.path), Tracker(config, job_type="test")

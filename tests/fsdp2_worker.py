@@ -1,6 +1,6 @@
 """main_accumulation.py under FSDP2 on CPU processes, which Accelerate itself only starts on GPUs.
 
-    accelerate launch --config_file launch/fsdp2.yaml --num_processes 2 tests/fsdp_worker.py [its arguments]
+    accelerate launch --config_file launch/fsdp2.yaml --num_processes 2 tests/fsdp2_worker.py [its arguments]
 
 The weights are sharded by the same `fully_shard`, gathered over gloo, and saved and loaded by Accelerate.
 """
