@@ -1,14 +1,19 @@
-"""--mode predict: no row of a file is lost, the order stays, broken rows are set aside with their reason; and a job
-that is stopped at any moment ends with the same bytes when the same command is given again."""
+"""--mode predict: no row of a file is lost, the order stays, a broken row is set aside with its reason, and a job that
+is stopped at any moment ends with the same bytes when the same command is given again."""
 
+import contextlib
 import csv
+import datetime
+import decimal
+import functools
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,17 +22,21 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import PROJECT, expect, run_here, run_script, train_here, write_reviews
+from conftest import PROJECT, content_of, expect, run_here, train_here, write_reviews
 from test_accumulation import launch
 from transformers import BertForSequenceClassification
 
 from suite.common import cli
 from suite.encoders.tokenizers import load_tokenizer
-from suite.inference import classifier, labelling, parts
+from suite.inference import labelling
+from suite.inference.classifier import Classifier, Labeller
 from suite.training.devices import SingleDevice
-from utils import load_config
+from utils import UserError, load_config
 
 ADDED = ["predicted", "probability_bad", "probability_good"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained model
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +56,12 @@ def trained(tmp_path_factory, encoder_folder):
 
 @pytest.fixture
 def predicting(trained, tmp_path, monkeypatch):
-    """predicting(input, output) -> the rows that are written, with chunks of 16 rows."""
+    """predicting(input, output) -> the file that is written, in chunks of 16 rows."""
     monkeypatch.setattr(labelling, "CHUNK_ROWS", 16)
 
-    def run(path, name: str = "out.csv", code: int = 0, **options):
-        result = expect(code, run_here(*trained[0], mode="predict", input=str(path), output=str(tmp_path / name),
-                                       **options))
-        return result, tmp_path / name
+    def run(path, name: str = "out.csv") -> Path:
+        expect(0, run_here(*trained[0], mode="predict", input=str(path), output=str(tmp_path / name)))
+        return tmp_path / name
 
     return run
 
@@ -78,9 +86,10 @@ def test_one_text(trained):
 
 
 def test_the_input_s_columns_and_order_with_the_probabilities_of_the_test(trained, predicting):
-    overrides, folder = trained
+    """No row is lost, and the order stays."""
+    folder = trained[1]
     source = folder.parent.parent / "reviews.csv"
-    _, output = predicting(source)
+    output = predicting(source)
     rows, given = rows_of(output), rows_of(source)
     assert list(rows[0]) == ["review", "verdict", *ADDED]
     assert [(row["review"], row["verdict"]) for row in rows] == [(row["review"], row["verdict"]) for row in given]
@@ -90,8 +99,7 @@ def test_the_input_s_columns_and_order_with_the_probabilities_of_the_test(traine
         again = rows[int(row["id"])]
         assert again["predicted"] == row["predicted"]
         assert float(again["probability_good"]) == pytest.approx(float(row["probability_good"]), abs=1e-6)
-    assert not list(output.parent.glob("*rejected*"))
-    assert not list(output.parent.glob("*.parts"))
+    assert {path.name for path in output.parent.iterdir()} == {"out.csv"}
 
 
 def test_every_kind_of_file_says_the_same(trained, predicting, stdin, tmp_path):
@@ -103,29 +111,161 @@ def test_every_kind_of_file_says_the_same(trained, predicting, stdin, tmp_path):
         writer.writerows(rows)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row | {"n": {"at": i}} if i else row) + "\n"
                                                for i, row in enumerate(rows)))
-    table = pa.table({"review": texts, "n": pa.array(range(50), pa.int16()), "when": pa.array(range(50), pa.date32())})
-    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    pyarrow.parquet.write_table(pa.table({"review": texts}), tmp_path / "in.parquet")
     (tmp_path / "in.txt").write_text("".join(text + "\n" for text in texts))
 
-    expected = [{name: row[name] for name in ADDED} for row in rows_of(predicting(tmp_path / "in.csv")[1])]
+    expected = [{name: row[name] for name in ADDED} for row in rows_of(predicting(tmp_path / "in.csv"))]
     for source, target in (("in.jsonl", "a.csv"), ("in.parquet", "b.csv"), ("in.txt", "c.csv")):
-        found = rows_of(predicting(tmp_path / source, target)[1])
+        found = rows_of(predicting(tmp_path / source, target))
         assert list(found[0])[-3:] == ADDED
         assert [{name: row[name] for name in ADDED} for row in found] == expected
-    lines = predicting(tmp_path / "in.jsonl", "out.jsonl")[1].read_text().splitlines()
+    lines = predicting(tmp_path / "in.jsonl", "out.jsonl").read_text().splitlines()
     assert json.loads(lines[7])["n"] == {"at": 7}
     assert json.loads(lines[7])["predicted"] == expected[7]["predicted"]
-    found = pyarrow.parquet.read_table(predicting(tmp_path / "in.parquet", "out.parquet")[1])
-    assert found.schema.field("when").type == pa.date32()
-    assert found.schema.field("n").type == pa.int16()
-    assert found.column("when").to_pylist() == table.column("when").to_pylist()
+    found = pyarrow.parquet.read_table(predicting(tmp_path / "in.parquet", "out.parquet"))
     assert [str(p) for p in found.column("probability_good").to_pylist()] == [row[ADDED[2]] for row in expected]
 
     stdin((tmp_path / "in.txt").read_bytes())
     printed = list(csv.DictReader(io.StringIO(expect(0, run_here(*trained[0], mode="predict", input="-")).stdout)))
     assert [{name: row[name] for name in ADDED} for row in printed] == expected
     stdin((tmp_path / "in.txt").read_bytes())
-    assert rows_of(predicting("-", "d.csv")[1]) == printed
+    assert rows_of(predicting("-", "d.csv")) == printed
+
+
+def test_the_run_s_text_column_is_read(trained):
+    overrides, folder = trained
+    without = [item for item in overrides if "text_column" not in item]
+    named = [item for item in without if "output_dir" not in item and "run_name" not in item]
+    for arguments, model in ((without, None), (named, str(folder))):
+        config = cli.config_for("predict", PROJECT / "config.yaml", arguments, model)
+        assert config.data_config.text_column == "review"
+    chosen = cli.config_for("predict", PROJECT / "config.yaml", [*without, "data_config.text_column=body"])
+    assert chosen.data_config.text_column == "body"
+
+
+def test_any_model_folder(trained, encoder_folder, tmp_path):
+    said = [expect(0, run_here(mode="predict", text="dull dreary film", model=str(folder))).stdout
+            for folder in (trained[1], trained[1] / "best", shutil.copytree(trained[1] / "best", tmp_path / "copy"))]
+    assert said[0] == said[1] == said[2]
+    assert said[0].startswith("bad\n")
+    torch.manual_seed(0)
+    foreign = BertForSequenceClassification.from_pretrained(
+        encoder_folder("bert"), id2label={0: "no", 1: "yes", 2: "?"}, label2id={"no": 0, "yes": 1, "?": 2})
+    foreign.save_pretrained(tmp_path / "foreign")
+    load_tokenizer(encoder_folder("bert")).save_pretrained(tmp_path / "foreign")
+    said = expect(0, run_here("data_config.max_len=32", mode="predict", text="a film", model=str(tmp_path / "foreign")))
+    assert {line.split()[0] for line in said.stdout.splitlines()} == {"no", "yes", "?"}
+    bare = expect(2, run_here("data_config.max_len=32", mode="predict", text="a film", model=encoder_folder("bert")))
+    assert "no weights for classifier" in bare.stderr
+
+
+def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_chunk(trained):
+    overrides, folder = trained
+    config = load_config(PROJECT / "config.yaml", overrides)
+    model = Classifier(folder / "best", config, SingleDevice(config))
+    texts = [row["review"] for row in rows_of(folder.parent.parent / "reviews.csv")]
+    alone = np.concatenate([model.probabilities([text]) for text in texts[:20]])
+    np.testing.assert_allclose(model.probabilities(texts)[:20], alone, atol=1e-6)
+
+
+def test_a_job_knows_the_settings_that_its_model_uses(trained, tmp_path):
+    """Another setting is another job; one that changes nothing is not: the model's config.json says how it cuts."""
+    def described(*more: str) -> dict:
+        config = load_config(PROJECT / "config.yaml", [*trained[0], *more])
+        model = Classifier(trained[1] / "best", config, SingleDevice(config))
+        source = str(trained[1].parent.parent / "reviews.csv")
+        return labelling.Job(source, tmp_path / "out.csv", model, config).describe()
+
+    said = described()
+    assert (said["max_len"], said["truncation"], said["eval_batch_size"], "max_windows" in said) == (
+        32, "head", 256, False)
+    assert described("data_config.max_len=16", "data_config.truncation=tail", "data_config.max_windows=2") == said
+    assert described("data_config.eval_batch_size=7") == said | {"eval_batch_size": 7}
+
+
+@pytest.mark.long
+def test_several_processes_write_the_same_file(trained, tmp_path):
+    source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three chunks, the last one shorter
+    expect(0, launch(2, "main_accumulation.py", *trained[0], "--mode", "predict", "--input", str(source), "--output",
+                     str(tmp_path / "two.csv")))
+    expect(0, run_here(*trained[0], mode="predict", input=str(source), output=str(tmp_path / "one.csv")))
+    assert len(rows_of(tmp_path / "one.csv")) == 5000
+    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+@pytest.mark.parametrize(("words", "arguments"), [
+    ("either --text", ()), ("either --text", ("--text", "a", "--input", "IN")), ("is empty", ("--text", " ")),
+    ("no such file", ("--input", "none.csv")), ("must end in", ("--input", "config.yaml")),
+    ("exists already", ("--input", "IN", "--output", "IN")),
+    ("must end in .csv, .jsonl", ("--input", "IN", "--output", "out.parquet")),
+    ("no such folder", ("--input", "IN", "--output", "/nowhere/out.csv")),
+    ("no such folder", ("--text", "x", "--model", "/nowhere")),
+    ("is for --mode predict, explain, not for train", ("--mode", "train", "--text", "a"))])
+def test_options_that_do_not_fit_are_one_line(words, arguments, tmp_path, monkeypatch, capsys):
+    source = str(write_reviews(tmp_path / "in.csv", 6))
+    monkeypatch.setattr("sys.argv", ["main.py", "--mode", "predict",
+                                     *(source if argument == "IN" else argument for argument in arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.read_command("", accumulates=False)
+    assert left.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job, with a model that costs nothing
+
+
+@functools.cache
+def config_of(column: str = "review"):
+    return load_config(PROJECT / "config.yaml", [f"data_config.text_column={column}", "train_config.device=cpu"])
+
+
+class LengthOfText(Labeller):
+    """Labels a text by its length. After `until` chunks it stops as a signal would stop it."""
+
+    label_names, data_fingerprint = ["bad", "good"], None
+
+    def __init__(self, folder: Path, until: int | None = None):
+        self.folder, self.devices, self.until, self.chunks = folder, SingleDevice(config_of()), until, 0
+
+    def logits(self, texts: list[str]) -> np.ndarray:
+        if self.chunks == self.until:
+            raise SystemExit(130)
+        self.chunks += 1
+        return np.array([[len(text) / 7, 1.0] for text in texts])
+
+
+@pytest.fixture
+def label(tmp_path, monkeypatch):
+    """label(input, name of the output, ...) -> the output; chunks have 16 rows, the text column is `review`."""
+    monkeypatch.setattr(labelling, "CHUNK_ROWS", 16)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+
+    def run(source, name: str = "out.csv", until: int | None = None, column: str = "review") -> Path:
+        job = labelling.Job(str(source), tmp_path / name, LengthOfText(tmp_path / "model", until), config_of(column))
+        with pytest.raises(SystemExit) if until is not None else monkeypatch.context():
+            job.run()
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def many(label, tmp_path) -> tuple[Path, Path]:
+    """(input of 5 chunks, two rows of which are broken; its output)"""
+    source = write_reviews(tmp_path / "many.csv", 70, seed=3)
+    with open(source, "a") as file:
+        file.write('"never closed,bad\n,empty\n')
+    return source, label(source, "whole.csv")
+
+
+def is_as_whole(output: Path) -> bool:
+    """Whether a job left the same bytes as one that nothing disturbed, and nothing else."""
+    whole = output.with_name("whole.csv")
+    return (output.read_bytes() == whole.read_bytes() and not output.with_name(f"{output.name}.parts").exists()
+            and Path(f"{output}.rejected.csv").read_bytes() == Path(f"{whole}.rejected.csv").read_bytes())
 
 
 BROKEN = [  # name, file, rejected rows, words of their problems, texts that stay
@@ -141,152 +281,176 @@ BROKEN = [  # name, file, rejected rows, words of their problems, texts that sta
 
 @pytest.mark.parametrize(("content", "rejected", "words", "texts"), [row[1:] for row in BROKEN],
                          ids=[row[0] for row in BROKEN])
-def test_broken_rows_are_put_aside_and_nothing_else(predicting, tmp_path, content, rejected, words, texts):
+def test_broken_rows_are_set_aside_and_nothing_else(label, tmp_path, capsys, content, rejected, words, texts):
+    """A broken row is set aside with its reason, and no other row is lost."""
     (tmp_path / "in.csv").write_bytes(content)
-    result, output = predicting(tmp_path / "in.csv")
+    output = label(tmp_path / "in.csv")
     assert [row["review"] for row in rows_of(output)] == texts
     aside = rows_of(f"{output}.rejected.csv")
     assert [int(row["row"]) for row in aside] == rejected
     assert all(word in row["problem"] for word, row in zip(words, aside, strict=True))
-    assert words[0] in result.stdout
-    assert f"the broken rows, {len(rejected)}, were skipped" in result.stdout
+    printed = capsys.readouterr().out
+    assert words[0] in printed
+    assert f"the broken rows, {len(rejected)}, were skipped" in printed
 
 
-def test_broken_json_lines(predicting, tmp_path):
+def test_broken_json_lines(label, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"review": "one"}\n{"review": \n\n["x"]\n{"text": "y"}\n{"review": ["z"]}\n'
-                                        b'{"review": null}\n{"review": "\\ud83d"}\n\xff\n' + b"[" * 100_000
-                                        + b'\n{"review": 5}\n'
+                                        b'{"review": null}\n{"review": "\\ud83d"}\n\xff\n{"review": 5}\n'
                                         b'{"review": "x", "predicted": "mine"}\n')
-    _, output = predicting(tmp_path / "in.jsonl", "out.jsonl")
+    output = label(tmp_path / "in.jsonl", "out.jsonl")
     assert [json.loads(line)["review"] for line in output.read_text().splitlines()] == ["one", 5]
     aside = rows_of(f"{output}.rejected.csv")
-    assert [int(row["row"]) for row in aside] == [*range(2, 10), 11]
+    assert [int(row["row"]) for row in aside] == [*range(2, 9), 10]
     for row, word in zip(aside, ("not JSON", "not a JSON object", "no column 'review'", "holds list", "no text",
-                                 "half of", "not UTF-8", "not JSON", "has a column 'predicted'"),
-                         strict=True):
+                                 "half of", "not UTF-8", "has a column 'predicted'"), strict=True):
         assert word in row["problem"]
     assert aside[2]["content"] == '{"text": "y"}'
 
 
-def test_the_run_s_text_column_is_read(trained):
-    overrides, folder = trained
-    without = [item for item in overrides if "text_column" not in item]
-    named = [item for item in without if "output_dir" not in item and "run_name" not in item]
-    for arguments, model in ((without, None), (named, str(folder))):
-        config = cli.config_for("predict", PROJECT / "config.yaml", arguments, model)
-        assert config.data_config.text_column == "review"
-    chosen = cli.config_for("predict", PROJECT / "config.yaml", [*without, "data_config.text_column=body"])
-    assert chosen.data_config.text_column == "body"
-
-
-def test_a_file_without_the_column_or_with_the_added_ones_is_refused(predicting, tmp_path):
+def test_a_file_without_the_column_or_with_the_added_ones_is_refused(label, tmp_path):
+    """Wrong data end in one line before work is lost, and the mended command is no other job."""
     (tmp_path / "in.csv").write_text("text,n\none,1\n")
-    result, output = predicting(tmp_path / "in.csv", code=2)
-    assert result.stderr == (f"error: {tmp_path / 'in.csv'}: no column 'review'; found text, n: set "
-                             "data_config.text_column\n")
-    assert not output.exists()
+    with pytest.raises(UserError, match="in.csv: no column 'review'; found text, n: set data_config.text_column$"):
+        label(tmp_path / "in.csv")
+    assert not list(tmp_path.glob("out.csv*"))
+    assert len(rows_of(label(tmp_path / "in.csv", column="text"))) == 1
     (tmp_path / "in.csv").write_text("review,predicted\none,1\n")
-    assert "has a column 'predicted' already" in predicting(tmp_path / "in.csv", "b.csv", code=2)[0].stderr
+    with pytest.raises(UserError, match="has a column 'predicted' already"):
+        label(tmp_path / "in.csv", "b.csv")
 
 
-@pytest.fixture
-def interrupted(trained, predicting, tmp_path, monkeypatch):
-    """(input, number of chunks that were labelled before the stop) of a job that was stopped in its fourth chunk."""
-    source = write_reviews(tmp_path / "many.csv", 200, seed=3)
-    with open(source, "a") as file:
-        file.write('"never closed,bad\n,empty\n')
-    calls, whole = Counter(), classifier.Classifier.probabilities
-
-    def stopping(self, texts):
-        calls["chunks"] += 1
-        if calls["chunks"] == 4:
-            raise SystemExit(130)
-        return whole(self, texts)
-
-    monkeypatch.setattr(classifier.Classifier, "probabilities", stopping)
-    result, _ = predicting(source, "stopped.csv", code=130)
-    assert "the same command goes on" in result.stdout
-    assert not (tmp_path / "stopped.csv").exists()
-    return source, calls
+def test_without_rows_the_columns_stay(label, tmp_path):
+    (tmp_path / "in.csv").write_text("review,n\n")
+    assert label(tmp_path / "in.csv").read_text().split() == [",".join(["review", "n", *ADDED])]
+    pyarrow.parquet.write_table(pa.table({"review": pa.array([], pa.string()), "n": pa.array([], pa.int16())}),
+                                tmp_path / "in.parquet")
+    found = pyarrow.parquet.read_table(label(tmp_path / "in.parquet", "out.parquet"))
+    assert (found.num_rows, found.column_names) == (0, ["review", "n", *ADDED])
 
 
-def test_a_stopped_job_goes_on_where_it_stopped(predicting, interrupted, tmp_path):
-    source, calls = interrupted
-    result, output = predicting(source, "stopped.csv")
-    assert "going on: 3 chunks of 16 rows" in result.stdout
-    assert calls["chunks"] == 4 + 10  # of 13 chunks, the first three are not labelled again
-    _, whole = predicting(source, "whole.csv")
-    assert output.read_bytes() == whole.read_bytes()
-    assert len(rows_of(whole)) == 200
-    assert (tmp_path / "stopped.csv.rejected.csv").read_bytes() == (tmp_path / "whole.csv.rejected.csv").read_bytes()
-    assert not list(tmp_path.glob("*.parts"))
+def test_a_stopped_job_goes_on_where_it_stopped(label, many, tmp_path, capsys):
+    """A job may be stopped at any moment: the same command ends with the same bits, and labels no row twice."""
+    output = label(many[0], until=2)
+    assert f"the same command goes on from {output}.parts" in capsys.readouterr().out
+    assert not output.exists()
+    half_written = Path(f"{output}.parts") / ".00000003.jsonl.tmp"  # as a kill leaves it
+    half_written.write_text("half")
+    label(many[0], until=2)
+    assert "going on: 2 chunks of 16 rows" in capsys.readouterr().out
+    label(many[0])
+    printed = capsys.readouterr().out
+    assert "going on: 4 chunks" in printed
+    assert f"{output}: 70 rows" in printed
+    assert is_as_whole(output)
 
 
-POINTS = 15  # renames and removals after the last row is labelled, in the job below
-
-
-@pytest.mark.parametrize("point", range(1, POINTS + 2))
-def test_stopped_at_any_point_of_the_joining(predicting, tmp_path, monkeypatch, point):
-    """A job may be killed at any moment: the same command ends with the same bytes in both files."""
-    source = write_reviews(tmp_path / "many.csv", 40, seed=3)
+def test_killed_before_any_rename_or_removal(label, tmp_path, monkeypatch):
+    """A job may be killed at any moment: the same command ends with the same bits in both files, and leaves no folder,
+    also if only the empty one was left."""
+    source = write_reviews(tmp_path / "many.csv", 20, seed=3)
     with open(source, "a") as file:
         file.write(",empty\n")
-    _, whole = predicting(source, "whole.csv")
-    reached = Counter()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it costs most of the time
+    label(source, "whole.csv")
 
-    def stopping(function):
-        def called(*arguments, **settings):
-            reached["calls"] += bool(reached["joining"])
-            if reached["calls"] == point:
-                raise SystemExit(143)
-            return function(*arguments, **settings)
-        return called
+    def attempt(point: int) -> bool:
+        """Whether the job ends before that many renames and removals."""
+        calls = itertools.count(1)
 
-    def joining(*arguments, finish=labelling.Job.finish):
-        reached["joining"] = 1
-        finish(*arguments)
-        reached["joining"] = 0
+        def stopping(function):
+            def called(*arguments, **settings):
+                if next(calls) >= point:  # what a killed process would do afterwards is not done, either
+                    raise SystemExit(137)
+                return function(*arguments, **settings)
+            return called
+
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "replace"), (Path, "unlink"), (Path, "rmdir")):
+                patch.setattr(module, name, stopping(getattr(module, name)))
+            try:
+                label(source)
+            except SystemExit:
+                return False
+        return True
+
+    output, points = tmp_path / "out.csv", itertools.count(1)
+    while not attempt(point := next(points)):
+        with contextlib.suppress(UserError):  # out.csv exists already, as after any job that is done
+            label(source)
+        assert is_as_whole(output), point
+        output.unlink()
+        Path(f"{output}.rejected.csv").unlink()
+    assert is_as_whole(output)
+    assert point > 10
+
+
+def test_parts_of_another_job_are_not_mixed_in(label, many, tmp_path):
+    """Another input or model for the same output is refused in one line, whatever the sizes and times of the files."""
+    source, _ = many
+    folder = label(source, until=3).with_name("out.csv.parts")
+    before, content, times = content_of(folder), source.read_bytes(), source.stat()
+    source.write_bytes(content.replace(b"number 60", b"number 06"))
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match="an interrupted job with another content: .* or remove this folder$"):
+        label(source)
+    source.write_bytes(content)
+    (tmp_path / "model" / "weights").write_text("2")
+    with pytest.raises(UserError, match="with another model: "):
+        label(source)
+    (tmp_path / "model" / "weights").write_text("1")
+    with pytest.raises(UserError, match="with another text_column: "):
+        label(source, column="verdict")
+    assert content_of(folder) == before
+    assert is_as_whole(label(source))
+
+
+def test_what_another_job_has_joined_is_not_taken(label, many, monkeypatch):
+    """Killed when all is joined and only renames are left, a job is still another one than that of another input."""
+    def killed(job):
+        raise SystemExit(137)
 
     with monkeypatch.context() as patch:
-        patch.setattr(labelling.Job, "finish", joining)
-        for module, name in ((os, "replace"), (Path, "unlink"), (Path, "rmdir")):
-            patch.setattr(module, name, stopping(getattr(module, name)))
-        predicting(source, "stopped.csv", code=143 if point <= POINTS else 0)
-    if point < POINTS:
-        predicting(source, "stopped.csv")
-    elif point == POINTS:  # only the empty folder is left, and the job is as done as one that nothing stopped
-        assert "stopped.csv exists already" in predicting(source, "stopped.csv", code=2)[0].stderr
-    assert (tmp_path / "stopped.csv").read_bytes() == whole.read_bytes()
-    assert (tmp_path / "stopped.csv.rejected.csv").read_bytes() == (tmp_path / "whole.csv.rejected.csv").read_bytes()
-    assert point == POINTS or not list(tmp_path.glob("*.parts"))
+        patch.setattr(labelling.Job, "finish", killed)
+        with pytest.raises(SystemExit):
+            label(many[0])
+    other = write_reviews(many[0].with_name("other.csv"), 70, seed=4)
+    with pytest.raises(UserError, match="an interrupted job with another input, content"):
+        label(other)
+    assert is_as_whole(label(many[0]))
 
 
-@pytest.mark.parametrize("changed", ["input", "setting", "damaged", "tokenizer"])
-def test_what_another_job_has_left_is_not_mixed_in(predicting, interrupted, trained, tmp_path, changed):
-    """Another input, model or setting for the same output is refused in one line."""
-    (source, _), options = interrupted, {}
-    if changed == "input":
-        source.write_text(source.read_text() + "one more,good\n")
-    elif changed == "setting":
-        trained = ([*trained[0], "data_config.eval_batch_size=7"], trained[1])
-    elif changed == "tokenizer":
-        model = shutil.copytree(trained[1] / "best", tmp_path / "model")
-        (model / "manifest.json").unlink()
-        (model / "tokenizer.json").write_text((model / "tokenizer.json").read_text().replace("gripping", "gropping"))
-        options["model"] = str(model)
-    else:
-        (tmp_path / "stopped.csv.parts" / "job.json").write_text("{")
-    before = sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir())
-    result = expect(2, run_here(*trained[0], mode="predict", input=str(source), output=str(tmp_path / "stopped.csv"),
-                                **options))
-    assert "remove this folder" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert sorted(path.name for path in (tmp_path / "stopped.csv.parts").iterdir()) == before
+def test_a_job_is_known_by_all_files_of_its_model_and_its_input(tmp_path):
+    """A stack's members have folders of their own in its folder, and a folder's texts have names."""
+    for name in ("stack/member-1", "texts/pos", "texts/neg"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "stack" / "member-1" / "weights").write_text("1")
+    (tmp_path / "texts" / "pos" / "1.txt").write_text("a film")
+    job = labelling.Job(str(tmp_path / "texts"), tmp_path / "out.csv", LengthOfText(tmp_path / "stack"),
+                        config_of())
+    first = job.describe()
+    assert job.describe() == first
+    (tmp_path / "stack" / "member-1" / "weights").write_text("2")
+    assert {key for key, value in job.describe().items() if value != first[key]} == {"model"}
+    (tmp_path / "texts" / "pos" / "1.txt").rename(tmp_path / "texts" / "neg" / "1.txt")
+    assert {key for key, value in job.describe().items() if value != first[key]} == {"model", "content"}
+
+
+def test_other_texts_on_standard_input_are_a_new_job(label, stdin, tmp_path, capsys):
+    stdin(b"one\n" * 40)
+    label("-", until=1)
+    stdin(b"two\n" * 20)
+    label("-", until=1)
+    assert "going on" not in capsys.readouterr().out
+    stdin(b"two\n" * 20)
+    assert [row["text"] for row in rows_of(label("-"))] == ["two"] * 20
+    assert "going on: 1 chunks" in capsys.readouterr().out  # the same texts again
 
 
 @pytest.mark.parametrize("kind", ["file", "standard input"])
 @pytest.mark.parametrize("moment", ["before", "while labelling"])
-def test_a_full_disk_is_named_by_the_output_and_the_job_goes_on(predicting, stdin, tmp_path, monkeypatch, kind, moment):
+def test_a_full_disk_is_named_by_the_output_and_the_job_goes_on(label, stdin, tmp_path, monkeypatch, kind, moment):
+    """A job may run out of disk at any moment."""
     lines = "".join(f"a gripping film number {number}\n" for number in range(100))
     (tmp_path / "many.txt").write_text(lines)
     source = tmp_path / "many.txt" if kind == "file" else "-"
@@ -297,113 +461,112 @@ def test_a_full_disk_is_named_by_the_output_and_the_job_goes_on(predicting, stdi
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if moment == "before" else 1500, limits[1]))
         stdin(lines.encode())
         try:  # job.json has less than 1,500 bytes, 16 labelled rows and the copy of standard input have more
-            error = predicting(source, code=2)[0].stderr
+            with pytest.raises(UserError, match=f"^{tmp_path}: no room to write 1 MB.* make room or choose another "
+                                                "--output$"):
+                label(source)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error.startswith(f"error: {tmp_path}: no room to write 1 MB")
-    assert error.rstrip().endswith("make room or choose another --output")
-    assert "output_dir" not in error
     stdin(lines.encode())
-    assert len(rows_of(predicting(source)[1])) == 100
+    assert len(rows_of(label(source))) == 100
 
 
-def test_other_texts_on_standard_input_are_a_new_job(predicting, interrupted, stdin, tmp_path):
-    stdin(b"one\n" * 20)
-    error = predicting("-", "stopped.csv", code=2)[0].stderr  # a file's job is not standard input's
-    assert "an interrupted job with another input, content" in error
-    calls = interrupted[1]
-    calls["chunks"] = 2
-    stdin(b"one\n" * 40)
-    predicting("-", "stdin.csv", code=130)
-    stdin(b"two\n" * 20)
-    calls["chunks"] = 2
-    predicting("-", "stdin.csv", code=130)
-    stdin(b"two\n" * 20)
-    result, output = predicting("-", "stdin.csv")
-    assert "going on: 1 chunks" in result.stdout  # the same texts again
-    assert [row["text"] for row in rows_of(output)] == ["two"] * 20
+def test_an_output_that_appears_meanwhile_is_not_written_over(label, many, monkeypatch):
+    join = labelling.Job.join
+    with monkeypatch.context() as patch:
+        patch.setattr(labelling.Job, "join", lambda job, *rest: (job.output.write_text("mine"), join(job, *rest)))
+        with pytest.raises(UserError, match="out.csv exists already"):
+            label(many[0])
+    output = many[1].with_name("out.csv")
+    assert output.read_text() == "mine"
+    output.unlink()
+    assert is_as_whole(label(many[0]))
 
 
-def test_an_output_that_appears_meanwhile_is_not_written_over(predicting, tmp_path, monkeypatch):
-    source, join = write_reviews(tmp_path / "few.csv", 6), parts.Parts.join
-    monkeypatch.setattr(parts.Parts, "join", lambda job, *rest: (job.output.write_text("mine"), join(job, *rest)))
-    assert "out.csv exists already" in predicting(source, code=2)[0].stderr
-    assert (tmp_path / "out.csv").read_text() == "mine"
-    (tmp_path / "out.csv").unlink()
-    monkeypatch.setattr(parts.Parts, "join", join)
-    assert len(rows_of(predicting(source)[1])) == 6
+def test_a_second_process_is_refused(label, many):
+    """Two processes cannot write one labelled file at the same time."""
+    label(many[0], "other.csv", until=3)
+    folder = shutil.copytree(many[1].with_name("other.csv.parts"), many[1].with_name("out.csv.parts"))
+    before, processes = content_of(folder), multiprocessing.get_context("fork")
+    holds, may_leave = processes.Event(), processes.Event()
+
+    def hold() -> None:
+        labelling.lock(folder, "", inside=".job.lock")
+        holds.set()
+        may_leave.wait(60)
+
+    other = processes.Process(target=hold)
+    other.start()
+    assert holds.wait(60)
+    with pytest.raises(UserError, match=f"^{folder} is in use by another process"):
+        label(many[0])
+    assert content_of(folder) == before
+    may_leave.set()
+    other.join()
+    assert is_as_whole(label(many[0]))
 
 
-def test_a_mended_mistake_is_no_other_job(predicting, trained, tmp_path):
-    source, output = write_reviews(tmp_path / "few.csv", 6), tmp_path / "out.csv"
-    wrong = run_here(*trained[0], "data_config.text_column=other", mode="predict", input=str(source),
-                     output=str(output))
-    assert "no column 'other'" in wrong.stderr
-    assert len(rows_of(predicting(source)[1])) == 6
+def test_processes_take_turns_with_the_chunks(label, many, tmp_path, monkeypatch):
+    """Two processes, one after the other: each chunk is labelled once, and the joined file is that of one process."""
+    monkeypatch.setattr(labelling, "num_processes", lambda: 2)
+    jobs = []
+    for rank in (0, 1):
+        jobs.append(labelling.Job(str(many[0]), tmp_path / "out.csv", LengthOfText(tmp_path / "model"), config_of()))
+        jobs[rank].devices.is_main = rank == 0
+        monkeypatch.setattr(labelling, "process_rank", lambda rank=rank: rank)
+        if rank == 0:
+            jobs[0].open()
+        result = jobs[rank].label_chunks(set())
+    assert [job.classifier.chunks for job in jobs] == [3, 2]
+    jobs[0].join(*result)
+    jobs[0].finish()
+    assert is_as_whole(tmp_path / "out.csv")
 
 
-def test_without_rows_the_columns_stay(predicting, tmp_path):
-    (tmp_path / "in.csv").write_text("review,n\n")
-    assert predicting(tmp_path / "in.csv")[1].read_text().split() == [",".join(["review", "n", *ADDED])]
-    table = pa.table({"review": pa.array([], pa.string()), "n": pa.array([], pa.int16())})
-    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
-    found = pyarrow.parquet.read_table(predicting(tmp_path / "in.parquet", "out.parquet")[1])
-    assert (found.num_rows, found.column_names) == (0, ["review", "n", *ADDED])
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrow's types
+
+TIME, BIG = pa.time64("ns"), 10**18 + 123456789
+COLUMNS = {
+    "time64": pa.array([123456789123, 1, None], TIME),
+    "timestamp": pa.array([BIG, 1, None], pa.timestamp("ns")),
+    "timestamp with zone": pa.array([BIG, 1, None], pa.timestamp("ns", "Europe/Vienna")),
+    "duration": pa.array([BIG, 1, None], pa.duration("ns")),
+    "decimal128": pa.array([decimal.Decimal("1.230"), None, None], pa.decimal128(30, 3)),
+    "decimal256": pa.array([decimal.Decimal("1" * 60), None, None], pa.decimal256(70, 3)),
+    "large_string": pa.array(["a", "\u2028", None], pa.large_string()),
+    "binary": pa.array([b"\x00\xff", b"", None]),
+    "dictionary": pa.array(["x", "y", None]).dictionary_encode(),
+    "lists": pa.array([[[123456789123, None]], [[]], None], pa.list_(pa.list_(TIME))),
+    "structs": pa.array([{"a": 123456789123, "b": [{"c": 5}]}, {"a": None, "b": None}, None], pa.struct(
+        [("a", TIME), ("b", pa.list_(pa.struct([("c", pa.duration("ns"))])))])),
+    "map": pa.array([[("key", 123456789123)], [], None], pa.map_(pa.string(), TIME)),
+    "lists of one size": pa.array([[1, 2], [3, None], None], pa.list_(pa.int8(), 2)),
+    "float16": pa.array([np.float16(1.5), np.float16("inf"), None], pa.float16()),
+    "uint64": pa.array([2**64 - 1, 0, None], pa.uint64()),
+    "date64": pa.array([datetime.date(2020, 1, 1), datetime.date(1, 1, 1), None], pa.date64()),
+    "null": pa.nulls(3)}
 
 
-def test_several_processes_write_the_same_file(trained, tmp_path):
-    source = write_reviews(tmp_path / "many.csv", 5000, seed=4)  # three chunks, the last one shorter
-    expect(0, launch(2, "main_accumulation.py", *trained[0], "--mode", "predict", "--input", str(source), "--output",
-                     str(tmp_path / "two.csv")))
-    expect(0, run_here(*trained[0], mode="predict", input=str(source), output=str(tmp_path / "one.csv")))
-    assert len(rows_of(tmp_path / "one.csv")) == 5000
-    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+def test_every_arrow_type_comes_back_as_it_was(label, tmp_path):
+    rows = 40  # three chunks; the eleventh row is broken
+    texts = pa.array([f"a film number {row}" if row != 10 else "" for row in range(rows)])
+    places = pa.array(np.arange(rows) % 3)
+    table = pa.table({"review": texts, **{name: column.take(places) for name, column in COLUMNS.items()}})
+    text, time, *others = table.schema
+    fields = [text.with_nullable(False), time.with_metadata({"unit": "ns"}), *others]
+    table = pa.Table.from_arrays(table.columns, schema=pa.schema(fields))
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    expected = pyarrow.parquet.read_table(tmp_path / "in.parquet")
+    expected = pa.concat_tables([expected.slice(0, 10), expected.slice(11)])
 
+    found = pyarrow.parquet.read_table(label(tmp_path / "in.parquet", "out.parquet"))
+    assert found.column_names == [*table.column_names, *ADDED]
+    for name in expected.column_names:
+        assert found.schema.field(name).equals(expected.schema.field(name), check_metadata=True), name
+        assert found[name].combine_chunks().equals(expected[name].combine_chunks()), name
 
-def test_any_model_folder(trained, encoder_folder, tmp_path):
-    copy = tmp_path / "elsewhere"
-    copy.symlink_to(trained[1] / "best")
-    said = [expect(0, run_here(mode="predict", text="dull dreary film", model=str(folder))).stdout
-            for folder in (trained[1] / "best", copy)]
-    assert said[0] == said[1]
-    assert said[0].startswith("bad\n")
-    torch.manual_seed(0)
-    foreign = BertForSequenceClassification.from_pretrained(
-        encoder_folder("bert"), id2label={0: "no", 1: "yes", 2: "?"}, label2id={"no": 0, "yes": 1, "?": 2})
-    foreign.save_pretrained(tmp_path / "foreign")
-    load_tokenizer(encoder_folder("bert")).save_pretrained(tmp_path / "foreign")
-    said = expect(0, run_here("data_config.max_len=32", mode="predict", text="a film", model=str(tmp_path / "foreign")))
-    assert {line.split()[0] for line in said.stdout.splitlines()} == {"no", "yes", "?"}
-    bare = run_here("data_config.max_len=32", mode="predict", text="a film", model=encoder_folder("bert"))
-    assert bare.returncode == 2
-    assert "no weights for classifier" in bare.stderr
-    assert "no such folder" in refusal("--mode", "predict", "--text", "x", "--model", str(tmp_path / "nowhere"))
-
-
-def refusal(*arguments: str) -> str:
-    result = expect(2, run_script("main.py", *arguments))
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
-
-
-def test_options_that_do_not_fit_are_refused(tmp_path):
-    source = str(write_reviews(tmp_path / "in.csv", 6))
-    (tmp_path / "there.csv").touch()
-    for words, arguments in [
-            ("either --text", ()), ("either --text", ("--text", "a", "--input", source)), ("is empty", ("--text", " ")),
-            ("no such file", ("--input", str(tmp_path / "none.csv"))), ("must end in", ("--input", "config.yaml")),
-            ("exists already", ("--input", source, "--output", str(tmp_path / "there.csv"))),
-            ("must end in .csv, .jsonl", ("--input", source, "--output", "out.parquet")),
-            ("no such folder", ("--input", source, "--output", str(tmp_path / "no" / "out.csv")))]:
-        assert words in refusal("--mode", "predict", *arguments)
-    assert "is for --mode predict, explain, not for train" in refusal("--text", "a")
-
-
-def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_chunk(trained):
-    overrides, folder = trained
-    config = load_config(PROJECT / "config.yaml", overrides)
-    model = classifier.Classifier(folder / "best", config, SingleDevice(config))
-    texts = [row["review"] for row in rows_of(folder.parent.parent / "reviews.csv")]
-    alone = np.concatenate([model.probabilities([text]) for text in texts[:20]])
-    np.testing.assert_allclose(model.probabilities(texts)[:20], alone, atol=1e-6)
+    row = json.loads(label(tmp_path / "in.parquet", "out.jsonl").read_text().split("\n")[0])
+    shown = {"time64": "00:02:03.456789", "lists": [["00:02:03.456789", None]], "uint64": 2**64 - 1,
+             "map": [["key", "00:02:03.456789"]], "decimal128": "1.230"}
+    assert {name: row[name] for name in shown} == shown
+    assert all("123456789" in row[name] for name in ("timestamp", "timestamp with zone", "duration"))

@@ -29,7 +29,7 @@ from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits
 from suite.encoders.loading import STACK
-from suite.inference.opening import log_odds, member_name
+from suite.inference.classifier import log_odds, member_name
 from suite.training.devices import SingleDevice
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import FittedRun, write_results, write_validation
@@ -52,6 +52,8 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice: name different runs")
+    if around := next((folder for folder in folders if folder.resolve() in output.resolve().parents), None):
+        raise UserError(f"--output: {output} lies in {around}, a run that it combines: choose another place")
     valid = read_valid(runs)
     config = configuration(runs, output)
     refuse_existing_output(config)
@@ -114,9 +116,8 @@ def refuse_existing_output(config: Config) -> None:
     """Raises UserError if the output is there, unless it is what the same command left when it was killed."""
     folder = config.run_folder
     path = folder / "config.yaml"
-    # A kill may have come after the lock and before the first file.
-    is_begun = (folder / ".lock").exists() and all(there.name.startswith(".") for there in folder.iterdir())
-    if os.path.lexists(folder) and not is_begun and (
+    is_empty = folder.is_dir() and all(there.name.startswith(".") for there in folder.iterdir())  # or hardly begun
+    if os.path.lexists(folder) and not is_empty and (
             not path.is_file() or read_metrics(folder) or differences(path, config)):
         raise UserError(f"--output: {folder} exists already: choose another name, or remove it")
 

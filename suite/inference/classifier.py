@@ -1,9 +1,14 @@
-"""A trained model with its tokenizer, from texts to probabilities."""
+"""Opens a trained model, whatever kind it is, and takes texts to probabilities: an encoder with its tokenizer, a bag of
+words, or finished runs stacked.
+
+A stack's folder holds its members' folders, `member-1/`, `member-2/`, ..., and in config.json the weights by which a
+logistic regression combines them: of each member's log-odds against class 0, clipped as `log_odds` says.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +20,11 @@ from torch import nn
 from data import Encode, IMDBDataset, eval_batch_size
 from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
+from suite.common.cli import Command
 from suite.common.protocols import Devices
-from suite.encoders.loading import load_model, says_how_to_cut
+from suite.common.run_folder import best_model
+from suite.common.storage import MANIFEST, read_json, refuse_damage
+from suite.encoders.loading import STACK, kind_of, load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.tokenizers import (
     COMPARED_TEXTS,
@@ -26,7 +34,21 @@ from suite.encoders.tokenizers import (
     refuse_unknown_words,
 )
 from suite.reviews.sampling import evaluation_batches
-from utils import Config, UserError
+from utils import BAG_OF_WORDS, Config, UserError
+
+LEAST = 1e-9  # a probability below it counts as this: the logarithm of 0 is no number, and no model is that certain
+
+
+def chosen_model(command: Command) -> Path:
+    """The folder of the model that a command names, itself or by its run, or of the best one of the configured run."""
+    folder = Path(command.model or command.config.run_folder)
+    return folder if command.model and not (folder / "config.yaml").is_file() else best_model(folder)
+
+
+def open_classifier(folder: Path, config: Config, devices: Devices) -> Labeller:
+    """Raises UserError if the folder holds no trained model whose files belong together."""
+    kinds = {BAG_OF_WORDS: Words, STACK: Stack}
+    return kinds.get(kind_of(folder), Classifier)(folder, config, devices)
 
 
 class Labeller:
@@ -127,3 +149,60 @@ class Classifier(Labeller):
         result = np.empty((len(texts), len(self.label_names)))
         result[ids] = logits
         return result
+
+
+class Words(Labeller):
+    """A bag of words."""
+
+    def __init__(self, folder: Path, config: Config, devices: Devices):
+        from suite.encoders.bag_of_words import load_bag_of_words  # imports scikit-learn, which nothing else here needs
+
+        self.folder, self.devices, words = folder, devices, load_bag_of_words(folder)
+        self.label_names, self.data_fingerprint = words.label_names, words.data_fingerprint
+        self.logits = words.logits
+
+
+class Stack(Labeller):
+    """Finished runs of one split, combined by a logistic regression on their log-odds."""
+
+    def __init__(self, folder: Path, config: Config, devices: Devices):
+        self.folder, self.devices = folder, devices
+        if (folder / MANIFEST).exists():
+            refuse_damage(folder)
+        values = read_json(folder / "config.json")
+        self.label_names = [values["id2label"][str(label)] for label in range(len(values["id2label"]))]
+        self.data_fingerprint = values["data_fingerprint"]
+        self.weights, self.intercept = (np.array(values[key], np.float64) for key in ("weights", "intercept"))
+        self.members = [open_classifier(folder / member_name(number), config, devices)
+                        for number in range(len(values["members"]))]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"members": [member.settings for member in self.members]}
+
+    def cast_weights(self) -> None:
+        for member in self.members:
+            member.cast_weights()
+
+    def gives_tokens(self, text: str) -> bool:
+        return all(member.gives_tokens(text) for member in self.members)
+
+    def logits(self, texts: list[str]) -> np.ndarray:
+        from suite.encoders.bag_of_words import class_logits
+
+        features = log_odds([member.probabilities(texts) for member in self.members])
+        return class_logits(features @ self.weights.T + self.intercept)
+
+
+def member_name(number: int) -> str:
+    """The folder of a member, counted from 0, in the stack's folder."""
+    return f"member-{number + 1}"
+
+
+def log_odds(probabilities: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, members x (classes - 1)): the log-odds of classes 1, 2, ... against class 0, member by member.
+
+    `probabilities`: (n, classes) of each member; one below LEAST counts as LEAST.
+    """
+    logs = [np.log(np.maximum(values, LEAST)) for values in probabilities]
+    return np.hstack([values[:, 1:] - values[:, :1] for values in logs])

@@ -20,8 +20,7 @@ from suite.common.protocols import Devices
 from suite.common.run_folder import read_mistakes
 from suite.common.storage import atomic_write, room_for
 from suite.inference.attribution import Explanation, attribute
-from suite.inference.classifier import Classifier
-from suite.inference.predict import model_folder
+from suite.inference.classifier import Classifier, chosen_model
 from utils import UserError, printable, say
 
 MISTAKES, SHOWN_MISTAKES, SHOWN_WORDS = 20, 3, 10
@@ -147,7 +146,7 @@ def explain(command: Command, devices: Devices) -> None:
     config, text, output = command.config, command.text, command.output and Path(command.output)
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {output.absolute().parent}")
-    folder = model_folder(command)
+    folder = chosen_model(command)
     if text is not None:
         rows, title = [{"text": text}], "What the decision rests on"
     else:

@@ -39,9 +39,8 @@ from suite.common.storage import MANIFEST, new_folder, room_for, write_json
 from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
-from suite.inference.classifier import Classifier
+from suite.inference.classifier import Classifier, chosen_model
 from suite.inference.onnx_file import OnnxModel, refuse_missing_packages, write_onnx
-from suite.inference.predict import model_folder
 from suite.inference.quantize import Validation, load_validation, write_int8
 from utils import PROJECT, UserError, say
 
@@ -60,7 +59,7 @@ def export(command: Command, devices: Devices) -> None:
     """
     if "onnx" in command.formats:
         refuse_missing_packages()
-    folder = model_folder(command)
+    folder = chosen_model(command)
     target = output_folder(command)
     if not devices.is_main:
         return

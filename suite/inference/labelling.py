@@ -1,11 +1,20 @@
-"""Labels the rows of a file chunk by chunk, so that an interrupted job goes on where it stopped.
+"""Labels the rows of a file, or of standard input, into another file. A job that was stopped goes on where it stopped.
 
-Memory does not grow with the file: what is labelled of each chunk goes into a file of its own, see parts.py. Several
-processes share the chunks. When all of them are labelled, the main process joins their files into the output.
+Rows are read, labelled and written in chunks, so memory does not grow with the file. Several processes share the
+chunks. Until the last row is labelled, everything lies in a folder beside the output:
+
+    labelled.csv.parts/job.json         the input, the model and the settings: parts of another job are refused
+    labelled.csv.parts/input.txt        a copy of standard input, if that is the input
+    labelled.csv.parts/00000003.jsonl   the labelled rows of chunk 3 (.parquet if the output is a .parquet file)
+    labelled.csv.parts/rejected.csv     all broken rows; it becomes labelled.csv.rejected.csv
+    labelled.csv.parts/output.csv       all labelled rows; it becomes labelled.csv, and then the folder is removed
+
+A file gets its name when it is complete and on the disk, so the process may be killed at any moment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -19,17 +28,30 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 from tqdm import tqdm
 
 from suite.common.stopping import SIGNALS
-from suite.common.storage import NOT_SUMMED, atomic_write, lock, refuse_existing, room_for, sha256_of, write_json
+from suite.common.storage import (
+    CARD,
+    MANIFEST,
+    atomic_write,
+    lock,
+    read_json,
+    refuse_existing,
+    room_for,
+    sha256_of,
+    sync_folder,
+    write_json,
+)
 from suite.inference.classifier import Labeller
-from suite.inference.parts import Parts
 from suite.reviews.rows import Row, as_text, column_problem, columns_of, listed, read_rows, size_of, text_files
 from suite.reviews.sampling import CHUNK_ROWS
 from utils import Config, UserError, file_kind, num_processes, process_rank, say
 
 SHOWN = 3  # broken rows that are printed; the file of rejected rows has all of them
+PART_DIGITS = 8  # of the number of a chunk in its file's name
 
 
 def text_column_of(path: str, column: str) -> str:
@@ -87,18 +109,23 @@ class Job:
     """The labelling of one file, or of standard input, into another file."""
 
     def __init__(self, path: str, output: Path, classifier: Labeller, config: Config):
-        self.classifier, self.devices = classifier, classifier.devices
-        self.parts = Parts(path, output, classifier.added)
-        self.source, self.from_stdin = self.parts.source, path == "-"
+        """`path` is the input, - for standard input."""
+        self.output, self.classifier, self.devices = output, classifier, classifier.devices
+        self.folder = output.with_name(output.name + ".parts")
+        self.rejected = output.with_name(output.name + ".rejected.csv")
+        self.description_file = self.folder / "job.json"
+        self.joined, self.joined_rejected = self.folder / f"output{output.suffix}", self.folder / "rejected.csv"
+        self.from_stdin = path == "-"
+        self.source = str(self.folder / "input.txt") if self.from_stdin else path
         self.column = text_column_of(path, config.data_config.text_column)
 
     def run(self) -> None:
-        parts, output, is_main = self.parts, self.parts.output, self.devices.is_main
-        with room_for(output.parent, fix="make room or choose another --output"):
+        is_main = self.devices.is_main
+        with room_for(self.output.parent, fix="make room or choose another --output"):
             if self.open():
-                say(f"{output} is done")
+                say(f"{self.output} is done")
                 return
-            done = set(parts.files())
+            done = set(self.parts())
             self.devices.barrier()  # every process has to see what was done before any of them does more
             if done:
                 say(f"going on: {len(done):,} chunks of {CHUNK_ROWS:,} rows are labelled already")
@@ -108,21 +135,22 @@ class Job:
                     counts, columns = self.label_chunks(done)
                 self.devices.barrier()
                 if is_main:
-                    self.finish(counts, columns)
+                    self.join(counts, columns)
+                    self.finish()
             except UserError:
-                if is_main and not parts.files():  # nothing is labelled, so nothing is left behind
-                    parts.remove()
+                if is_main and not self.parts():  # nothing is labelled, so nothing is left behind
+                    self.remove()
                 raise
             except SystemExit:
-                say(f"stopped: the same command goes on from {parts.folder}")
+                say(f"stopped: the same command goes on from {self.folder}")
                 raise
         seconds = time.perf_counter() - started
-        say(f"{output}: {counts['rows'] - counts['broken']:,} rows, {counts['labelled'] / seconds:,.1f} a second")
+        say(f"{self.output}: {counts['rows'] - counts['broken']:,} rows, {counts['labelled'] / seconds:,.1f} a second")
         if counts["broken"]:
-            say(f"{parts.rejected}: the broken rows, {counts['broken']:,}, were skipped")
+            say(f"{self.rejected}: the broken rows, {counts['broken']:,}, were skipped")
 
     def open(self) -> bool:
-        """Let the main process take the folder of parts for this job; if it fails, all processes leave.
+        """Let the main process take the folder for this job; if it fails, all processes leave.
 
         Returns whether the job was done but for the last renames, which have been made now.
         """
@@ -138,10 +166,9 @@ class Job:
 
     def take_folder(self) -> bool:
         """Raises UserError if the folder is in use or holds parts of another job, or if there is an output already."""
-        parts = self.parts
-        lock(parts.folder, "choose another --output", inside=".job.lock")
-        parts.folder.mkdir(exist_ok=True)  # `lock` has made it, except where there are no locks
-        before = parts.read_job()
+        lock(self.folder, "choose another --output", inside=".job.lock")
+        self.folder.mkdir(exist_ok=True)  # `lock` has made it, except where there are no locks
+        before = read_json(self.description_file) if self.description_file.exists() else {}
         is_joined = before.pop("joined", False)
         if self.from_stdin:
             with atomic_write(self.source, "wb") as file:
@@ -149,26 +176,43 @@ class Job:
         self.description = self.describe()
         differing = [key for key, value in self.description.items() if before.get(key) != value]
         if is_joined and not differing:
-            parts.place_joined()
+            self.finish()
             return True
-        refuse_existing(parts.output, parts.rejected)  # again: they may have been written since the command began
+        try:
+            refuse_existing(self.output, self.rejected)  # again: they may have been written since the command began
+        except UserError:
+            if not before:  # a kill after the last file was removed has left the folder of a job that was done
+                self.remove()
+            raise
         if self.from_stdin and differing == ["content"]:  # a new job: the texts that were piped in before are gone
-            parts.remove_files()
-        if differing and parts.files():
-            raise UserError(f"{parts.folder} holds the rows of an interrupted job with another {', '.join(differing)}: "
+            for path in self.parts().values():
+                path.unlink()
+        if differing and self.parts():
+            raise UserError(f"{self.folder} holds the rows of an interrupted job with another {', '.join(differing)}: "
                             "give its command again, choose another --output, or remove this folder")
-        write_json(parts.job, self.description)
-        parts.remove_damaged()
+        write_json(self.description_file, self.description)
         return False
 
     def describe(self) -> dict[str, Any]:
         """Everything that the labels depend on."""
         source, model = Path(self.source).resolve(), self.classifier.folder
         texts = text_files(source) if source.is_dir() else [source]
-        return {"input": str(source), "content": sum_of_files(source, texts),
-                "model": sum_of_files(model, (path for path in model.rglob("*")
-                                              if path.is_file() and path.name not in NOT_SUMMED)),
+        of_model = [path for path in model.rglob("*") if path.is_file() and path.name not in (CARD, MANIFEST)]
+        return {"input": str(source), "content": sum_of_files(source, texts), "model": sum_of_files(model, of_model),
                 "text_column": self.column, "chunk_rows": CHUNK_ROWS, **self.classifier.settings}
+
+    def parts(self) -> dict[int, Path]:
+        """{number of a chunk, from 1: the file of its labelled rows}."""
+        kind = ".parquet" if self.output.suffix == ".parquet" else ".jsonl"
+        return {int(path.stem): path for path in self.folder.glob(f"*{kind}") if path.stem.isdigit()}
+
+    def remove(self) -> None:
+        """Remove what the job has written. What says which job it was goes last, and then the folder."""
+        for pattern in ("[0-9]" * PART_DIGITS + "*", ".*", "input.txt", "rejected.csv", "output.*", "job.json"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        with contextlib.suppress(OSError):  # somebody has put something into it
+            self.folder.rmdir()
 
     def label_chunks(self, done: set[int]) -> tuple[Counter, dict[str, None]]:
         """Label the chunks that are not `done`, in which the processes take turns, and write all broken rows aside.
@@ -182,7 +226,7 @@ class Job:
         with (tqdm(desc="predict", total=size_of(self.source), unit_scale=True, dynamic_ncols=True,
                    unit="row" if file_kind(self.source) == ".parquet" else "B",
                    disable=process_rank() > 0 or not sys.stderr.isatty()) as bar,
-              atomic_write(self.parts.joined_rejected) if self.devices.is_main else open(os.devnull, "w") as file):
+              atomic_write(self.joined_rejected) if self.devices.is_main else open(os.devnull, "w") as file):
             rejected = csv.writer(file)
             rejected.writerow(["row", "problem", "content"])
             for number, chunk in enumerate(chunks, start=1):
@@ -195,24 +239,73 @@ class Job:
                     columns |= dict.fromkeys(row.values)
                 if number not in done:
                     if next(turns) == process_rank():
-                        self.parts.write(number, label(self.classifier, chunk), chunk)
+                        self.write_part(number, label(self.classifier, chunk), chunk)
                     counts.update(labelled=len(chunk))
                 bar.update(chunk[-1].position - bar.n)
                 if SIGNALS.received:
                     raise SystemExit(SIGNALS.exit_code)
         return counts, columns
 
-    def finish(self, counts: Counter, columns: dict[str, None]) -> None:
-        """Join the parts. Once job.json says that they are joined, only renames are left to do."""
-        if self.describe() != self.description:
-            self.parts.remove_files()  # some rows may have been labelled before the change, and some after it
-            raise UserError(f"{self.source}, or the model, has changed while it was labelled: give the command again, "
-                            "which starts afresh")
-        self.parts.join(counts["chunks"], [*columns, *self.classifier.added])
+    def write_part(self, number: int, labelled: list[dict[str, Any]], chunk: list[Row]) -> None:
+        """`labelled`: the values of the chunk's whole rows, with what is predicted for them."""
+        is_parquet = self.output.suffix == ".parquet"
+        name = f"{number:0{PART_DIGITS}d}{'.parquet' if is_parquet else '.jsonl'}"
+        with atomic_write(self.folder / name, "wb") as file:
+            if is_parquet:
+                pyarrow.parquet.write_table(self.table(labelled, chunk), file)
+            else:
+                file.writelines(f"{json.dumps(values, ensure_ascii=False, default=str)}\n".encode()
+                                for values in labelled)
+
+    def table(self, labelled: list[dict[str, Any]], chunk: list[Row]) -> pa.Table:
+        """The whole rows of a .parquet input as Arrow has read them, with the added columns behind theirs."""
+        own, added = self.schemas()
+        places = enumerate(row.source for row in chunk if not row.problem)
+        slices = []  # of rows without a broken one between them: slices work with every type, which `take` does not
+        for _, rows in itertools.groupby(places, lambda place: (id(place[1][0]), place[1][1] - place[0])):
+            (_, (batch, first)), *others = rows
+            slices.append(batch.slice(first, 1 + len(others)).replace_schema_metadata())
+        table = pa.Table.from_batches(slices, own)
+        for field in added:
+            table = table.append_column(field, pa.array([values[field.name] for values in labelled], field.type))
+        return table
+
+    def schemas(self) -> tuple[pa.Schema, pa.Schema]:
+        """The columns of a .parquet input with their own types, and the added ones."""
+        own = pyarrow.parquet.read_schema(self.source).remove_metadata()
+        return own, pa.schema([(name, pa.string() if name == "predicted" else pa.float64())
+                               for name in self.classifier.added])
+
+    def join(self, counts: Counter, columns: dict[str, None]) -> None:
+        """Join the parts in their order. Once job.json says that they are joined, only renames are left to do."""
+        parts, kind = self.parts(), self.output.suffix
+        files = [parts[number] for number in range(1, counts["chunks"] + 1)]
+        with atomic_write(self.joined, "w" if kind == ".csv" else "wb") as output:
+            if kind == ".parquet":
+                with pyarrow.parquet.ParquetWriter(output, pa.unify_schemas(self.schemas())) as writer:
+                    for file in files:
+                        writer.write_table(pyarrow.parquet.ParquetFile(file).read())
+            elif kind == ".jsonl":
+                output.writelines(file.read_bytes() for file in files)
+            else:
+                writer = csv.DictWriter(output, [*columns, *self.classifier.added])
+                writer.writeheader()
+                for file in files:
+                    with open(file, encoding="utf-8") as lines:
+                        writer.writerows(cells(json.loads(line)) for line in lines)
         if not counts["broken"]:
-            self.parts.joined_rejected.unlink()
-        write_json(self.parts.job, self.description | {"joined": True})
-        self.parts.place_joined()
+            self.joined_rejected.unlink()
+        write_json(self.description_file, self.description | {"joined": True})
+
+    def finish(self) -> None:
+        """Give the joined files their names, those that a killed process has not placed, and remove the folder."""
+        unplaced = [(path, place) for path, place in ((self.joined_rejected, self.rejected), (self.joined, self.output))
+                    if path.exists()]
+        refuse_existing(*(place for _, place in unplaced))
+        for path, place in unplaced:
+            os.replace(path, place)
+        sync_folder(self.output.parent)
+        self.remove()
 
 
 def sum_of_files(folder: Path, paths: Iterable[Path]) -> str:
@@ -221,3 +314,9 @@ def sum_of_files(folder: Path, paths: Iterable[Path]) -> str:
     for path in sorted(paths):
         result.update(os.fsencode(path.relative_to(folder)) + sha256_of(path).encode())
     return result.hexdigest()
+
+
+def cells(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a row as a .csv file holds them."""
+    return {name: json.dumps(value, default=str) if isinstance(value, dict | list) else value
+            for name, value in values.items()}

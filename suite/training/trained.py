@@ -6,7 +6,7 @@ from data import load_split, prepare_data
 from suite.common.hub import say_what_was_cached
 from suite.common.protocols import Devices
 from suite.common.run_folder import best_model, is_encoder, read_metrics
-from suite.inference.opening import open_classifier
+from suite.inference.classifier import open_classifier
 from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import Config, UserError
