@@ -13,7 +13,8 @@ FLOORS = [
     ["suite.common"],
     ["suite.reviews", "suite.encoders"],
     ["data"],
-    ["suite.training", "suite.inference"],
+    ["suite.inference"],  # a trained model needs nothing of its training
+    ["suite.training"],
     ["suite.pretraining"],
     ["suite.comparison"],
     ["main", "main_accumulation", "experiment", "compare", "ensemble"],

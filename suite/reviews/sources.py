@@ -20,13 +20,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict, Features, Value
-from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # as a dataset, `csv` is what lies around
 from huggingface_hub import is_offline_mode, snapshot_download
 
-from suite.common.hub import explained, is_hub_name
+from suite.common.hub import cached, digest_of, explained, is_hub_name
 from suite.common.storage import read_json, write_json
-from suite.reviews.caches import cached, digest_of
 from suite.reviews.rows import (
     MOST_NAMED,
     as_text,
@@ -210,9 +208,7 @@ def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> l
             patterns = [glob.escape(file) for of_split in known["files"].values() for file in of_split]
             folder = snapshot_download(name, repo_type="dataset", revision=known["revision"], allow_patterns=patterns)
         else:
-            *owner, last = name.split("/")
-            cache_name = "___".join([*owner, camelcase_to_snakecase(last)])  # the library's own
-            tables = cached(cache_name, lambda _: datasets.load_dataset(name, subset), shared=True)
+            tables = datasets.load_dataset(name, subset)
     if tables is not None:
         return _library_parts(name, tables, columns)
     return _load_files({split: [os.path.join(folder, file) for file in of_split]
