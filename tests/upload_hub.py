@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(content)
             name = f"{wanted.get('organization') or 'owner'}/{wanted['name']}"
             if name in hub.private:
-                return self.reply({"error": "You already created this model repo"}, 409)
+                return self.reply({"error": "You already created this model repo", "url": f"{hub.address}/{name}"}, 409)
             hub.private[name] = wanted.get("private", wanted.get("visibility") == "private")
             hub.files[name] = {}
             return self.reply({"url": f"{hub.address}/{name}", "name": name, "id": "0"})
@@ -75,6 +75,9 @@ class Handler(BaseHTTPRequestHandler):
         return self.repository(hub, name, path, content)
 
     def repository(self, hub, name: str, path: str, content: bytes):
+        if path.endswith("/tree/main"):
+            return self.reply([{"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
+                               for path, content in hub.files[name].items()])
         if path.endswith("/preupload/main"):
             files = [{"path": file["path"], "shouldIgnore": False,
                       "uploadMode": "lfs" if file["size"] > LARGE else "regular"}

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from suite.common.hub import usable_cache
 from suite.common.launcher import refuse_lost_processes
 from suite.common.run_folder import (
     is_encoder,
@@ -130,8 +129,6 @@ def read_command(description: str, accumulates: bool) -> Command:
             refuse_accumulation(given.mode, config)
     except UserError as error:
         leave(error)
-    if MODES[given.mode].writes_run:
-        usable_cache()
     options = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) not in (None, "-")}
     return Command(given.mode, config, repo=given.repo, **options)
 

@@ -1,29 +1,30 @@
-"""The Hugging Face Hub: which names refer to it, whether it answers, and one clear line when it does not."""
+"""The Hugging Face Hub and the libraries' cache: which names refer to the Hub, whether it answers, and one clear line
+when something cannot be loaded."""
 
-import atexit
+from __future__ import annotations
+
+import hashlib
 import os
 import re
-import shutil
 import sys
-import tempfile
-import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from suite.common.run_folder import is_encoder
-from suite.common.storage import chain, room_for
+from suite.common.storage import chain, room_for, sha256_of
 from utils import Config, UserError, brief, file_kind, say
 
-PROBE_SECONDS = 6  # the libraries themselves would retry for minutes before they give up
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PROBE_SECONDS = 6
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
-           "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
+                   "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
 ANOTHER_DISK = "set HF_HOME to another disk"  # where a cache has no room
-UNREACHABLE = {"ConnectionError", "TransportError", "HfHubHTTPError", "TimeoutError", "LocalEntryNotFoundError"}
-NOT_FOUND = {"RepositoryNotFoundError", "DatasetNotFoundError"}
-LIBRARIES = {"datasets", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "pyarrow",
-             "safetensors", "tokenizers", "transformers", "yaml"}
 UNANSWERED: list[str] = []  # what this process asked the Hub for in vain
 
 
@@ -36,20 +37,17 @@ def is_hub_name(name: str) -> bool:
 def check_hub(config: Config) -> None:
     """Go offline if the configuration names anything on the Hub and the Hub does not answer.
 
-    Offline, the libraries use what the local cache holds and fail at once for the rest. Call this before any loading,
-    and `say_what_was_cached` after it.
+    Offline, the libraries use what the local cache holds and fail at once for the rest. Online, they try each file six
+    times, which takes 24 seconds if connections are refused, and 83 if they are never answered. Call this before any
+    loading, and `say_what_was_cached` after it.
     """
+    from huggingface_hub import constants
+
     encoder = [config.model_config.model_name] if is_encoder(config) else []
     names = [name for name in (*encoder, config.data_config.dataset) if is_hub_name(name)]
-    if not names or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON") or answers(
-            os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
-        return
-    UNANSWERED.extend(names)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if "huggingface_hub" in sys.modules:  # it read the variable when it was imported
-        import huggingface_hub.constants
-
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if names and not constants.HF_HUB_OFFLINE and not answers(constants.ENDPOINT):
+        UNANSWERED.extend(names)
+        constants.HF_HUB_OFFLINE = True
 
 
 def say_what_was_cached() -> None:
@@ -58,27 +56,15 @@ def say_what_was_cached() -> None:
         UNANSWERED.clear()
 
 
-def usable_cache() -> None:
-    """If the cache of datasets cannot be written, as in a read-only home, use a temporary folder for it.
-
-    Models are still read from the existing cache. Call it before the Hugging Face libraries are imported.
-    """
-    for name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_ENDPOINT"):
-        if os.environ.get(name) == "":
-            del os.environ[name]  # the libraries would take the current folder, or no address
-    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+def answers(url: str) -> bool:
+    """Whether a server responds within PROBE_SECONDS, whatever it says."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            return
-    except OSError as error:
-        reason = error.strerror
-    temporary = tempfile.mkdtemp(prefix="datasets-")
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    os.environ["HF_DATASETS_CACHE"] = temporary
-    print(f"{cache} cannot be written ({reason}): the reviews are tokenized into a temporary folder, for this run "
-          "only; set HF_HOME to keep them", file=sys.stderr)
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:  # a refusal is an answer, too
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def quiet_libraries() -> None:
@@ -95,23 +81,35 @@ def quiet_libraries() -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
-def answers(url: str) -> bool:
-    """Whether a server responds within PROBE_SECONDS, whatever it says."""
-    answered = threading.Event()
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache of the datasets library
 
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # a refusal is an answer, too
-        except (OSError, ValueError):  # ValueError: no address at all
-            return
-        answered.set()
 
-    thread = threading.Thread(target=ask, daemon=True)  # because looking up a host name has no timeout
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
+def cached(name: str, build: Callable[[Path], Dataset]) -> Dataset:
+    """The table that `build(folder)` takes from `folder`, the part `name` of the cache, or puts there.
+
+    The library writes a table under another name and renames it. So neither a kill nor another process that builds the
+    same table at the same time leaves half of one.
+    """
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # such as a home that may not be written to
+        raise UserError(f"{folder.parent} cannot be written ({error.strerror}): set HF_HOME to a folder that can"
+                        ) from None
+    with room_for(folder, needed=0, fix=ANOTHER_DISK):
+        return build(folder)
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """A name for the content of files: the key under which what was made of them is cached."""
+    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One line for what cannot be loaded
 
 
 @contextmanager
@@ -121,8 +119,10 @@ def explained(key: str, name: str, any_error: bool = False):
     Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback. With
     `any_error` there are none: the libraries fail on bad values of a model's or a dataset's files in any way.
     """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     try:
-        with room_for(_model_cache(), needed=0, fix=ANOTHER_DISK):
+        with room_for(Path(HF_HUB_CACHE), needed=0, fix=ANOTHER_DISK):
             yield
     except Exception as error:
         causes = list(chain(error))
@@ -140,27 +140,29 @@ def explained(key: str, name: str, any_error: bool = False):
         raise UserError(f"{key}: {problem}") from error
 
 
-def _model_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)
-
-
 def _hub_problem(name: str, causes: list[BaseException]) -> str | None:
-    """Why a name on the Hub could not be loaded: it is not found, or the Hub is not reachable; None if neither."""
-    from huggingface_hub import is_offline_mode
+    """Why a name on the Hub could not be loaded; None if the reason is another one than its name and the Hub."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors, is_offline_mode
 
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-    if kinds & NOT_FOUND and not is_offline_mode():
+    def has(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if has(errors.GatedRepoError) or "is a gated dataset" in str(causes[0]):  # datasets hides its cause
+        return f"{name} is gated: ask for access on its page on the Hub, and log in with hf auth login"
+    if not is_offline_mode() and has(errors.RepositoryNotFoundError, DatasetNotFoundError):
         return (f"{name} is neither a folder here nor a name on the Hugging Face Hub; check the spelling, or log in if "
                 "it is private")
-    if kinds & UNREACHABLE or is_offline_mode():
+    if not is_offline_mode() and has(errors.RemoteEntryNotFoundError):
+        return None  # the Hub has answered: it is there, and lacks a file
+    if is_offline_mode() or has(ConnectionError, TimeoutError, errors.HTTPError, errors.LocalEntryNotFoundError):
         return (f"the Hugging Face Hub cannot be reached and {name} is not completely in the local cache; "
                 f"{WITHOUT_THE_HUB}")
     return None
 
 
 def _is_about_input(error: BaseException) -> bool:
+    """Whether an error tells of what was loaded: Python's own other kinds come from bugs."""
     return (isinstance(error, OSError | ValueError | ImportError)  # ImportError: "... requires the ... library"
             or type(error) is Exception  # tokenizers raises nothing more specific
-            or type(error).__module__.partition(".")[0] in LIBRARIES)
+            or type(error).__module__ != "builtins")

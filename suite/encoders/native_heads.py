@@ -41,7 +41,7 @@ FINAL_NORM = 2.0 ** -7  # ModernBERT's small rows are shared between two layers,
 
 
 def problem_of(model: nn.Module) -> str | None:
-    """Why `native_model` cannot say this model in transformers' words; None if it can."""
+    """Why no classifier of transformers can compute this model's logits; None if one can."""
     if not isinstance(model, EncoderForClassification):
         return None  # it is one of transformers already
     kind, width, classes = model.encoder.config.model_type, model.head.in_features, model.head.out_features

@@ -10,6 +10,7 @@ predictions or optimizer state. The login is the library's own (`hf auth login`,
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from suite.common.cli import Command
@@ -22,10 +23,10 @@ from suite.encoders.loading import WITHOUT_ENCODER
 from suite.inference.classifier import chosen_model
 from utils import DEMO_WARNING, UserError, brief, say
 
-FILES = ("README.md", "config.json", "model.safetensors", "model.py", "sentence_bert_config.json", "onnx/model.onnx",
+FILES = ["README.md", "config.json", "model.safetensors", "model.py", "sentence_bert_config.json", "onnx/model.onnx",
          "onnx/model.onnx.data", "onnx/model_quantized.onnx", "tokenizer.json", "tokenizer_config.json",
          "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spm.model",
-         "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+         "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"]
 
 
 def publish(command: Command, devices: Devices) -> None:
@@ -33,14 +34,8 @@ def publish(command: Command, devices: Devices) -> None:
 
     Raises UserError for a model that must not be published, and if the Hub refuses it.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     if not devices.is_main:
         return
-    try:
-        validate_repo_id(command.repo)
-    except HFValidationError as error:
-        raise UserError(f"--mode publish: {command.repo}: {brief(error)}") from None
     folder = chosen_model(command)
     is_demo = refuse_unpublishable(folder)
     names = [name for name in FILES if (folder / name).is_file()]
@@ -63,8 +58,6 @@ def refuse_unpublishable(folder: Path) -> bool:
         raise UserError(f"{folder} has no {MANIFEST}, so nothing tells whether its files are whole: name a run, its "
                         "best model or an export of it")
     refuse_damage(folder)
-    if kind is None or not any((folder / name).is_file() for name in ("model.safetensors", "onnx/model.onnx")):
-        raise UserError(f"{folder} holds no model that others can read: name a run, its best model or an export of it")
     is_demo = False
     if run := run_of(folder):
         config = read_saved_config(run / "config.yaml")
@@ -80,16 +73,12 @@ def refuse_unpublishable(folder: Path) -> bool:
 
 
 def read_card(folder: Path) -> str:
-    """README.md of a model's folder. Raises UserError if it is missing or no text."""
-    path = folder / CARD
-    if path.is_symlink() or path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file of its own: put the model card itself there")
     try:
-        return path.read_text(encoding="utf-8")
+        return (folder / CARD).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CARD}, its model card: test the run, or write one") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({brief(error)}): save it as a text in UTF-8") from None
+    except ValueError:
+        raise UserError(f"{folder / CARD} is not a text in UTF-8: save it as one") from None
 
 
 def fit_card(card: str, repo: str, license_name: str | None) -> str:
@@ -118,31 +107,30 @@ def show_plan(command: Command, folder: Path, names: list[str], card: str) -> No
 
 def send(command: Command, folder: Path, names: list[str], card: str) -> None:
     """One commit with all files, and without those of an earlier model. Raises UserError if it fails."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     api, private = HfApi(), not command.public
-    operations = [CommitOperationAdd(name, card.encode() if name == CARD else folder / name) for name in names]
-    try:
-        api.whoami()
+    with tempfile.TemporaryDirectory() as staged:
+        for name in names:
+            Path(staged, name).parent.mkdir(exist_ok=True)
+            Path(staged, name).symlink_to((folder / name).resolve())
+        Path(staged, CARD).unlink()
+        Path(staged, CARD).write_text(card, encoding="utf-8", newline="")
         try:
-            there = api.repo_info(command.repo)
-        except RepositoryNotFoundError:
-            there = None
-        if there is None:
-            api.create_repo(command.repo, private=private)
-        elif there.private != private:
-            raise UserError(f"{command.repo} exists already and is {'private' if there.private else 'public'}: "
-                            f"{'leave out' if there.private else 'give'} --public, or choose another name")
-        else:  # of two models mixed, transformers would make one with a random head
-            operations += [CommitOperationDelete(file.rfilename) for file in there.siblings or ()
-                           if file.rfilename in FILES and file.rfilename not in names]
-        commit = api.create_commit(command.repo, operations, commit_message="Add a trained classifier and its card")
-    except LocalTokenNotFoundError:
-        raise UserError("the Hub does not know you here: log in with hf auth login, or set HF_TOKEN") from None
-    except UserError:
-        raise
-    except Exception as error:  # of any type: the library fails on a server's odd answers in any way
-        raise UserError(f"{command.repo} was not sent ({type(error).__name__}: {brief(error)}): mend that and give the "
-                        "same command again; all files arrive together or not at all") from error
+            api.whoami()
+            api.create_repo(command.repo, private=private, exist_ok=True)
+            if (is_private := api.repo_info(command.repo).private) != private:
+                raise UserError(f"{command.repo} exists already and is {'private' if is_private else 'public'}: "
+                                f"{'leave out' if is_private else 'give'} --public, or choose another name")
+            # Of two models mixed, transformers would make one with a random head.
+            commit = api.upload_folder(repo_id=command.repo, folder_path=staged, delete_patterns=FILES,
+                                       commit_message="Add a trained classifier and its card")
+        except LocalTokenNotFoundError:
+            raise UserError("the Hub does not know you here: log in with hf auth login, or set HF_TOKEN") from None
+        except UserError:
+            raise
+        except Exception as error:  # of any type: the library fails on a server's odd answers in any way
+            raise UserError(f"{command.repo} was not sent ({type(error).__name__}: {brief(error)}): mend this, and "
+                            "give the same command again; all files arrive together or not at all") from error
     say(f"sent: {commit.commit_url}")
