@@ -96,12 +96,12 @@ def test_the_lines_that_the_docs_show_are_those_of_the_loop():
         return [line.strip() for line in re.sub("#.*", "", code).splitlines() if line.strip()]
 
     loop = lines_of((PROJECT / "main.py").read_text(encoding="utf-8"))
-    for page in ("README.md", "docs/accumulation.md"):
-        [shown] = re.findall(r"```python\n(for number.*?)```", (PROJECT / page).read_text(encoding="utf-8"), re.DOTALL)
-        shown = lines_of(shown)
-        start = loop.index(shown[0])
-        assert loop[start:start + len(shown)] == shown, page
+    page = (PROJECT / "docs/accumulation.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"```python\n(for number.*?)```", page, re.DOTALL)
+    shown = lines_of(shown)
+    start = loop.index(shown[0])
+    assert loop[start:start + len(shown)] == shown
 
 
 def test_the_readme_is_a_door():
-    assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((PROJECT / "README.md").read_text(encoding="utf-8")) <= 6000
