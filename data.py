@@ -190,7 +190,7 @@ class Encode:
 def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All tokens (total,) int32, the offsets of the windows in them (windows + 1,), and those of the reviews in the
     windows (rows + 1,), from the library's cache."""
-    from datasets import Features, List, Value  # here, because labelling does not need them
+    from datasets import Features, List, Value  # here, because labelling does not need it
 
     fingerprint = encode.fingerprint(digests)
     tokenized = cached(f"windows-{fingerprint}", lambda folder: table.map(

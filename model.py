@@ -54,8 +54,8 @@ class EncoderForClassification(PreTrainedModel):
             self.encoder.pooler = None  # BERT's pooler is not read here; unused weights would stall DDP
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(self.encoder.config.hidden_size, len(config.id2label))
-        self.is_known = is_known(self.encoder)
-        self.reads_first_token = self.is_known and config.pooling == "cls"
+        self.has_fast_path = has_fast_path(self.encoder)
+        self.reads_first_token = self.has_fast_path and config.pooling == "cls"
         if self.reads_first_token:
             read_only_first_token(self.encoder)
         self.takes_token_types = "token_type_ids" in inspect.signature(self.encoder.forward).parameters
@@ -93,7 +93,7 @@ class EncoderForClassification(PreTrainedModel):
         reduction="sum", the sum, each review times the weight of its class if `class_weights` (num_labels,) are given;
         None without labels. `logits`: (batch, num_labels) float32, or float64 in a model of float64.
         """
-        if attention_mask is not None and self.is_known:
+        if attention_mask is not None and self.has_fast_path:
             masks = attention_masks(self.encoder, attention_mask)
         else:
             masks = attention_mask
@@ -137,16 +137,17 @@ def mean_over_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None) 
 BERT_LIKE = ("BertModel", "RobertaModel", "XLMRobertaModel", "ElectraModel")
 
 
-def is_known(encoder: nn.Module) -> bool:
-    """Whether the functions below know this encoder, and its attention takes boolean masks."""
+def has_fast_path(encoder: nn.Module) -> bool:
+    """Whether the functions below are written for this encoder, and its attention takes boolean masks."""
     names = (*BERT_LIKE, "ModernBertModel")
     return type(encoder).__name__ in names and encoder.config._attn_implementation.startswith("sdpa")
 
 
 def attention_masks(encoder: nn.Module, attention_mask: torch.Tensor) -> Any:
-    """The attention masks that a known encoder makes of a mask (batch, tokens) of 1 and 0, without a host read.
+    """The masks that an encoder with a fast path makes of one (batch, tokens) of 1 and 0: (batch, 1, tokens, tokens) of
+    booleans, True where a token may be read.
 
-    transformers checks whether the whole mask is 1, and so waits for the device in each forward pass.
+    transformers itself checks whether the whole mask is 1, and so waits for the device in each forward pass.
     """
     batch, tokens = attention_mask.shape
     full = attention_mask.bool()[:, None, None, :].expand(batch, 1, tokens, tokens)
@@ -158,7 +159,7 @@ def attention_masks(encoder: nn.Module, attention_mask: torch.Tensor) -> Any:
 
 
 def read_only_first_token(encoder: nn.Module) -> None:
-    """Make a known encoder return the hidden state of the first token alone: (batch, 1, width)."""
+    """Make an encoder with a fast path return the hidden state of the first token alone: (batch, 1, width)."""
     is_bert = type(encoder).__name__ in BERT_LIKE
     last = (encoder.encoder.layer if is_bert else encoder.layers)[-1]
     last.forward = functools.partial(_bert_layer if is_bert else _modernbert_layer, last)  # which can be pickled

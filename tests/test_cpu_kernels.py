@@ -13,12 +13,13 @@ from conftest import ENCODERS, content_of, run_script
 from test_model import batch, build
 
 from benchmarks.speed import GLIBCS_OWN, KEEPS
-from suite.encoders import cpu_kernels, freed_memory
+from suite.encoders import cpu_kernels
 from suite.encoders.cpu_kernels import SHORT, BlockAttention, cpu_attention, drop, use_cpu_kernels
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is not the C library here")
 
 
+@pytest.mark.long
 @needs_glibc
 def test_where_memory_comes_from_changes_no_bit(overrides, tmp_path):
     runs = {}
@@ -34,24 +35,24 @@ def test_where_memory_comes_from_changes_no_bit(overrides, tmp_path):
 @needs_glibc
 def test_freed_memory_is_kept_until_the_process_has_grown_by_half(monkeypatch):
     libc = mock.Mock()
-    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(cpu_kernels.ctypes, "CDLL", lambda _: libc)
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
         monkeypatch.delenv(name)
     model = torch.nn.Identity()
-    freed_memory.keep_freed_memory(model)
+    cpu_kernels.keep_freed_memory(model)
     assert libc.mallopt.call_count == 2
 
     def pages(count, passes=1):
-        monkeypatch.setattr(freed_memory, "own_pages", lambda: count)
+        monkeypatch.setattr(cpu_kernels, "own_pages", lambda: count)
         for _ in range(passes):
             model(torch.ones(1))
         return libc.malloc_trim.call_count
 
-    assert pages(500, freed_memory.PASSES - 1) == 0  # too early to say what is usual
+    assert pages(500, cpu_kernels.PASSES - 1) == 0  # too early to say what is usual
     assert pages(100) == 0
     assert pages(150, 1000) == 0
     assert pages(151) == 1
-    assert pages(1000, freed_memory.PASSES - 1) == 1  # not at once again
+    assert pages(1000, cpu_kernels.PASSES - 1) == 1  # not at once again
     assert pages(150) == 1
     assert pages(151) == 2
 
@@ -61,26 +62,16 @@ def test_freed_memory_is_kept_until_the_process_has_grown_by_half(monkeypatch):
 def test_an_environment_that_says_how_to_allocate_is_obeyed(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: pytest.fail("glibc was told something"))
-    freed_memory.keep_freed_memory(torch.nn.Identity())
-
-
-def test_where_nobody_can_count_pages_nothing_is_changed(monkeypatch):
-    monkeypatch.setattr(freed_memory.Path, "read_text", mock.Mock(side_effect=OSError(24, "Too many open files")))
-    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda _: pytest.fail("glibc was told something"))
-    freed_memory.keep_freed_memory(torch.nn.Identity())
-    hook = freed_memory.FreedMemory()
-    for _ in range(freed_memory.PASSES):
-        hook()
-    assert hook.limit is None
+    monkeypatch.setattr(cpu_kernels.ctypes, "CDLL", lambda _: pytest.fail("glibc was told something"))
+    cpu_kernels.keep_freed_memory(torch.nn.Identity())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_own_pages_are_counted():
-    before = freed_memory.own_pages()
+    before = cpu_kernels.own_pages()
     with mmap.mmap(-1, 1 << 26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as taken:  # not what a heap has kept
         taken.write(b"x" * len(taken))
-        after = freed_memory.own_pages()
+        after = cpu_kernels.own_pages()
     assert (after - before) * os.sysconf("SC_PAGE_SIZE") >= 0.9 * (1 << 26)  # the kernel counts roughly
 
 
@@ -99,10 +90,10 @@ def test_the_cpu_kernels_change_nothing_but_the_draw(encoder_folder, name):
     assert not torch.equal(first, model(**inputs).logits)
     # The layers above a dropout are not linear, so its mean is compared with that of torch's own.
     own = build(encoder_folder(name), dropout_rate=0.5, encoder_dropout=0.2).train()
-    ours, torchs = (torch.stack([each(**inputs).logits.detach() for _ in range(500)]) for each in (model, own))
-    errors = ((ours.var(dim=0) + torchs.var(dim=0)) / 500).sqrt()
+    ours, torchs = (torch.stack([each(**inputs).logits.detach() for _ in range(150)]) for each in (model, own))
+    errors = ((ours.var(dim=0) + torchs.var(dim=0)) / 150).sqrt()
     assert ((ours.mean(dim=0) - torchs.mean(dim=0)).abs() < 5 * errors).all()
-    torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.2, atol=0)
+    torch.testing.assert_close(ours.std(dim=0), torchs.std(dim=0), rtol=0.3, atol=0)
     tiny = build(encoder_folder(name), dropout_rate=0.0, encoder_dropout=1e-9).train()  # rounds to no dropout at all
     use_cpu_kernels(tiny)
     torch.testing.assert_close(tiny(**inputs).logits, tiny.eval()(**inputs).logits)

@@ -1,6 +1,5 @@
 """Sources, splits, tokens and batches: no text on both sides, no review lost or doubled, no padding that counts."""
 
-import json
 import math
 
 import numpy as np
@@ -8,12 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import PROJECT, SHARED, write_reviews
+from conftest import PROJECT, SHARED
 from transformers import AutoTokenizer
 
 import data
 from suite.reviews import splitting
-from suite.reviews.classes import load_reviews
 from suite.reviews.sampling import StepSampler, cut
 from utils import DataConfig, UserError, load_config
 
@@ -71,53 +69,6 @@ def test_limit_keeps_the_shares(overrides):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
-
-
-def rows(path, **settings):
-    config = DataConfig(dataset=str(path), text_column="review", label_column="verdict", **settings)
-    return load_reviews(config, num_labels=2)
-
-
-def test_csv_jsonl_and_parquet_are_the_same_reviews(tmp_path, reviews_file):
-    table = rows(reviews_file)
-    records = [{"other": 1.5, "review": text, "verdict": table.label_names[label]}
-               for text, label in zip(table.table["text"], table.labels, strict=True)]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "r.parquet")
-    for name in ("r.jsonl", "r.parquet"):
-        other = rows(tmp_path / name)
-        assert other.table["text"][:] == table.table["text"][:]
-        assert other.labels.tolist() == table.labels.tolist()
-        assert other.label_names == ["bad", "good"]
-
-
-def test_a_changed_file_is_read_anew(reviews_file):
-    assert len(rows(reviews_file).table) == 200
-    write_reviews(reviews_file, rows=100)
-    assert len(rows(reviews_file).table) == 100
-
-
-def test_texts_that_look_like_missing_values_are_texts(tmp_path):
-    path = tmp_path / "r.csv"
-    texts = ["nan", "NA", "null", "None", "07", "1e5"]
-    path.write_text("review,verdict\n" + "".join(f"{text},{row % 2}\n" for row, text in enumerate(texts)))
-    assert rows(path).table["text"][:] == texts
-
-
-def test_many_named_classes(tmp_path):
-    write_reviews(tmp_path / "r.csv", names=("joy", "anger", "fear", "calm"))
-    config = DataConfig(dataset=str(tmp_path / "r.csv"), text_column="review", label_column="verdict")
-    assert load_reviews(config, num_labels=4).label_names == ["anger", "calm", "fear", "joy"]
-    with pytest.raises(UserError, match="set model_config.num_labels=4"):
-        load_reviews(config, num_labels=2)
-
-
-def test_classes_counted_from_one(tmp_path):
-    write_reviews(tmp_path / "r.csv", names=("1", "2", "3"))
-    config = DataConfig(dataset=str(tmp_path / "r.csv"), text_column="review", label_column="verdict")
-    reviews = load_reviews(config, num_labels=3)
-    assert reviews.label_names == ["1", "2", "3"]
-    assert reviews.labels[:4].tolist() == [0, 1, 2, 0]
 
 
 @pytest.fixture
@@ -280,13 +231,12 @@ def test_a_process_without_a_review_gets_one_that_does_not_count(config):
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real reviews")
 def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
     settings = [f"data_config.dataset={SHARED / 'data/imdb'}", "data_config.text_column=text",
-                "data_config.label_column=label", "data_config.max_len=8"]
-    config = load_config(PROJECT / "config.yaml", [*overrides, *settings])
-    splits = data.prepare_data(config).splits
+                "data_config.label_column=label"]
+    split = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, *settings]))
     assert "418 exact duplicates dropped" in capsys.readouterr().out
-    assert {name: len(dataset) for name, dataset in splits.items()} == {"train": 39666, "valid": 4958, "test": 4958}
-    texts = splits["train"].texts["text"][:]
-    by_split = [{texts[i] for i in dataset.ids} for dataset in splits.values()]
+    assert {name: len(ids) for name, ids in split.ids_of.items()} == {"train": 39666, "valid": 4958, "test": 4958}
+    texts = split.reviews.table["text"][:]
+    by_split = [{texts[i] for i in ids} for ids in split.ids_of.values()]
     assert len(set.union(*by_split)) == sum(map(len, by_split)) == 50_000 - 418
 
 

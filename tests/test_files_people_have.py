@@ -450,7 +450,8 @@ def test_run_names_that_yaml_reads_as_one_number_are_two_folders(tmp_path):
 
 def test_what_a_file_and_a_folder_hold_is_labelled(acl_imdb, overrides, tmp_path):
     """Promise: no row of a labelled file is lost, the order stays; a broken one is set aside with its reason."""
-    columns = ["data_config.text_column=text", "data_config.label_column=label", "train_config.epochs=1"]
+    columns = ["data_config.text_column=text", "data_config.label_column=label", "train_config.max_steps=1",
+               "train_config.test=false"]
     overrides = [*overrides, *columns, f"data_config.dataset={write(tmp_path / 'train.json', RECORDS)}"]
     expect(0, run_here(*overrides))
     for name in ("r.csv.gz", "r.json", "r.tsv"):

@@ -25,7 +25,8 @@ def going_on(undisturbed, earlier, tmp_path):
     """going_on(*overrides): a run on the earlier run's data that goes on from it."""
     def train(*more: str, code: int = 0, **options):
         return train_here(*undisturbed[0], f"output_dir={tmp_path / 'runs'}", f"model_config.model_name={earlier}",
-                          "train_config.max_steps=2", "run_name=next", *more, code=code, **options)
+                          "train_config.max_steps=2", "train_config.test=false", "run_name=next", *more, code=code,
+                          **options)
     return train
 
 

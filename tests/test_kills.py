@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, RESULTS, bits_of, content_of, run_here, train, train_here, write_reviews
+from conftest import PROJECT, RESULTS, bits_of, content_of, run_here, start_script, train, train_here, write_reviews
 
 from suite.common.storage import damage, room_for, seal
 from suite.encoders.loading import load_model
@@ -96,15 +96,7 @@ def refusal_here(arguments: list[str], mode: str = "train") -> str:
     return train_here(*arguments, mode=mode, code=2).stderr
 
 
-def start(script: str, arguments: list[str], limit: int | None = None) -> subprocess.Popen:
-    def limit_files() -> None:  # Python ignores SIGXFSZ: a write above the limit fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.Popen([sys.executable, script, *arguments], cwd=PROJECT, stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.STDOUT, preexec_fn=limit_files if limit else None)
-
-
-def wait_for(moment: str, folder: Path, process: subprocess.Popen, chance: random.Random) -> None:
+def wait_for(moment: str, folder: Path, process, chance: random.Random) -> None:
     """Return when the run is about there, or has ended."""
     before = set(saved_states(folder / "last"))
     reached = {
@@ -135,8 +127,8 @@ def run_until_done(script: str, name: str, undisturbed, sent: signal.Signals, ch
     folder, arguments = whole.parent / name, [*arguments, f"run_name={name}"]
     codes = []
     for _ in range(kills):
-        process = start(script, arguments)
         moment = chance.choice(["in a save", "in a save", "after a save", "in validation", "while it starts"])
+        process = start_script(script, *arguments, merged=True, fresh=moment == "while it starts")
         wait_for(moment, folder, process, chance)
         process.send_signal(sent)
         output = process.communicate(timeout=90)[0]
@@ -169,9 +161,9 @@ def test_a_signal_among_the_imports_leaves_without_a_word(undisturbed, sent):
     # torch's C++ aborts the process when an exception comes up in the middle of its import.
     arguments, _ = undisturbed("main.py")
     for seconds in (0.2, 0.6, 1.2):
-        process = start("-c", [f"import sys; sys.argv = ['main.py', *{arguments}]; "
+        process = start_script("-c", f"import sys; sys.argv = ['main.py', *{arguments}]; "
                                "from suite.common import cli; cli.begin(); cli.read_command('', False); "
-                               "print('reading', flush=True); import main"])
+                               "print('reading', flush=True); import main", merged=True)
         assert process.stdout.readline() == "reading\n"
         time.sleep(seconds)
         process.send_signal(sent)
@@ -182,7 +174,7 @@ def test_a_signal_among_the_imports_leaves_without_a_word(undisturbed, sent):
 def test_a_second_ctrl_c_leaves_at_once(undisturbed):
     arguments, whole = undisturbed("main.py")
     # Evaluating takes long enough for two signals: the first one waits for the end of a batch.
-    process = start("main.py", [*arguments, "run_name=impatient", "data_config.eval_batch_size=1"])
+    process = start_script("main.py", *arguments, "run_name=impatient", "data_config.eval_batch_size=1", merged=True)
     wait_for("after a save", whole.parent / "impatient", process, random.Random(SEED))
     process.send_signal(signal.SIGSTOP)  # both arrive before it can act on the first
     process.send_signal(signal.SIGINT)
@@ -208,7 +200,9 @@ def fill_the_disk(script: str, name: str, undisturbed, chance: random.Random) ->
     before = content_of(safe)
     sizes = sorted(path.stat().st_size for path in safe.iterdir())
     limit = chance.randint(sizes[-2], sizes[-1] - 1)  # the weights do not fit, or only in part
-    process = start(script, arguments, limit)
+    process = start_script(script, *arguments, merged=True)
+    # Python ignores SIGXFSZ: a write above the limit fails, as on a full disk
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     output = process.communicate(timeout=90)[0]
     print(f"{name}: files of at most {limit:,} bytes: {output.splitlines()[-1]}", flush=True)
     assert process.returncode == 2, output

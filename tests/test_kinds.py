@@ -64,7 +64,8 @@ def test_balanced_weights_make_every_class_count_the_same(four_classes):
 def test_the_recorded_loss_is_the_weighted_mean(four_classes, tmp_path, class_weights):
     settings = [*four_classes, "data_config.batch_size=100", "train_config.max_steps=4", "train_config.optimizer=sgd",
                 "train_config.learning_rate=1e-9", "model_config.dropout_rate=0", "model_config.encoder_dropout=0",
-                "log_config.log_every_steps=4", f"train_config.class_weights={class_weights}"]
+                "log_config.log_every_steps=4", "train_config.test=false",
+                f"train_config.class_weights={class_weights}"]
     train_here(*settings)
     history = (tmp_path / "runs" / "run" / "history.jsonl").read_text().splitlines()
     config = load_config(PROJECT / "config.yaml", settings)
@@ -85,7 +86,7 @@ def test_line_breaks_as_spaces_in_training_and_wherever_the_model_is_used(overri
         csv.writer(file).writerows([("review", "verdict"), *((text, ("bad", "good")[i % 2]) for i, text in
                                                              enumerate(texts))])
     arguments = [*overrides, f"data_config.dataset={path}", "train_config.epochs=1"]
-    train_here(*arguments, "data_config.line_breaks=space", "run_name=space")
+    train_here(*arguments, "train_config.test=false", "data_config.line_breaks=space", "run_name=space")
     config = load_config(PROJECT / "config.yaml", [*arguments, "data_config.line_breaks=space", "run_name=space"])
     plain = load_tokenizer(encoder_folder("bert"))
     expected = plain("moving story number 7")["input_ids"]

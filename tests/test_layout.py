@@ -13,7 +13,8 @@ FLOORS = [
     ["suite.common"],
     ["suite.reviews", "suite.encoders"],
     ["data"],
-    ["suite.training", "suite.inference"],
+    ["suite.inference"],  # a trained model needs nothing of its training
+    ["suite.training"],
     ["suite.pretraining"],
     ["suite.comparison"],
     ["main", "main_accumulation", "experiment", "compare", "ensemble"],
@@ -63,12 +64,18 @@ def test_the_top_level_holds_what_is_looked_for_by_name():
         "utils.py"}
 
 
-def test_only_tracking_knows_wandb_and_only_scripts_know_argparse():
+def test_only_tracking_knows_wandb_only_pages_jinja_and_only_scripts_argparse():
     knowing = {library: {str(path.relative_to(PROJECT)) for path in sources()
                          if any(name.partition(".")[0] == library for name in imports(path))}
-               for library in ("wandb", "argparse")}
+               for library in ("wandb", "jinja2", "argparse")}
     assert knowing["wandb"] == {"suite/training/tracking.py"}
+    assert knowing["jinja2"] == {"suite/common/pages.py"}
     assert knowing["argparse"] <= {"suite/common/cli.py", "experiment.py", "compare.py", "ensemble.py"}
+
+
+def test_each_template_is_filled_by_some_code():
+    everything = "".join(path.read_text(encoding="utf-8") for path in sources())
+    assert all(f'"{path.name}"' in everything for path in PROJECT.glob("suite/templates/*"))
 
 
 def test_a_function_fits_on_a_screen():
@@ -95,12 +102,12 @@ def test_the_lines_that_the_docs_show_are_those_of_the_loop():
         return [line.strip() for line in re.sub("#.*", "", code).splitlines() if line.strip()]
 
     loop = lines_of((PROJECT / "main.py").read_text(encoding="utf-8"))
-    for page in ("README.md", "docs/accumulation.md"):
-        [shown] = re.findall(r"```python\n(for number.*?)```", (PROJECT / page).read_text(encoding="utf-8"), re.DOTALL)
-        shown = lines_of(shown)
-        start = loop.index(shown[0])
-        assert loop[start:start + len(shown)] == shown, page
+    page = (PROJECT / "docs/accumulation.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"```python\n(for number.*?)```", page, re.DOTALL)
+    shown = lines_of(shown)
+    start = loop.index(shown[0])
+    assert loop[start:start + len(shown)] == shown
 
 
 def test_the_readme_is_a_door():
-    assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((PROJECT / "README.md").read_text(encoding="utf-8")) <= 6000

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModel
 from data import Encode
 from model import EncoderForClassification, mean_over_tokens
 from suite.encoders.loading import load_model, new_model, save_model
-from suite.encoders.placement import place_model
 from suite.encoders.tokenizers import load_tokenizer
 from utils import ModelConfig, UserError
 
@@ -91,20 +90,7 @@ def test_the_last_layer_at_the_first_token_alone_is_exact(encoder_folder, name, 
         torch.testing.assert_close(parameter.grad, reference[weight].grad, atol=1e-12, rtol=1e-9, msg=weight)
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
-def test_a_pickled_model_computes_the_same(encoder_folder, name, tmp_path):
-    model = build(encoder_folder(name)).eval()
-    place_model(model, torch.device("cpu"))
-    torch.save(model, tmp_path / "model.pt")
-    copy = torch.load(tmp_path / "model.pt", weights_only=False)
-    inputs, _ = batch(ENCODERS[name].pad_token_id or 0)
-    assert torch.equal(model(**inputs).logits, copy(**inputs).logits)
-    with torch.no_grad():
-        copy.encoder.get_input_embeddings().weight.zero_()  # its layers are its own
-    assert not torch.equal(model(**inputs).logits, copy(**inputs).logits)
-
-
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("modernbert", marks=pytest.mark.long)])
 def test_compiled_for_few_shapes_whatever_the_batches_are(encoder_folder, name):
     model, counter = build(encoder_folder(name)).train(), CompileCounter()
     torch._dynamo.reset()
@@ -132,11 +118,6 @@ def test_pretrained_weights_are_the_encoders_and_the_head_is_new(encoder_folder)
         assert torch.equal(weight, reference.state_dict()[name]), name
     fresh = build(folder, pretrained=False)
     assert not torch.equal(fresh.encoder.embeddings.word_embeddings.weight, reference.embeddings.word_embeddings.weight)
-
-
-def test_half_precision_checkpoints_are_trained_in_float32(encoder_folder, tmp_path):
-    AutoModel.from_pretrained(encoder_folder("bert")).half().save_pretrained(tmp_path)
-    assert {p.dtype for p in build(str(tmp_path)).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -172,6 +153,11 @@ def test_saved_model_is_readable_by_others_and_names_its_classes(encoder_folder,
 ELSEWHERE = """
 import sys, torch
 from transformers import pipeline
+try:  # without its code, it is refused rather than misread
+    pipeline("text-classification", model=sys.argv[1], trust_remote_code=False)
+    sys.exit("it was read without its code")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error)
 classify = pipeline("text-classification", model=sys.argv[1], trust_remote_code=True)
 assert not {"loading", "utils"} & set(sys.modules), "this is to work without the project"
 texts = sys.stdin.read().splitlines()
@@ -184,8 +170,7 @@ torch.save([logits, classify(texts, truncation=True)], sys.argv[2])
 
 
 @pytest.mark.parametrize(("name", "pooling"), [
-    ("bert", "cls"), ("modernbert", "mean"), pytest.param("bert", "mean", marks=pytest.mark.long),
-    pytest.param("modernbert", "cls", marks=pytest.mark.long)])
+    ("bert", "cls"), pytest.param("modernbert", "mean", marks=pytest.mark.long)])
 def test_the_same_bits_in_a_pipeline_that_knows_nothing_of_this_project(encoder_folder, tmp_path, name, pooling):
     model = build(encoder_folder(name), pooling=pooling).eval()
     tokenizer = load_tokenizer(encoder_folder(name), line_breaks="space")
@@ -217,15 +202,6 @@ def test_the_tokenizer_of_a_trained_model_cuts_as_in_training(encoder_folder, tm
     assert len(expected) == 8
 
 
-def test_without_its_code_the_folder_is_refused_rather_than_misread(encoder_folder, tmp_path):
-    save(build(encoder_folder("bert")), tmp_path / "best", encoder_folder("bert"))
-    distrusting = ELSEWHERE.replace("trust_remote_code=True", "trust_remote_code=False")
-    child = subprocess.run([sys.executable, "-c", distrusting, tmp_path / "best"], cwd=tmp_path,
-                           stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert child.returncode == 1
-    assert "trust_remote_code=True" in child.stderr
-
-
 @pytest.mark.parametrize("harm", ["no weights", "cut short", "another shape", "a pickle", "no config"])
 def test_a_broken_model_folder_is_named(encoder_folder, tmp_path, harm):
     save(build(encoder_folder("bert")), tmp_path, encoder_folder("bert"))
@@ -244,23 +220,12 @@ def test_a_broken_model_folder_is_named(encoder_folder, tmp_path, harm):
         load_model(tmp_path)
 
 
-def test_an_encoder_without_or_with_half_of_its_weights_is_refused(encoder_folder, tmp_path):
+def test_an_encoder_with_half_of_its_weights_is_refused(encoder_folder, tmp_path):
     AutoModel.from_pretrained(encoder_folder("bert")).save_pretrained(tmp_path)
     weights = weights_of(tmp_path / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="encoder.layer.1.output.dense.weight"):
-        build(str(tmp_path))
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=str(tmp_path)):
-        build(str(tmp_path))
-
-
-def test_pickled_weights_are_not_loaded(encoder_folder, tmp_path):
-    AutoModel.from_pretrained(encoder_folder("bert")).save_pretrained(tmp_path)
-    torch.save(weights_of(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="safetensors"):
         build(str(tmp_path))
 
 
@@ -275,22 +240,16 @@ def test_code_from_the_hub_is_not_run(encoder_folder, tmp_path):
     assert not (tmp_path / "was_run").exists()
 
 
-def test_an_unreachable_hub_is_said_with_the_ways_on():
-    with pytest.raises(UserError, match="cannot be reached.*local folder.*demo.yaml"):
-        build("google-bert/bert-base-uncased")
-
-
 @pytest.mark.parametrize(("name", "dtype", "precision"), [
-    ("bert", torch.float16, "no"), ("bert", torch.bfloat16, "bf16"), ("modernbert", torch.float16, "bf16"),
-    ("modernbert", torch.bfloat16, "no")], ids=str)
+    ("bert", torch.float16, "no"), ("modernbert", torch.bfloat16, "bf16")], ids=str)
 def test_an_encoder_stored_in_half_precision_is_trained_and_used_in_float32(overrides, encoder_folder, tmp_path, name,
                                                                            dtype, precision):
     folder = tmp_path / "half"
     AutoModel.from_pretrained(encoder_folder(name), dtype=dtype).save_pretrained(folder)
     load_tokenizer(encoder_folder(name)).save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    result = run_here(*overrides, f"model_config.model_name={folder}", "train_config.epochs=1",
-                      f"train_config.mixed_precision={precision}")
+    result = run_here(*overrides, f"model_config.model_name={folder}", "train_config.max_steps=1",
+                      "train_config.test=false", f"train_config.mixed_precision={precision}")
     assert result.returncode == 0, result.stderr
     best = tmp_path / "runs" / "run" / "best"
     assert {weights.dtype for weights in load_model(best).parameters()} == {torch.float32}

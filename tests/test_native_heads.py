@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENCODERS, PROJECT, SHARED, SMALL, run_here
-from transformers import AlbertConfig, AutoModel, AutoTokenizer, DebertaConfig, MPNetConfig, XLMRobertaConfig
+from transformers import AlbertConfig, AutoTokenizer, DebertaConfig, MPNetConfig, XLMRobertaConfig
 
-from model import EncoderForClassification
+from model import ClassifierConfig, EncoderForClassification
 from suite.encoders import native_heads
 from suite.encoders.loading import new_model, save_model
 from suite.encoders.native_heads import native_model, problem_of
@@ -24,9 +24,6 @@ FAMILIES = ENCODERS | {
     "xlm-roberta": XLMRobertaConfig(**SMALL | {"pad_token_id": 1, "type_vocab_size": 1}),
     "deberta": DebertaConfig(**SMALL, type_vocab_size=0, relative_attention=True, position_biased_input=False,
                              pos_att_type=["p2c", "c2p"])}
-CLASSES = (2, 7, 20)
-CASES = [(name, "cls", classes) for name in FAMILIES for classes in CLASSES] + [
-    ("modernbert", "mean", classes) for classes in CLASSES]
 TEXTS = ["word", "a gripping and moving film", "dull dreary pointless " * 40, "the film was a story of this and that"]
 # It imports nothing of this project and is told no code: a folder that needed some would not load.
 READER = """
@@ -46,19 +43,25 @@ print(json.dumps(found))
 """
 
 
-def make(folder, name: str, pooling: str, classes: int, width: int = 64) -> EncoderForClassification:
-    """A model folder with a head as large as training makes it; returns the model in eval mode."""
+def build(name: str, pooling: str = "cls", classes: int = 2, width: int = 64) -> EncoderForClassification:
+    """A tiny model in eval mode, with a head as large as training makes it."""
     torch.manual_seed(1)
     sizes = {"dim" if name == "distilbert" else "hidden_size": width, "vocab_size": 1367}
-    encoder = folder / "encoder"
-    AutoModel.from_config(type(FAMILIES[name]).from_dict(FAMILIES[name].to_dict() | sizes)).save_pretrained(encoder)
-    AutoTokenizer.from_pretrained(PROJECT / "demo" / "bert").save_pretrained(encoder)
+    encoder = type(FAMILIES[name]).from_dict(FAMILIES[name].to_dict() | sizes)
     names = [f"class {label}" for label in range(classes)]
-    model = new_model(ModelConfig(str(encoder), num_labels=classes, pooling=pooling), names).eval()
+    model = EncoderForClassification(ClassifierConfig(
+        encoder, pooling, max_len=40, id2label=dict(enumerate(names)),
+        label2id={label: i for i, label in enumerate(names)})).eval()
     model.head.weight.data *= 50
     model.head.bias.data.normal_()
-    model.config.max_len, model.config.truncation = 40, "head"
-    save_model(folder / "model", model.config, model.state_dict(), load_tokenizer(str(encoder)))
+    return model
+
+
+def make(folder, *arguments) -> EncoderForClassification:
+    """The folder `model` of such a model."""
+    model = build(*arguments)
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo" / "bert")
+    save_model(folder / "model", model.config, model.state_dict(), tokenizer)
     return model
 
 
@@ -66,53 +69,55 @@ def export(folder, *more: str, formats=("transformers",)):
     return run_here("train_config.device=cpu", *more, mode="export", model=str(folder / "model"), formats=formats)
 
 
-def is_long(name: str, classes: int) -> bool:
-    """One family of each kind of head is always tested with every number of classes, the others with two."""
-    return classes > 2 and name not in ("bert", "electra", "modernbert")
+def test_the_tested_families_are_those_that_can_be_exported():
+    assert {config.model_type for config in FAMILIES.values()} == set(native_heads.HEADS)
 
 
-@pytest.fixture(scope="module")
-def read_elsewhere(tmp_path_factory, request):
-    """{(family, pooling, classes): (class of transformers, its logits (texts, classes), ours)}"""
-    expected, folders = {}, {}
-    for name, pooling, classes in CASES:
-        if is_long(name, classes) and not request.config.getoption("--long"):
-            continue
-        folder = tmp_path_factory.mktemp(f"{name}-{classes}")
-        model = make(folder, name, pooling, classes)
-        result = export(folder)
-        assert result.returncode == 0, result.stderr
-        folders[name, pooling, classes] = str(folder / "model-export")
-        inputs = AutoTokenizer.from_pretrained(folder / "model")(TEXTS, truncation=True, padding=True,
-                                                                 return_tensors="pt")
+@pytest.mark.parametrize(("name", "pooling"), [*((name, "cls") for name in FAMILIES), ("modernbert", "mean")])
+def test_every_family_s_own_classifier_computes_the_same(name, pooling):
+    input_ids = torch.randint(5, 1367, (4, 30), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(30) < torch.tensor([30, 22, 9, 3])[:, None]).long()
+    for classes in (2, 7, 20):
+        model = build(name, pooling, classes)
+        native = native_model(model)
+        assert type(native).__name__.endswith("ForSequenceClassification")
+        assert not isinstance(native, EncoderForClassification)
         with torch.inference_mode():
-            logits = model(inputs["input_ids"], inputs["attention_mask"]).logits
-        expected[name, pooling, classes] = logits.numpy()
-    done = subprocess.run([sys.executable, "-c", READER, json.dumps(TEXTS), *folders.values()], capture_output=True,
-                          text=True, cwd=tmp_path_factory.mktemp("elsewhere"), timeout=300, check=False)
+            expected, logits = (each(input_ids=input_ids, attention_mask=mask).logits for each in (model, native))
+        assert logits.shape == (4, classes)
+        assert np.ptp(expected.numpy(), axis=0).max() > 0.1  # these texts do differ
+        torch.testing.assert_close(logits, expected, atol=5e-5, rtol=0)
+
+
+def test_a_program_that_knows_only_transformers_computes_the_same(tmp_path):
+    expected, folders = [], []
+    for name, pooling in (("bert", "cls"), ("electra", "cls"), ("modernbert", "mean")):  # one of each kind of head
+        (tmp_path / name).mkdir()
+        model = make(tmp_path / name, name, pooling, 7)
+        assert export(tmp_path / name).returncode == 0
+        folders.append(str(tmp_path / name / "model-export"))
+        inputs = AutoTokenizer.from_pretrained(tmp_path / name / "model")(TEXTS, truncation=True, padding=True,
+                                                                         return_tensors="pt")
+        with torch.inference_mode():
+            expected.append(model(inputs["input_ids"], inputs["attention_mask"]).logits.numpy())
+    done = subprocess.run([sys.executable, "-c", READER, json.dumps(TEXTS), *folders], capture_output=True, text=True,
+                          cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    return {case: (found[folder][0], np.array(found[folder][1]), expected[case]) for case, folder in folders.items()}
-
-
-@pytest.mark.parametrize(("name", "pooling", "classes"), [
-    pytest.param(*case, marks=[pytest.mark.long] * is_long(case[0], case[2])) for case in CASES])
-def test_a_program_that_knows_only_transformers_computes_the_same(read_elsewhere, name, pooling, classes):
-    kind, logits, expected = read_elsewhere[name, pooling, classes]
-    assert kind.endswith("ForSequenceClassification")
-    assert kind != "EncoderForClassification"
-    assert logits.shape == expected.shape == (len(TEXTS), classes)
-    assert np.ptp(expected, axis=0).max() > 0.1  # these texts do differ
-    np.testing.assert_allclose(logits, expected, atol=5e-5)
+    for folder, logits in zip(folders, expected, strict=True):
+        kind, read = found[folder]
+        assert kind.endswith("ForSequenceClassification")
+        assert kind != "EncoderForClassification"
+        np.testing.assert_allclose(read, logits, atol=5e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("name", "pooling"), [("bert", "cls"), ("electra", "cls"), ("modernbert", "mean")])
-def test_half_precision_costs_no_more_than_it_costs_ours(tmp_path, name, pooling, dtype):
-    model = make(tmp_path, name, pooling, 7, width=768)
+def test_half_precision_costs_no_more_than_it_costs_ours(name, pooling, dtype):
+    model = build(name, pooling, 7, width=768)
     native = native_model(model)
-    input_ids = torch.randint(5, 1367, (64, 40), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(40) < torch.randint(5, 41, (64, 1), generator=torch.Generator().manual_seed(1))).long()
+    input_ids = torch.randint(5, 1367, (32, 20), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(20) < torch.randint(5, 21, (32, 1), generator=torch.Generator().manual_seed(1))).long()
     with torch.inference_mode():
         exact = model(input_ids, mask).logits
         ours, theirs = (each.to(dtype)(input_ids=input_ids, attention_mask=mask).logits.float()
@@ -122,7 +127,7 @@ def test_half_precision_costs_no_more_than_it_costs_ours(tmp_path, name, pooling
     assert (theirs.argmax(1) != exact.argmax(1)).sum() <= (ours.argmax(1) != exact.argmax(1)).sum() + 2
 
 
-def test_what_cannot_be_said_is_refused_with_another_way(tmp_path):
+def test_what_cannot_be_exported_is_refused_with_another_way(tmp_path):
     make(tmp_path, "bert", "mean", 2)
     result = export(tmp_path)
     assert result.returncode == 2
@@ -132,16 +137,14 @@ def test_what_cannot_be_said_is_refused_with_another_way(tmp_path):
     assert not (tmp_path / "model-export").exists()
 
 
-def test_more_classes_than_the_head_has_rows_are_refused(tmp_path):
-    assert problem_of(make(tmp_path, "distilbert", "cls", 16, width=32)) is None
-    (tmp_path / "more").mkdir()
-    model = make(tmp_path / "more", "distilbert", "cls", 17, width=32)
-    assert "room for 16 classes, and this model has 17" in problem_of(model)
+def test_more_classes_than_the_head_has_rows_are_refused():
+    assert problem_of(build("distilbert", "cls", 16, width=32)) is None
+    assert "room for 16 classes, and this model has 17" in problem_of(build("distilbert", "cls", 17, width=32))
 
 
-def test_an_unknown_family_is_refused(tmp_path, monkeypatch):
+def test_an_unknown_family_is_refused(monkeypatch):
     monkeypatch.delitem(native_heads.HEADS, "bert")
-    assert "transformers has no classifier for bert" in problem_of(make(tmp_path, "bert", "cls", 2))
+    assert "transformers has no classifier for bert" in problem_of(build("bert"))
 
 
 def test_this_project_reads_its_export_as_it_was_cut_in_training(tmp_path, cpu):
@@ -183,7 +186,7 @@ def test_other_readers_find_the_keys_that_they_look_for(tmp_path):
         assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 40
 
 
-@pytest.mark.parametrize("truncation", ["head", "head_tail", "windows"])
+@pytest.mark.parametrize("truncation", ["head", "windows"])
 def test_a_cut_that_others_do_not_know_is_said(tmp_path, truncation):
     make(tmp_path, "bert", "cls", 2)
     config = tmp_path / "model" / "config.json"
@@ -203,6 +206,7 @@ def test_a_model_that_differs_gets_no_name(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("model-export*"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no trained encoder at hand")
 def test_minilm_says_the_same(tmp_path):
     encoder = str(SHARED / "models" / "all-MiniLM-L6-v2")

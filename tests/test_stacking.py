@@ -10,26 +10,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PROJECT, content_of, expect, metrics_of, run_here, run_script, train_here, write_reviews
+from conftest import PROJECT, content_of, expect, metrics_of, run_here, train_here, write_reviews
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from test_baseline import ENCODER, error_of, rows_of
 
+import ensemble
 from suite.common import cli
 from suite.common.run_folder import read_saved_config, without_encoder
 from suite.comparison import stacking
 from suite.comparison.results import group, read_result
 from suite.comparison.stacking import stack_runs
-from suite.training import finish
 from utils import load_config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_plots():
-    """Pictures take longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "try_plots", lambda *_: [])
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +123,7 @@ def test_it_is_a_run_like_any_other(members, stacked):
     measured = metrics_of(stacked)
     costs = [metrics_of(folder)["train"]["seconds"] for folder in folders]
     assert sum(costs) < measured["train"]["seconds"] < sum(costs) + 5
-    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json", "best.sha256",
+    for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json",
                  "best/member-2/model.safetensors"):
         assert (stacked / name).is_file(), name
     wrong = rows_of(stacked / "misclassified.csv")
@@ -242,15 +234,19 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
     assert not list((words / "best").glob(".*"))
     assert "use up to" in refusal(capsys, [words, encoder], tmp_path / ".hidden")
     (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "thesis").write_text("mine")
     assert "exists already" in refusal(capsys, [words, encoder], tmp_path / "others")
     dataset = words.parent.parent / "reviews.csv"
     dataset.rename(dataset.with_name("moved.csv"))
     assert "no such file" in refusal(capsys, [words, encoder], tmp_path / "new")
     dataset.with_name("moved.csv").rename(dataset)
     assert not (tmp_path / "new").exists()
-    result = run_script("ensemble.py", str(words))
-    assert (result.returncode, result.stderr) == (2, "error: command line: name two or more folders, as in "
-                                                  "checkpoints/NAME, and --output FOLDER; see --help\n")
+    monkeypatch.setattr("sys.argv", ["ensemble.py", str(words)])
+    with pytest.raises(SystemExit) as left:
+        ensemble.read_command()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == ("error: command line: name two or more folders, as in checkpoints/NAME, and "
+                                       "--output FOLDER; see --help\n")
 
 
 @pytest.mark.parametrize("place", ["write_stack", "write_results"])

@@ -14,8 +14,11 @@ from conftest import PROJECT, expect, run_here, train_here
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from data import prepare_data
 from suite.encoders.tokenizers import load_tokenizer
+from utils import load_config
 
+SHORT = ("train_config.max_steps=1", "train_config.test=false")
 NOTHING = "\u200b\u200b"  # characters of no width, which a normalizer removes
 
 
@@ -40,21 +43,27 @@ def vocabulary_alone(encoder: str, folder: Path, cased: bool) -> Path:
     return folder
 
 
+@pytest.fixture
+def said(overrides, capsys):
+    """said(folder, *more overrides): what a run with this model prints before it trains."""
+    def prepared(folder: Path, *more: str) -> str:
+        prepare_data(load_config(PROJECT / "config.yaml", [*overrides, f"model_config.model_name={folder}", *more]))
+        return capsys.readouterr().out
+    return prepared
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Promise: the model that is trained is the checkpoint's, and so are the words that it reads
 
 
-def test_a_cased_vocabulary_that_is_read_in_lower_case_is_said_in_one_line(overrides, encoder_folder, tmp_path):
+def test_a_cased_vocabulary_that_is_read_in_lower_case_is_said_in_one_line(said, encoder_folder, tmp_path):
     for cased, lines in ((True, 1), (False, 0)):
         folder = vocabulary_alone(encoder_folder("bert"), tmp_path / f"cased-{cased}", cased)
-        out = train_here(*overrides, f"model_config.model_name={folder}", f"run_name=cased-{cased}",
-                         "train_config.max_steps=1").stdout
+        out = said(folder)
         found = [line for line in out.splitlines() if str(folder) in line and "lower case" in line]
         assert len(found) == lines, out
     (tmp_path / "cased-True/tokenizer_config.json").write_text('{"do_lower_case": false}')  # as the line says
-    out = train_here(*overrides, f"model_config.model_name={tmp_path / 'cased-True'}", "run_name=mended",
-                     "train_config.max_steps=1").stdout
-    assert "lower case" not in out
+    assert "lower case" not in said(tmp_path / "cased-True")
 
 
 OWN_NORMALIZER = {"normalizer": {"type": "Sequence", "normalizers": [
@@ -63,24 +72,22 @@ OWN_NORMALIZER = {"normalizer": {"type": "Sequence", "normalizers": [
 
 @pytest.mark.parametrize(("tokenizer_class", "lines"), [("BertTokenizer", 1), ("PreTrainedTokenizerFast", 0)])
 @pytest.mark.parametrize("line_breaks", ["keep", "space"])
-def test_a_tokenizer_that_is_built_anew_is_compared_with_its_file(overrides, encoder_folder, tmp_path, tokenizer_class,
+def test_a_tokenizer_that_is_built_anew_is_compared_with_its_file(said, encoder_folder, tmp_path, tokenizer_class,
                                                                   lines, line_breaks):
     cuts = {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
             "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                         "pad_type_id": 0, "pad_token": "[PAD]"}}  # what the file says about lengths does not count
     folder = rewritten(encoder_folder("bert"), tmp_path / "model", OWN_NORMALIZER | cuts,
                        tokenizer_class=tokenizer_class)
-    out = train_here(*overrides, f"model_config.model_name={folder}", f"data_config.line_breaks={line_breaks}",
-                     "train_config.max_steps=1").stdout
+    out = said(folder, f"data_config.line_breaks={line_breaks}")
     found = [line for line in out.splitlines() if "in place of its tokenizer.json" in line]
     assert len(found) == lines, out
     assert all("PreTrainedTokenizerFast" in line and "of the first 100 texts" in line for line in found)
 
 
-def test_without_such_a_normalizer_the_class_reads_as_its_file(overrides, encoder_folder, tmp_path):
-    folder = rewritten(encoder_folder("bert"), tmp_path / "model", tokenizer_class="BertTokenizer")
-    out = train_here(*overrides, f"model_config.model_name={folder}", "train_config.max_steps=1").stdout
-    assert "tokenizer" not in out
+def test_without_such_a_normalizer_the_class_reads_as_its_file(said, encoder_folder, tmp_path):
+    assert "tokenizer" not in said(rewritten(encoder_folder("bert"), tmp_path / "model",
+                                             tokenizer_class="BertTokenizer"))
 
 
 def test_the_same_is_said_of_a_classifier_of_others_beside_its_labels(encoder_folder, tmp_path):
@@ -107,7 +114,7 @@ def test_without_a_first_token_cls_is_refused_and_mean_trains(overrides, without
     model = f"model_config.model_name={without_specials}"
     error = refused(model, "model_config.pooling=cls")
     assert "set model_config.pooling=mean" in error
-    train_here(*overrides, model, "run_name=mean", "train_config.max_steps=1")
+    train_here(*overrides, model, "run_name=mean", *SHORT)
 
 
 def test_texts_without_a_token_are_counted_and_named(overrides, without_specials, refused, reviews_file):
@@ -115,11 +122,11 @@ def test_texts_without_a_token_are_counted_and_named(overrides, without_specials
         file.writelines(f"{NOTHING * number},good\n" for number in range(1, 4))
     error = refused(f"model_config.model_name={without_specials}")
     assert f"{reviews_file}: rows 201, 202, 203 give no token: remove them" in error
-    train_here(*overrides, "run_name=with_specials", "train_config.max_steps=1")  # where [CLS] stands for such a text
+    train_here(*overrides, "run_name=with_specials", *SHORT)  # where [CLS] stands for such a text
 
 
 def test_a_row_without_a_token_is_set_aside_with_its_reason(overrides, without_specials, tmp_path):
-    train_here(*overrides, f"model_config.model_name={without_specials}", "run_name=run", "train_config.max_steps=1")
+    train_here(*overrides, f"model_config.model_name={without_specials}", "run_name=run", *SHORT)
     best, source, output = tmp_path / "runs/run/best", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     texts = ["a film", NOTHING, "the story"]
     source.write_text("".join(json.dumps({"review": text}) + "\n" for text in texts))
@@ -149,7 +156,7 @@ def test_a_deberta_with_spm_model_alone_trains_and_predicts(overrides, encoder_f
     (folder / "tokenizer.json").unlink()
     (folder / "spm.model").write_bytes(model.getvalue())
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
-    train_here(*overrides, f"model_config.model_name={folder}", "train_config.max_steps=1")
+    train_here(*overrides, f"model_config.model_name={folder}", *SHORT)
     best, original = tmp_path / "runs/run/best", SentencePieceProcessor(model_proto=model.getvalue())
     tokenizer = load_tokenizer(str(best), "--model")
     for text in (*texts[:20], "Numbers  and \u00e9 new words", "dull, dreary"):

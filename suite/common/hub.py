@@ -70,7 +70,7 @@ def answers(url: str) -> bool:
 def quiet_libraries() -> None:
     """Turn off the libraries' warnings about what this project does on purpose, and progress bars in a log file.
 
-    suite/reviews/sources.py does the same for datasets, which labelling does not import.
+    suite/reviews/sources.py does so for the datasets library, which labelling does not import.
     """
     import huggingface_hub
     import transformers

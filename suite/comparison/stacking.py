@@ -52,6 +52,8 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("a run is named twice: name different runs")
+    if around := next((folder for folder in folders if folder.resolve() in output.resolve().parents), None):
+        raise UserError(f"--output: {output} lies in {around}, a run that it combines: choose another place")
     valid = read_valid(runs)
     config = configuration(runs, output)
     refuse_existing_output(config)

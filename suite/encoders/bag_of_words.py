@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
-from scipy.special import softmax
 
 from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
 from suite.encoders.tokenizers import LINE_BREAKS
-from utils import BAG_OF_WORDS, UserError, brief
+from utils import BAG_OF_WORDS, UserError
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 WORDS = {"ngram_range": [1, 2], "sublinear_tf": True}  # pairs catch "not good"; a word's tenth mention says little more
 MIN_REVIEWS = 2  # a word of a single training review says nothing about others, and half of all words are such
@@ -34,33 +35,16 @@ class BagOfWords:
     """With two classes, the regression has one row of coefficients, for class 1; with more, one for each class."""
 
     def __init__(self, config: dict[str, Any], vocabulary: list[str], arrays: dict[str, np.ndarray]):
-        """Raises ValueError if the three do not belong together."""
         self.config, self.vocabulary, self.arrays = config, vocabulary, arrays
         self.data_fingerprint = config["data_fingerprint"]
         self.label_names = [config["id2label"][str(label)] for label in range(len(config["id2label"]))]
-        rows, columns = 1 if len(self.label_names) == 2 else len(self.label_names), len(vocabulary)
-        shapes = dict(zip(NAMES, ((columns,), (rows, columns), (rows,)), strict=True))
-        if found := {name: array.shape for name, array in arrays.items() if shapes.get(name) != array.shape
-                     or array.dtype != np.float64 or not np.isfinite(array).all()} or arrays.keys() ^ shapes.keys():
-            raise ValueError(f"other arrays than finite ones of float64 with the shapes {shapes}: {found}")
-        if config["words"] != WORDS or config["line_breaks"] not in ("keep", "space"):
-            raise ValueError("words or line_breaks are not those of this version")
-        if len(set(self.label_names)) < max(2, len(self.label_names)) or not all(
-                isinstance(text, str) for text in (*vocabulary, *self.label_names)):
-            raise ValueError("a class or a word is no text, or there are no two different classes")
-        from sklearn.feature_extraction.text import TfidfVectorizer  # here, because an encoder does not need it
-
-        self.vectorizer = TfidfVectorizer(**_options(), vocabulary=vocabulary)  # refuses a word that comes twice
+        self.vectorizer = new_vectorizer(config["words"], vocabulary=vocabulary)
         self.vectorizer.idf_ = arrays["idf"]
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64."""
         features = self.vectorizer.transform(_read(texts, self.config["line_breaks"]))
         return class_logits(features @ self.arrays["coefficients"].T + self.arrays["intercept"])
-
-    def probabilities(self, texts: list[str]) -> np.ndarray:
-        """(texts, classes) float64."""
-        return softmax(self.logits(texts), axis=1)
 
     def save(self, folder: Path) -> None:
         write_json(folder / "vocabulary.json", self.vocabulary)
@@ -82,10 +66,9 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
 
     Raises UserError if they are too few.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    vectorizer = TfidfVectorizer(**_options(), min_df=MIN_REVIEWS)
+    vectorizer = new_vectorizer(WORDS, min_df=MIN_REVIEWS)
     regression = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=MOST_ITERATIONS)
     if lacking := set(range(len(label_names))) - set(labels.tolist()):
         raise UserError(f"no training review has the class {label_names[min(lacking)]!r}: add some, or raise "
@@ -105,19 +88,17 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
 
 
 def load_bag_of_words(folder: Path) -> BagOfWords:
-    """Raises UserError if the folder holds no bag of words whose files belong together."""
+    """Raises UserError if a file of a saved folder is missing or has changed."""
     if (folder / MANIFEST).exists():
         refuse_damage(folder)
-    try:
-        arrays = safetensors.numpy.load_file(folder / "words.safetensors")
-        return BagOfWords(dict(read_json(folder / "config.json")), list(read_json(folder / "vocabulary.json")), arrays)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged, or of another version: no bag of words can be read from it "
-                        f"({brief(error)}): make it again with --mode baseline") from error
+    return BagOfWords(read_json(folder / "config.json"), read_json(folder / "vocabulary.json"),
+                      safetensors.numpy.load_file(folder / "words.safetensors"))
 
 
-def _options() -> dict[str, Any]:
-    return WORDS | {"ngram_range": tuple(WORDS["ngram_range"])}
+def new_vectorizer(words: dict[str, Any], **options: Any) -> TfidfVectorizer:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here, because no other model needs scikit-learn
+
+    return TfidfVectorizer(**words | {"ngram_range": tuple(words["ngram_range"])}, **options)
 
 
 def _read(texts: list[str], line_breaks: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Dropout and attention that take less time and memory on a CPU than torch's own, at the same result within rounding.
+"""Dropout, attention and memory that cost less on a CPU than torch's own, at the same result within rounding.
 
 torch draws one random number for each element of a dropout mask, from a slow generator. Here four elements share one
 64-bit number of a fast generator, 16 bits each, whose seed comes from torch's. The rate is rounded to 1/65,536 and the
@@ -6,11 +6,19 @@ kept values are scaled by exactly that rate, so the expectation is the input.
 torch's fused attention has no dropout on a CPU, and its backward pass in bf16 is slow for short inputs; in both cases
 `BlockAttention` takes its place. On a GPU and under torch.compile nothing is replaced, because fused kernels do both
 there.
+glibc gives the pages of large freed blocks back to the kernel, which fills them with zeros for the next block: that
+takes time in every pass. Here the pages are kept. But tensors of many sizes leave holes between them, and the heap
+grows, whether pages are kept or not. Between two passes most of it is free. So where the process has become larger by
+half than it was after its first passes, all free pages are given back. No result depends on it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +31,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 STEPS = 1 << 16
 SHORT = 256  # tokens up to which `BlockAttention` in bf16 beats the fused kernel, measured in benchmarks/README.md
 BLOCK = 1 << 21  # scores computed at a time, 8 MB in fp32, so that they stay in the caches; one review's if it has more
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+PASSES = 64  # forward passes after which memory has its usual size, and the least from one giving back to the next
+GROWTH = 1.5  # of that size, more than which is given back
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout and attention
 
 
 def new_generator() -> np.random.SFC64:
@@ -143,3 +157,41 @@ def use_cpu_kernels(model: nn.Module) -> None:
                 setattr(module, name, CPUDropout(child.p).train(child.training))
     if model.encoder.config._attn_implementation == "sdpa":
         model.encoder.config._attn_implementation = "sdpa_cpu"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Freed memory
+
+
+class FreedMemory:
+    """Called before each forward pass of a model: gives free pages back where the process has grown."""
+
+    def __init__(self):
+        self.passes, self.limit = 0, None
+
+    def __call__(self, *_) -> None:
+        self.passes += 1
+        if self.passes < PASSES:
+            return
+        pages = own_pages()
+        if self.limit is None:
+            self.limit = GROWTH * pages
+        elif pages > self.limit:
+            ctypes.CDLL(None).malloc_trim(0)
+            self.passes = 0
+
+
+def own_pages() -> int:
+    """The pages of memory that this process shares with no other, on Linux."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(resident) - int(shared)
+
+
+def keep_freed_memory(model: nn.Module) -> None:
+    """For the passes of `model`. Nothing is changed without glibc, or where the environment says how to allocate."""
+    is_told = "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not is_told:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks by itself,
+        libc.mallopt(M_MMAP_MAX, 0)  # and large tensors lie in it, too
+        model.register_forward_pre_hook(FreedMemory())

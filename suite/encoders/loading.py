@@ -90,21 +90,19 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
     UserError if the encoder cannot be loaded or lacks weights. Of a classifier of this suite, the encoder is taken, and
     the head if it was trained for the same classes and pooling.
     """
-    name = model_config.model_name
+    key, name = "model_config.model_name", model_config.model_name
     if encoder_config is None:
         encoder_config = load_encoder_config(model_config)
-    encoder = None
-    with explained("model_config.model_name", name, any_error=True):
+    names, encoder = label_names or [str(label) for label in range(model_config.num_labels)], None
+    with explained(key, name, any_error=True):
         own = own_classifier(name) if model_config.pretrained else None
         if not model_config.pretrained:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
         elif own is None:
             encoder, _ = load_checkpoint(AutoModel, name, encoder_config)
-    names = label_names or [str(label) for label in range(model_config.num_labels)]
-    encoder_config.name_or_path = ""  # a path of this machine, which concerns nobody else
-    config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
-                              id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
-    with explained("model_config.model_name", name, any_error=True):
+        encoder_config.name_or_path = ""  # a path of this machine, which concerns nobody else
+        config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
+                                  id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
         model = EncoderForClassification(config, encoder)
         if own is not None:
             _take_weights(name, own, model)

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from model import attention_masks, is_known
+from model import attention_masks, has_fast_path
 from suite.common.hub import explained
 from suite.encoders.checkpoints import WEIGHTS, own_classifier, try_forward_pass
 from suite.encoders.loading import load_checkpoint
@@ -33,7 +33,7 @@ class MaskedLanguageModel(nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
         self.takes_token_types = "token_type_ids" in inspect.signature(self.encoder.forward).parameters
-        self.is_known = is_known(self.encoder)
+        self.has_fast_path = has_fast_path(self.encoder)
         self._masked: torch.Tensor | None = None
         self.encoder.register_forward_hook(self._keep_masked)  # so that no family's head needs to be known here
 
@@ -55,7 +55,7 @@ class MaskedLanguageModel(nn.Module):
         words that stood there. `loss`: cross-entropy in float32, the mean or, with reduction="sum", the sum; None
         without labels. `logits`: (masked tokens, vocabulary).
         """
-        if attention_mask is not None and self.is_known:
+        if attention_mask is not None and self.has_fast_path:
             attention_mask = attention_masks(self.encoder, attention_mask)
         token_types = {"token_type_ids": token_type_ids} if self.takes_token_types else {}
         self._masked = masked

@@ -10,8 +10,7 @@ from torch import nn
 
 from model import EncoderForClassification, mean_over_windows
 from suite.common.protocols import Devices
-from suite.encoders.cpu_kernels import use_cpu_kernels
-from suite.encoders.freed_memory import keep_freed_memory
+from suite.encoders.cpu_kernels import keep_freed_memory, use_cpu_kernels
 from suite.encoders.masked_lm import MaskedLanguageModel
 from utils import UserError
 

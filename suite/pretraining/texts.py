@@ -22,7 +22,7 @@ def prepare_texts(config: Config) -> PreparedData:
 
     The splits are `train` and `valid`, a row of them is a window, and `digests` are those of both.
     """
-    from datasets import concatenate_datasets
+    from datasets import concatenate_datasets  # here, because most modes do not need it
 
     data_config, name = config.data_config, config.model_config.model_name
     split = load_split(config)

@@ -7,17 +7,14 @@ text becomes a number, a date or a missing value.
 
 from __future__ import annotations
 
-import csv
+import functools
 import gzip
-import io
 import json
 import os
-import re
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,22 +22,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet
 
+from suite.reviews.text_rows import Row, other_encoding, read_header, read_lines, read_table
 from utils import UserError, brief, file_kind
 
-LONGEST_FIELD = 1 << 24  # characters of a .csv field: a quote that is never closed would swallow the rest of the file
 MOST_NAMED = 3  # rows that a message names
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of columns, and what they are called
-
-
-@dataclass
-class Row:
-    number: int  # from 1; the header and blank lines do not count
-    position: int  # how much of the file has been read after this row, in the unit of `size_of`
-    values: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None  # of a broken row: where it is, what is wrong and how to fix it
-    content: str = ""  # of a broken row: what the file says there
-    text: str = ""  # of a whole row: the review, once its reader has found it among the values
-    source: tuple[pa.RecordBatch, int] | None = None  # of a row of a .parquet file: where Arrow has it, bit for bit
 
 
 def read_rows(path: str, columns: Sequence[str] = (), only: bool = False, file: BinaryIO | None = None
@@ -73,7 +58,7 @@ def columns_of(path: str, columns: Sequence[str] = ()) -> list[str]:
             return file.schema_arrow.names
     if kind in (".csv", ".tsv"):
         with _opened(path) as file:
-            return _read_header(path, file, columns)[2]
+            return read_header(path, file, columns)[2]
     return ["text"] if kind == ".txt" else []
 
 
@@ -105,7 +90,7 @@ def read_texts(files: Sequence[Path]) -> Iterator[Row]:
         try:
             yield Row(number, number, {"text": content.decode("utf-8-sig")})
         except UnicodeDecodeError:
-            yield Row(number, number, problem=f"{file} is {_other_encoding(content)}",
+            yield Row(number, number, problem=f"{file} is {other_encoding(content)}",
                       content=content.decode(errors="backslashreplace"))
 
 
@@ -133,151 +118,10 @@ def column_problem(row: Row, columns: tuple[str, ...]) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text files, line by line
-
-
-class _Lines:
-    """The lines of a text file. It keeps those of the row that is being read, and takes back the ones that turn out to
-    belong to other rows. Bytes that are not UTF-8 stay in them as surrogates."""
-
-    def __init__(self, file: BinaryIO):
-        self.text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        self.on_disk = getattr(file, "fileobj", file)  # of a compressed file, the bytes that are there
-        self.number, self.of_row, self.returned = 0, [], deque()
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.returned.popleft() if self.returned else next(self.text)
-        self.number += 1
-        self.of_row.append(line)
-        return line
-
-    def give_back(self, kept: int) -> None:
-        """Give back the lines of this row, except for the first `kept` of them."""
-        self.returned.extendleft(reversed(self.of_row[kept:]))
-        self.number -= len(self.of_row[kept:])
-        del self.of_row[kept:]
-
-    def row(self, number: int, values: dict[str, Any], problem: str | None = None) -> Row:
-        """The row that the lines make up, a broken one if it has a problem or is not UTF-8; the next row begins."""
-        position = self.on_disk.tell() if self.on_disk.seekable() else 0
-        if problem := self.encoding_problem() or problem:
-            content = "".join(self.of_row).rstrip("\r\n").encode(errors="surrogateescape")
-            row = Row(number, position, problem=problem, content=content.decode(errors="backslashreplace"))
-        else:
-            row = Row(number, position, values)
-        self.of_row = []
-        return row
-
-    def encoding_problem(self) -> str | None:
-        """Names the first line of this row that is not UTF-8."""
-        for number, line in enumerate(self.of_row, start=self.number - len(self.of_row) + 1):
-            try:
-                line.encode()
-            except UnicodeEncodeError:
-                return f"line {number} is {_other_encoding(line.encode(errors='surrogateescape'))}"
-        return None
-
-
-def _other_encoding(content: bytes) -> str:
-    """What is said of bytes that are not UTF-8: the encoding that they probably have, and how to convert them."""
-    # WINDOWS-1252 is the usual one of older files, and has all letters of ISO-8859-1, too.
-    encoding = "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
-    return (f"not UTF-8: it is probably {encoding}; convert the file with "
-            f"iconv -f {encoding} -t UTF-8 FILE > NEW_FILE")
-
-
-def _read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[_Lines, Any, list[str]]:
-    """(lines, the csv.reader of the rows after the header, the header) of a .csv or .tsv file; an empty file's header
-    is []. A column without a name gets one, such as `column 3`, counted from 1, and so does one whose name is taken.
-
-    The separator is the one under which the header has the `columns`; if there is none, the one of the file's kind, or
-    of a first line such as `sep=;`, which Excel reads and writes.
-    """
-    csv.field_size_limit(LONGEST_FIELD)
-    lines, own = _Lines(file), "\t" if file_kind(path) == ".tsv" else ","
-    if stated := re.fullmatch(r"sep=(.)\s*", next(lines, "")):
-        own, lines.of_row = stated[1], []
-    for separator in (own, *(mark for mark in SEPARATORS if mark != own), own):
-        lines.give_back(0)
-        try:
-            problem, found = None, next((row for row in csv.reader(lines, delimiter=separator, strict=True) if row), [])
-        except csv.Error as error:
-            problem, found = f"line {lines.number}: {error}: mend the quotes there", []
-        header = [name.strip() or f"column {place}" for place, name in enumerate(found, start=1)]
-        if problem is None and set(columns) <= set(header):
-            break
-    if problem := lines.encoding_problem() or problem:
-        raise UserError(f"{path}: {problem}")
-    if twins := [name for name in columns if header.count(name) > 1]:
-        raise UserError(f"{path}: two columns are called {twins[0]!r}: rename one")
-    header = [f"{name} (column {place})" if name in header[:place - 1] else name
-              for place, name in enumerate(header, start=1)]
-    spaced = len(found) > 1 and all(name.startswith(" ") for name in found[1:])  # `text, label`: so do the rows, too
-    lines.of_row = []
-    return lines, csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True), header
-
-
-def _read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
-    lines, reader, header = _read_header(path, file, columns)
-    number, separator = 0, reader.dialect.delimiter
-    while True:
-        try:
-            problem, values = None, next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            lines.give_back(1)  # the quote that is wrong here may have swallowed good rows
-            problem, values = f"line {lines.number}: {error}: mend the quotes there", []
-        if not values and not problem:  # a blank line
-            lines.of_row = []
-            continue
-        # A text of several lines may hold commas, but hardly one tab in each line. These are rows, of a program that
-        # writes no quotes around texts: a text begins with a quote, and a later one ends with one.
-        swallowed = len(lines.of_row) - 1
-        if swallowed and separator != "," and len(header) > 1 and all(
-                line.count(separator) == len(header) - 1 for line in lines.of_row):
-            lines.give_back(1)
-            problem = (f"line {lines.number}: the quotes would make one text of this row and the {swallowed} below "
-                       "it: double the quotes in a text, and put quotes around it")
-        number += 1
-        if problem is None and len(values) != len(header):
-            problem = (f"row {number} (line {lines.number}) has {len(values)} fields, the header has {len(header)}: "
-                       "give each row as many, with quotes around a text that holds "
-                       f"{SEPARATORS.get(separator, separator)}")
-        yield lines.row(number, dict(zip(header, values, strict=False)), problem)
-
-
-def _read_lines(file: BinaryIO, parse: Callable[[str], dict[str, Any]]) -> Iterator[Row]:
-    """The rows of a file with one row a line; `parse` gives a line's values, or raises ValueError with the problem."""
-    lines, number = _Lines(file), 0
-    for line in lines:
-        if not line.strip():
-            lines.of_row = []
-            continue
-        number += 1
-        try:
-            values, problem = parse(line), None
-        except ValueError as error:
-            values, problem = {}, f"line {lines.number} {error}"
-        yield lines.row(number, values, problem)
-
-
-def _read_json_lines(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
-    return _read_lines(file, _parse_object)
-
-
-def _read_plain_lines(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
-    return _read_lines(file, lambda line: {"text": line.rstrip("\r\n")})
-
-
 def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
     """An array of objects; or an object in each line, which many people call .json, too."""
     if not file.peek(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        for row in _read_lines(file, _parse_object):
+        for row in read_lines(path, file, columns, _parse_object):
             if row.number == 1 and row.problem:
                 raise UserError(f"{path}: holds neither an array of objects nor an object in each line "
                                 f"({row.problem}): write one of them")
@@ -287,21 +131,20 @@ def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Ro
     try:
         records = _parse_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is {_other_encoding(content)}") from None
+        raise UserError(f"{path}: byte {error.start} is {other_encoding(content)}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}: mend it, or write one object a line into a .jsonl file") from None
-    size, may_hold_halves = os.path.getsize(path), b"\\ud" in content.lower()
+    size = os.path.getsize(path)
     for number, values in enumerate(records, start=1):
-        problem = _object_problem(values, may_hold_halves)
-        yield Row(number, size * number // len(records), {} if problem else values,
-                  problem and f"row {number} {problem}", json.dumps(values) if problem else "")
+        position = size * number // len(records)
+        try:
+            yield Row(number, position, _checked_object(values))
+        except ValueError as problem:
+            yield Row(number, position, problem=f"row {number} {problem}", content=json.dumps(values))
 
 
 def _parse_object(line: str) -> dict[str, Any]:
-    values = _parse_json(line)
-    if problem := _object_problem(values, "\\ud" in line.lower()):
-        raise ValueError(problem)
-    return values
+    return _checked_object(_parse_json(line))
 
 
 def _parse_json(text: str) -> Any:
@@ -320,23 +163,24 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _object_problem(values: Any, may_hold_halves: bool) -> str | None:
-    """What is wrong with the JSON value of a row; None if nothing. JSON can name half of a character as \\ud..., and no
-    file can hold that."""
+def _checked_object(values: Any) -> dict[str, Any]:
+    """The JSON value of a row. Raises ValueError if it is no object, or holds half of a character, which JSON can name
+    as \\ud..., and no file can hold."""
     if not isinstance(values, dict):
-        return 'is not a JSON object such as {"text": ..., "label": ...}'
+        raise ValueError('is not a JSON object such as {"text": ..., "label": ...}')
     try:
-        if may_hold_halves:
-            json.dumps(values, ensure_ascii=False).encode()
+        json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return "holds half of a \\ud... pair: write the character itself"
-    return None
+        raise ValueError("holds half of a \\ud... pair: write the character itself") from None
+    return values
 
 
 # What reads the rows of each kind of file but .parquet
 KINDS: dict[str, Callable[[str, BinaryIO, Sequence[str]], Iterator[Row]]] = {
-    ".csv": _read_table, ".tsv": _read_table, ".json": _read_json, ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines, ".txt": _read_plain_lines}
+    ".csv": read_table, ".tsv": read_table, ".json": _read_json,
+    ".jsonl": functools.partial(read_lines, parse=_parse_object),
+    ".ndjson": functools.partial(read_lines, parse=_parse_object),
+    ".txt": functools.partial(read_lines, parse=lambda line: {"text": line.rstrip("\r\n")})}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parquet

@@ -20,19 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetBuilder,
-    DatasetDict,
-    Features,
-    Value,
-    get_dataset_config_names,
-    load_dataset,
-    load_dataset_builder,
-    load_from_disk,
-)
-from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
+from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict, Features, Value
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # as a dataset, `csv` is what lies around
 from huggingface_hub import is_offline_mode, snapshot_download
 
@@ -53,7 +41,7 @@ from utils import ROW_FILES, DataConfig, UserError, file_kind, say
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
 if not sys.stderr.isatty():
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # they would fill a log file
 
 FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows have a column for the label
 READER = 2  # the version of what reads rows: it is part of the name under which they are cached
@@ -142,10 +130,9 @@ def _label(value: Any, class_names: Sequence[str] | None) -> str | None:
 
 def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
     """The parts of a dataset folder: of `save_to_disk`, of texts in a folder for each class, or of files of rows."""
-    saved_by_library = (DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME)
-    if any(os.path.isfile(os.path.join(name, file)) for file in saved_by_library):
+    if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # the library's own
         with explained("data_config.dataset", name, any_error=True):  # other files there are caches of `map`
-            saved = load_from_disk(str(Path(name).resolve()))
+            saved = datasets.load_from_disk(str(Path(name).resolve()))
         return _library_parts(name, saved if isinstance(saved, DatasetDict) else {"train": saved}, columns)
     everything = visible_files(name)
     if all(path.suffix in ("", ".md") for path in everything):
@@ -157,12 +144,9 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> lis
     # The library takes files of one kind and leaves out the others without a word.
     there = {file_kind(path) for path in everything} & set(FILE_TYPES) - {".json"}  # .json: what describes the data
     kinds = sorted(there | {file_kind(file) or Path(file).suffix for of_split in files.values() for file in of_split})
-    if len(kinds) > 1:
-        raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files, but all must be of one kind: "
-                        "move the others elsewhere, or name one file")
-    if kinds[0] not in FILE_TYPES:
-        raise UserError(f"data_config.dataset: {name} holds {kinds[0]} files: the suite reads "
-                        f"{', '.join(FILE_TYPES)}, each also as .gz, and folders of .txt files: convert or unpack them")
+    if len(kinds) > 1 or kinds[0] not in FILE_TYPES:
+        raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files: give files of one kind of "
+                        f"{', '.join(FILE_TYPES)}, each also as .gz, or folders of .txt files")
     used = {Path(file) for of_split in files.values() for file in of_split}
     unread = [path for path in everything if file_kind(path) == kinds[0] and path.resolve() not in used]
     if unread and subset is None:
@@ -229,7 +213,7 @@ def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> l
             patterns = [glob.escape(file) for of_split in known["files"].values() for file in of_split]
             folder = snapshot_download(name, repo_type="dataset", revision=known["revision"], allow_patterns=patterns)
         else:
-            tables = load_dataset(name, subset)
+            tables = datasets.load_dataset(name, subset)
     if tables is not None:
         return _library_parts(name, tables, columns)
     return _load_files({split: [os.path.join(folder, file) for file in of_split]
@@ -264,9 +248,9 @@ def _builder(name: str, subset: str | None) -> DatasetBuilder:
     card = " with its README.md" if os.path.isfile(os.path.join(name, "README.md")) else ""  # it may be what is wrong
     with explained("data_config.dataset", name + card, any_error=True):
         try:
-            return load_dataset_builder(path, subset)
+            return datasets.load_dataset_builder(path, subset)
         except ValueError:
-            names = get_dataset_config_names(path)
+            names = datasets.get_dataset_config_names(path)
             if len(names) < 2 or subset in names:
                 raise
             raise UserError(f"data_config.dataset: {name} has several configurations: set data_config.subset to one of "
