@@ -66,7 +66,7 @@ YAML_BYTES = [b"\t", b"\xff", b"\n---\n", b"[", b"{", b'"', b"'", b"- ", b": ", 
 
 
 def values_of(key: str, field) -> st.SearchStrategy:
-    """YAML for a key: its bounds and choices and what lies beside them, or what may suit another key."""
+    """YAML for a key: its bounds and choices and the values next to them, or what may suit another key."""
     if key in ONLY:
         return st.sampled_from(ONLY[key])
     bounds = [getattr(bound, name) for bound in field.metadata for name in ("ge", "gt", "le", "lt")
