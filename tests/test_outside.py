@@ -69,9 +69,11 @@ def test_a_plot_that_fails_is_left_out(monkeypatch, capsys, tmp_path):
 
 
 TRACKED = """
+from suite.common import hub
 from suite.training.tracking import Tracker
 from utils import load_config
 
+hub.PROBE_SECONDS = 0.5  # in place of six, for the test
 tracker = Tracker(load_config("config.yaml", ["output_dir={folder}", "run_name=run", "log_config.wandb_mode=online"]))
 tracker.log({{"step": 1, "epoch": 0.5, "train/loss": 0.5}})
 tracker.finish()

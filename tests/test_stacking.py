@@ -1,5 +1,6 @@
 """ensemble.py: the weights are those of a fit by hand, the stack needs none of its members' folders, is labelled with,
-tested and compared like any run, and what does not belong together is refused in one line.
+tested and compared like any run, and what does not belong together is refused in one line. Every figure of a run is
+in the one table of them.
 """
 
 import csv
@@ -17,6 +18,7 @@ from test_baseline import ENCODER, error_of, rows_of
 
 import ensemble
 from suite.common import cli
+from suite.common.figures import FIGURES, MEASURED, figures_table, on_card
 from suite.common.run_folder import read_saved_config, without_encoder
 from suite.comparison import stacking
 from suite.comparison.results import group, read_result
@@ -142,6 +144,23 @@ def test_it_is_a_run_like_any_other(members, stacked):
 def test_a_stack_can_be_stacked_again(members, stacked, tmp_path):
     stack_runs([stacked, members[1][0]], tmp_path / "again")
     assert expect(0, run_here(mode="predict", model=str(tmp_path / "again"), text="gripping and moving")).stdout
+
+
+def of(section: str) -> set[str]:
+    return {name for name, figure in FIGURES.items() if section in figure.section}
+
+
+def test_each_figure_of_a_run_is_in_the_table_that_cards_console_and_docs_are_made_of(members):
+    run = members[1][1]
+    measured = metrics_of(run)
+    assert of(MEASURED) == measured["test"].keys()
+    assert of("valid") - {"perplexity"} == measured["valid"].keys()  # it is a pretraining run's
+    assert of("train") == measured["train"].keys()
+    page = (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- figures -->\n")[2].partition("\n<!-- /figures -->")[0] == figures_table()
+    card = (run / "best" / "README.md").read_text()
+    assert all(f"| {name} | {text} |" in card for name, text in on_card(measured["test"]))
+    assert f"| accuracy | {measured['test']['accuracy']:.4f} (95 % interval " in card
 
 
 @pytest.mark.parametrize(("names", "seeds", "kinds", "expected"), [
