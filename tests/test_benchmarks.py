@@ -27,7 +27,14 @@ from suite.training.devices import SingleDevice
 from suite.training.run import Run
 
 SIZE = ["--tokens", "16", "--batch", "2"]
+OTHER_CPU = pytest.param("bf16", marks=pytest.mark.long)  # the same programs again, for a contender or a line more
 UNCOMPILED = [name for name in speed.CONTENDERS if not name.endswith("-compile")]
+
+
+@pytest.fixture(params=["fp32", OTHER_CPU])
+def cpu(request, monkeypatch) -> str:
+    monkeypatch.setenv("CPU_OF_TESTS", request.param)
+    return request.param
 
 
 @pytest.fixture
