@@ -65,7 +65,7 @@ def test_a_silent_wandb_server_costs_seconds_not_the_run(short, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "wandb: the server cannot be reached" in result.stdout
     assert metrics_of(tmp_path / "runs/run")["train"]["optimizer_steps"] == 4
-    assert time.perf_counter() - started < 45  # of which the run itself takes about ten
+    assert time.perf_counter() - started < 85  # wandb alone would wait for 90 at the start, on a quiet machine
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the stand-in for the Hub")
