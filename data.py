@@ -16,11 +16,10 @@ import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -30,9 +29,13 @@ from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.classes import Reviews, load_reviews, name_rows
 from suite.reviews.sampling import StepSampler, evaluation_batches
-from suite.reviews.sources import Part
 from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
 from utils import Config, DataConfig, UserError, num_processes, process_rank, say
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from suite.reviews.sources import Part
 
 CPU_TOKENS = 8192  # of a pass without a backward one, measured in benchmarks/README.md
 IGNORED = -100  # the label of a review that is in a batch only to keep processes in step; cross-entropy skips it
@@ -187,6 +190,8 @@ class Encode:
 def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All tokens (total,) int32, the offsets of the windows in them (windows + 1,), and those of the reviews in the
     windows (rows + 1,), from the library's cache."""
+    from datasets import Features, List, Value  # here, because labelling does not need it
+
     fingerprint = encode.fingerprint(digests)
     tokenized = cached(f"windows-{fingerprint}", lambda folder: table.map(
         encode, batched=True, remove_columns=table.column_names, desc="tokenizing", new_fingerprint=fingerprint,

@@ -3,6 +3,7 @@
 The promise: wrong settings end in one line with the fix and exit code 2, before work is lost, all of them at once.
 """
 
+import ast
 import re
 import resource
 import subprocess
@@ -271,3 +272,22 @@ def test_mode_test_takes_the_configuration_that_the_run_has_saved(tmp_path, monk
     assert cli.config_for("test", path, [*named, "data_config.limit=500"]).data_config.limit == 500
     assert cli.config_for("train", path, named).data_config.limit is None
     assert cli.config_for("test", path, [named[0], "run_name=other"]).data_config.limit is None
+
+
+def imports_of(module: str, found: set[str]) -> set[str]:
+    """What is imported together with a module: its own imports outside functions, and theirs, if they are ours."""
+    path = Path(PROJECT, *module.split(".")).with_suffix(".py")
+    if module not in found:
+        found.add(module)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []:
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            for name in [*names, *([node.module] if isinstance(node, ast.ImportFrom) else [])]:
+                imports_of(name, found)
+    return found
+
+
+def test_labelling_a_review_does_not_wait_for_what_other_modes_need():
+    found = {name.partition(".")[0] for module in ("main", "suite.inference.predict")
+             for name in imports_of(module, set())}
+    assert "torch" in found
+    assert not found & {"sklearn", "datasets", "matplotlib", "pandas", "captum", "wandb"}

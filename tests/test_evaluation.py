@@ -4,8 +4,10 @@ import csv
 
 import numpy as np
 import pytest
+from conftest import PROJECT, metrics_of
 from sklearn import metrics as reference
 
+from suite.common.figures import FIGURES, MEASURED, figures_table, heading, on_card, on_console, show
 from suite.training.evaluation import (
     Calibration,
     Predictions,
@@ -75,6 +77,32 @@ def test_edge_cases():
     assert (computed["roc_auc"], computed["precision"], computed["accuracy"]) == (None, 0.0, 1.0)
     certain = Predictions(np.arange(2), np.array([0, 1]), np.float32([[500, -500], [500, -500]]))
     assert compute_metrics(certain)["loss"] == 500  # finite although the probability underflows
+
+
+def of(section: str) -> set[str]:
+    return {name for name, figure in FIGURES.items() if section in figure.section}
+
+
+def test_each_figure_of_a_run_is_in_the_table_that_cards_console_and_docs_are_made_of(undisturbed):
+    _, run = undisturbed
+    measured = metrics_of(run)
+    assert of(MEASURED) == measured["test"].keys() == compute_metrics(draw()).keys()
+    assert of("valid") - {"perplexity"} == measured["valid"].keys()  # it is a pretraining run's
+    assert of("train") == measured["train"].keys()
+    page = (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- figures -->\n")[2].partition("\n<!-- /figures -->")[0] == figures_table()
+    card = (run / "best" / "README.md").read_text()
+    assert all(f"| {name} | {text} |" in card for name, text in on_card(measured["test"]))
+    assert f"| accuracy | {measured['test']['accuracy']:.4f} (95 % interval " in card
+
+
+def test_how_a_figure_is_shown():
+    figures = {"accuracy": 0.9, "accuracy_ci95": [0.8912, 0.908], "loss": 0.25, "roc_auc": None, "new": [1, 2]}
+    assert show(figures, "accuracy") == "0.9000 (95 % interval 0.8912 to 0.9080)"
+    assert (show(figures, "roc_auc"), show(figures, "seconds")) == ("-", "-")
+    assert show({"optimizer_steps": 12345}, "optimizer_steps") == "12,345"
+    assert (heading("loss"), heading("f1")) == ("loss (nats)", "F1")
+    assert on_console(figures) == "accuracy 0.9000 (95 % interval 0.8912 to 0.9080), loss 0.2500"
 
 
 def read_csv(path) -> list[dict[str, str]]:

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PROJECT, content_of, expect, metrics_of, run_here, run_script, train_here, write_reviews
+from conftest import PROJECT, content_of, expect, metrics_of, run_here, train_here, write_reviews
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from test_baseline import ENCODER, error_of, rows_of
 
+import ensemble
 from suite.common import cli
 from suite.common.run_folder import read_saved_config, without_encoder
 from suite.comparison import stacking
@@ -240,9 +241,12 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
     assert "no such file" in refusal(capsys, [words, encoder], tmp_path / "new")
     dataset.with_name("moved.csv").rename(dataset)
     assert not (tmp_path / "new").exists()
-    result = run_script("ensemble.py", str(words))
-    assert (result.returncode, result.stderr) == (2, "error: command line: name two or more folders, as in "
-                                                  "checkpoints/NAME, and --output FOLDER; see --help\n")
+    monkeypatch.setattr("sys.argv", ["ensemble.py", str(words)])
+    with pytest.raises(SystemExit) as left:
+        ensemble.read_command()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == ("error: command line: name two or more folders, as in checkpoints/NAME, and "
+                                       "--output FOLDER; see --help\n")
 
 
 @pytest.mark.parametrize("place", ["write_stack", "write_results"])

@@ -68,16 +68,16 @@ def answers(url: str) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Turn off the libraries' warnings about what this project does on purpose, and progress bars in a log file."""
-    import datasets
+    """Turn off the libraries' warnings about what this project does on purpose, and progress bars in a log file.
+
+    suite/reviews/sources.py does so for the datasets library, which labelling does not import.
+    """
     import huggingface_hub
     import transformers
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # it counts weights while they are read, for a second or two
     if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
         huggingface_hub.utils.disable_progress_bars()
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom, norm
 
 from suite.training.evaluation import wilson_interval
 
@@ -117,6 +116,8 @@ def paired_test(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int],
     either direction. A lead is the difference between the shares of seeds that get the review right. With one seed
     each, this is McNemar's test (1947) in its exact form.
     """
+    from scipy.stats import binom  # here, because most modes of main.py do not need it
+
     # In units of 1 / (seeds of the first x seeds of the second), the leads are integers.
     leads = second.sum(axis=0) * len(first) - first.sum(axis=0) * len(second)
     better_on = int((leads < 0).sum()), int((leads > 0).sum())
@@ -144,6 +145,8 @@ def detectable_difference(interval: tuple[float, float], pairs: int) -> float:
     Bloom 1995 (Evaluation Review 19:547): (z of the significance level + z of the power) x the standard error. The
     level is divided by the number of pairs, as in Holm's strictest step. The standard error follows from the interval.
     """
+    from scipy.stats import norm
+
     standard_error = (interval[1] - interval[0]) / 2 / norm.ppf((1 + LEVEL) / 2)
     return float((norm.ppf(1 - (1 - LEVEL) / 2 / pairs) + norm.ppf(POWER)) * standard_error)
 

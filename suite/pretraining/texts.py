@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from datasets import concatenate_datasets
 
 from data import Encode, PreparedData, fingerprint, load_split, refuse_no_tokens, tokenize
 from suite.encoders.loading import trained_texts
@@ -23,6 +22,8 @@ def prepare_texts(config: Config) -> PreparedData:
 
     The splits are `train` and `valid`, a row of them is a window, and `digests` are those of both.
     """
+    from datasets import concatenate_datasets  # here, because most modes do not need it
+
     data_config, name = config.data_config, config.model_config.model_name
     split = load_split(config)
     reviews, labelled = split.reviews, split.digests

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,10 @@ from suite.reviews.rows import (
     visible_files,
 )
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
+
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()  # they would fill a log file
 
 FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows have a column for the label
 READER = 2  # the version of what reads rows: it is part of the name under which they are cached

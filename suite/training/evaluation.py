@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
-from scipy.stats import binomtest
-from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score
 
 from suite.common.storage import atomic_write
 
@@ -60,6 +58,8 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     class with the rest and averages over the classes; it is None if a class does not occur in the split.
     `accuracy_ci95`: see `wilson_interval`. `ece`: see `Calibration`.
     """
+    from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score  # not needed to label reviews
+
     if not np.isfinite(predictions.logits).all():
         raise FloatingPointError("the model's logits are not finite: lower train_config.learning_rate or set "
                                  "train_config.max_grad_norm")
@@ -93,6 +93,8 @@ def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927)."""
+    from scipy.stats import binomtest  # here, because labelling does not need it
+
     interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
