@@ -92,7 +92,7 @@ def test_a_silent_wandb_server_costs_seconds_not_the_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "wandb: the server cannot be reached" in result.stdout
     assert "wandb sync" in result.stdout
-    assert time.perf_counter() - started < 45
+    assert time.perf_counter() - started < 85  # wandb alone would wait for 90 at the start, on a quiet machine
 
 
 @pytest.mark.parametrize("failing", ["", "start", "log", "report", "finish"])
