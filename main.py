@@ -33,10 +33,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import Step
-from suite.common.protocols import Devices
+from suite.common.devices import Devices
 from suite.comparison.report import show_baseline
 from suite.encoders.placement import compute_logits, to_device
-from suite.training.devices import SingleDevice
 from suite.training.evaluation import Predictions
 from suite.training.finish import show_finished, write_results
 from suite.training.run import Run, test_loader
@@ -141,7 +140,7 @@ def test_again(config: Config, devices: Devices) -> None:
 MODES = {"train": train_and_test, "pretrain": pretrain, "test": test_again}  # suite/common/cli.py knows the others
 
 
-def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
+def main(command: cli.Command, devices_class: type[Devices] = Devices) -> None:
     cli.start(command, devices_class, MODES)
 
 

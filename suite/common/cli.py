@@ -12,10 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suite.common.launcher import refuse_lost_processes
-from suite.common.protocols import Devices
 from suite.common.run_folder import (
     is_encoder,
     is_same_place,
@@ -26,6 +25,9 @@ from suite.common.run_folder import (
 )
 from suite.common.storage import refuse_existing, room_for
 from utils import BAG_OF_WORDS, INPUTS, ROW_FILES, Config, UserError, file_kind, load_config, num_processes, printable
+
+if TYPE_CHECKING:
+    from suite.common.devices import Devices  # torch is imported later
 
 FORMATS = ("onnx", "transformers")  # of --mode export
 
@@ -278,8 +280,8 @@ def refuse_accumulation(mode: str, config: Config) -> None:
 
 def start(command: Command, devices_class: type[Devices], own_modes: dict[str, Callable]) -> None:
     """Do what the command asks for. `own_modes`: the functions of the script's own modes."""
+    from suite.common.devices import make_deterministic
     from suite.common.hub import check_hub, quiet_libraries  # these import torch
-    from suite.training.devices import make_deterministic
 
     config, mode = command.config, MODES[command.mode]
     if mode.writes_run or command.int8:
@@ -303,9 +305,9 @@ def start(command: Command, devices_class: type[Devices], own_modes: dict[str, C
 def run_other_mode(command: Command) -> None:
     """Run a mode that is not the script's own, and leave: it needs none of the imports that follow in the script."""
     if MODES[command.mode].function is not None:
-        from suite.training.devices import SingleDevice
+        from suite.common.devices import Devices
 
-        run(lambda: start(command, SingleDevice, {}))
+        run(lambda: start(command, Devices, {}))
         raise SystemExit(0)
 
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from data import PreparedData
+from suite.common.devices import Devices
 from suite.common.pages import write_pretrained_card
-from suite.common.protocols import Devices
 from suite.encoders.loading import PRETRAINED_TEXTS
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import to_device

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from data import Split, load_split
+from suite.common.devices import Devices
 from suite.common.hub import say_what_was_cached
-from suite.common.protocols import Devices
 from suite.encoders.bag_of_words import fit
 from suite.training.efficiency import peak_memory_mb
 from suite.training.evaluation import Predictions

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data import Split
+from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.pages import write_model_card
-from suite.common.protocols import Devices
 from suite.common.run_folder import is_encoder, read_history
 from suite.common.storage import write_json, write_text
 from suite.training.efficiency import environment

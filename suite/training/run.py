@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
+from suite.common.devices import Devices, random_state, set_random_state, set_seed
 from suite.common.hub import say_what_was_cached
-from suite.common.protocols import Devices
 from suite.common.run_folder import best_model
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
@@ -30,7 +30,6 @@ from suite.encoders.loading import (
     save_model,
 )
 from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
-from suite.training.devices import random_state, set_random_state, set_seed
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
 from suite.training.optimization import build_optimizer, build_scheduler

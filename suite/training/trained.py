@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from data import load_split, prepare_data
+from suite.common.devices import Devices
 from suite.common.hub import say_what_was_cached
-from suite.common.protocols import Devices
 from suite.common.run_folder import best_model, is_encoder, read_metrics
 from suite.inference.classifier import open_classifier
 from suite.training.baseline import predictions_of
