@@ -99,7 +99,7 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
      "test.csv: row 1 has the same text as {}/train.csv: row 8, and another label: correct"),
     ("a script beside data", tree(train__csv=HEADED + GOOD, many__py=""), MANY, "scripts are no longer supported"),
     ("an archive beside data", tree(some__csv=HEADED + GOOD, data__zip="PK"), MANY, "{} holds .csv and .zip files"),
-    ("a broken archive", tree(data__zip="PK"), MANY, "{} cannot be loaded (BadZipFile: File is not a zip"),
+    ("a broken archive", tree(data__zip="PK"), MANY, "{} cannot be loaded (File is not a zip"),
     ("another format beside", tree(a__csv=HEADED + GOOD, b__tsv=""), MANY, "{} holds .csv and .tsv files"),
     ("an empty file in a folder", tree(train__csv=HEADED + GOOD, test__csv=""), MANY, "test.csv: holds no labelled"),
     ("a README that is no YAML", tree(train__csv=HEADED + GOOD, README__md="---\na: [\n---\n"), MANY,

@@ -231,13 +231,12 @@ def test_a_process_without_a_review_gets_one_that_does_not_count(config):
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real reviews")
 def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
     settings = [f"data_config.dataset={SHARED / 'data/imdb'}", "data_config.text_column=text",
-                "data_config.label_column=label", "data_config.max_len=8"]
-    config = load_config(PROJECT / "config.yaml", [*overrides, *settings])
-    splits = data.prepare_data(config).splits
+                "data_config.label_column=label"]
+    split = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, *settings]))
     assert "418 exact duplicates dropped" in capsys.readouterr().out
-    assert {name: len(dataset) for name, dataset in splits.items()} == {"train": 39666, "valid": 4958, "test": 4958}
-    texts = splits["train"].texts["text"][:]
-    by_split = [{texts[i] for i in dataset.ids} for dataset in splits.values()]
+    assert {name: len(ids) for name, ids in split.ids_of.items()} == {"train": 39666, "valid": 4958, "test": 4958}
+    texts = split.reviews.table["text"][:]
+    by_split = [{texts[i] for i in ids} for ids in split.ids_of.values()]
     assert len(set.union(*by_split)) == sum(map(len, by_split)) == 50_000 - 418
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
+from suite.common.figures import heading, on_console, show
 from suite.training.evaluation import (
     Calibration,
     Predictions,
@@ -75,6 +76,15 @@ def test_edge_cases():
     assert (computed["roc_auc"], computed["precision"], computed["accuracy"]) == (None, 0.0, 1.0)
     certain = Predictions(np.arange(2), np.array([0, 1]), np.float32([[500, -500], [500, -500]]))
     assert compute_metrics(certain)["loss"] == 500  # finite although the probability underflows
+
+
+def test_how_a_figure_is_shown():
+    figures = {"accuracy": 0.9, "accuracy_ci95": [0.8912, 0.908], "loss": 0.25, "roc_auc": None, "new": [1, 2]}
+    assert show(figures, "accuracy") == "0.9000 (95 % interval 0.8912 to 0.9080)"
+    assert (show(figures, "roc_auc"), show(figures, "seconds")) == ("-", "-")
+    assert show({"optimizer_steps": 12345}, "optimizer_steps") == "12,345"
+    assert (heading("loss"), heading("f1")) == ("loss (nats)", "F1")
+    assert on_console(figures) == "accuracy 0.9000 (95 % interval 0.8912 to 0.9080), loss 0.2500"
 
 
 def read_csv(path) -> list[dict[str, str]]:

@@ -2,8 +2,8 @@
 experiment that is killed in the middle goes on without repeating what was finished.
 """
 
+import functools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,16 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT, SHARED, run_script, write_reviews
+from conftest import PROJECT, SHARED, run_script, start_script, write_reviews
 from test_compare import write_run
 
-from experiment import list_cells, read_command, write_report
+from experiment import list_cells, main, read_command, write_report
 from suite.common.run_folder import shaping_values
+from suite.common.storage import write_json
 from suite.comparison.grid import read_experiment
 from suite.comparison.running import remaining_time, run_cell
 from utils import UserError, load_config
-
-SHIPPED = sorted(PROJECT.glob("experiments/*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -50,31 +49,32 @@ def finished_experiment(folder: Path, **changes):
 # Experiment files
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_the_shipped_experiments_are_what_they_say(path, tmp_path):
-    experiment = read_experiment(str(path), [f"output_dir={tmp_path}"])
-    runs = {"exp1": 6, "exp2": 18, "demo": 12, "minilm": 6, "line_breaks": 6, "recipe": 39}[path.stem]
+@functools.cache
+def shipped(name: str):
+    return read_experiment(f"experiments/{name}.yaml", ["data_config.limit=900"])
+
+
+@pytest.mark.parametrize("name", [path.stem for path in PROJECT.glob("experiments/*.yaml")])
+def test_the_shipped_experiments_are_what_they_say(name):
+    experiment = shipped(name)
+    runs = {"exp1": 6, "exp2": 18, "demo": 12, "minilm": 6, "line_breaks": 6, "recipe": 39}[name]
     assert len(experiment.cells) == len({cell.folder for cell in experiment.cells}) == runs
     assert [cell.index for cell in experiment.cells] == list(range(1, runs + 1))
-    shown = sum(len(experiment.published_for(cell.setting)) for cell in experiment.cells[:runs // 3])
-    assert shown == sum(len(entry.accuracy) for entry in experiment.published) == {
-        "exp1": 8, "exp2": 21}.get(path.stem, 0)
+    published = sum(len(experiment.published_for(cell.setting)) for cell in experiment.cells[:runs // 3])
+    assert published == sum(len(entry.accuracy) for entry in experiment.published) == {
+        "exp1": 8, "exp2": 21}.get(name, 0)
+    for cell in experiment.cells[::5]:  # a run gets the settings of its cell
+        _, base, *arguments = cell.arguments
+        assert load_config(base, [*arguments, f"run_name={cell.config.run_name}"]) == cell.config
 
 
 def test_the_settings_are_the_published_ones():
-    cells = read_experiment("experiments/exp2.yaml").cells
+    cells = shipped("exp2").cells
     assert [cell.config.train_config.effective_batch_size for cell in cells[:6]] == [64, 256, 1024] * 2
     assert {cell.config.data_config.batch_size for cell in cells} == {64}
-    shared = shaping_values(cells[0].config)
-    assert shared == shaping_values(load_config("config.yaml"))
-    assert shared == shaping_values(read_experiment("experiments/exp1.yaml").cells[0].config)
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_run_gets_the_settings_of_its_cell(path):
-    for cell in read_experiment(str(path), ["data_config.limit=900"]).cells:
-        _, base, *arguments = cell.arguments
-        assert load_config(base, [*arguments, f"run_name={cell.config.run_name}"]) == cell.config
+    first = shaping_values(cells[0].config)
+    assert first == shaping_values(load_config("config.yaml", ["data_config.limit=900"]))
+    assert first == shaping_values(shipped("exp1").cells[0].config)
 
 
 RATES = {"train_config.learning_rate": [0.001, 0.002]}
@@ -146,16 +146,11 @@ def test_a_bad_override_is_refused(tmp_path, overrides, problem):
 
 def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
     path = write_experiment(tmp_path, script="train.py", seeds=[-1], names="x")
-    for arguments in (["experiment.py", path], ["experiment.py", "--help"]):
-        result = run_script("-X", "importtime", *arguments)
-        assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)
-        if path in arguments:
-            [line] = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
-            assert result.returncode == 2
-            assert line.startswith(f"error: {path}: 3 problems: ")
-        else:
-            assert result.returncode == 0
-            assert "--only 7" in result.stdout
+    result = run_script("-X", "importtime", "experiment.py", path)
+    assert not re.search(r"\| *(torch|scipy|sklearn)$", result.stderr, re.MULTILINE)
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert result.returncode == 2
+    assert line.startswith(f"error: {path}: 3 problems: ")
 
 
 @pytest.mark.parametrize("index", ["0", "5", "-1", "two"])
@@ -205,21 +200,19 @@ def test_the_remaining_time_is_that_of_finished_runs_like_them(tmp_path):
     experiment, _ = finished_experiment(tmp_path)
     cells = experiment.cells
     cells[2].is_finished = cells[3].is_finished = False
-    assert remaining_time(experiment, cells[2:], {1: 100.0, 2: 7100.0}) == ", about 2.0 h"
-    assert remaining_time(experiment, cells[2:3], {1: 100.0}) == ", about 2 min"
-    assert remaining_time(experiment, cells[2:], {}) == ", about 20 s"  # each trained for 10 s, says its metrics.json
+    for cell, seconds in zip(cells, (100.0, 7100.0), strict=False):
+        write_json(cell.folder / "metrics.json", {"train": {"seconds": seconds}})
+    assert remaining_time(experiment, cells[2:]) == ", about 2.0 h of training"
+    assert remaining_time(experiment, cells[2:3]) == ", about 2 min of training"
+    cells[0].is_finished = False
+    assert remaining_time(experiment, cells[2:3]) == ", about 2.0 h of training"  # no run of its setting is finished
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running them
 
 
-def start(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "experiment.py", *arguments], cwd=PROJECT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -231,66 +224,90 @@ def is_training(folder: Path):
     return lambda: any((folder / "last").glob("*-step-*"))
 
 
+def ended(tmp_path: Path, script: str) -> str | None:
+    """What `run_cell` says about a script with this content."""
+    (tmp_path / "script.py").write_text(script)
+    cell = SimpleNamespace(config=SimpleNamespace(run_name="run"), arguments=[])
+    return run_cell(SimpleNamespace(report_folder=tmp_path, script=tmp_path / "script.py"), cell)
+
+
 def test_a_run_does_not_wait_for_a_reader_that_has_left(tmp_path, monkeypatch):
     """`experiment.py FILE | head` comes to an end. A pipe holds 64 KB, and a run waits until somebody reads on."""
     def say(text: str) -> None:
         raise BrokenPipeError
 
     monkeypatch.setattr("suite.comparison.running.say", say)
-    (tmp_path / "script.py").write_text("import signal; signal.alarm(20); print('a line\\n' * 20_000, end='')")
-    cell = SimpleNamespace(config=SimpleNamespace(run_name="run"), arguments=[])
-    assert run_cell(SimpleNamespace(report_folder=tmp_path, script=tmp_path / "script.py"), cell) is None
+    assert ended(tmp_path, "import signal; signal.alarm(20); print('a line\\n' * 20_000, end='')") is None
     assert (tmp_path / "logs/run.txt").read_text() == "a line\n" * 20_000
 
 
+@pytest.mark.parametrize(("end", "reason"), [
+    ("os.kill(os.getpid(), signal.SIGTERM)", "ended by SIGTERM"),  # while it was starting: nothing about memory
+    ("os.kill(os.getpid(), signal.SIGKILL)", "killed; the system does that to a process that needs too much memory"),
+    ("sys.exit(143)", "stopped by a signal; its state is saved"), ("sys.exit(3)", "exit code 3"),
+    ("print('error: no such file', flush=True); print('more'); sys.exit(2)", "error: no such file")])
+def test_why_a_run_ended(tmp_path, end, reason):
+    assert ended(tmp_path, f"import os, signal, sys; {end}") == reason
+
+
+def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):
+    path, overrides = write_experiment(tmp_path, seeds=[1, 2]), [f"output_dir={tmp_path / 'runs'}"]
+
+    def run(experiment, cell):
+        if cell.index == 2:
+            return "error: no such folder"
+        write_run(cell.folder, 0.8, *cell.arguments[2:], base=cell.arguments[1])
+        return None
+
+    monkeypatch.setattr("suite.comparison.running.run_cell", run)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", path, *overrides])
+    with pytest.raises(SystemExit) as left:
+        main(*read_command())
+    assert left.value.code == 1
+    failing = read_experiment(path, overrides).cells[1].folder
+    assert capsys.readouterr().out.splitlines()[-1] == f"failed: run 2, {failing}: error: no such folder"
+    summary = json.loads((tmp_path / "runs" / "study-report" / "comparison.json").read_text())
+    assert [row["seeds"] for row in summary["settings"]] == [[1, 2], [2]]
+    assert summary["notes"][0] == "1 of 4 runs are missing here: run 2 failed: error: no such folder."
+
+
 def test_killed_in_the_middle_it_goes_on_without_repeating_a_finished_run(tmp_path, encoder_folder):
-    """Two runs that work, stopped by SIGTERM and SIGKILL, and one that cannot, which does not end the others."""
+    """The promise that a run may be stopped or killed at any moment holds for the runs of an experiment, too: the first
+    is stopped by SIGTERM, the second by SIGKILL."""
     reviews = write_reviews(tmp_path / "reviews.csv")
     path = write_experiment(tmp_path, config="config.yaml", seeds=[1], grid={
-        "model_config.model_name": [str(tmp_path / "absent"), encoder_folder("bert"), encoder_folder("modernbert")],
-        }, overrides={
+        "train_config.learning_rate": [0.01, 0.02]}, overrides={
         "data_config.dataset": str(reviews), "data_config.text_column": "review", "data_config.max_len": 32,
         "data_config.label_column": "verdict", "data_config.batch_size": 16, "model_config.pooling": "mean",
         "train_config.mixed_precision": "no", "train_config.device": "cpu", "log_config.wandb_mode": "disabled",
-        "train_config.epochs": 8, "train_config.learning_rate": 0.01})
-    arguments = [path, f"output_dir={tmp_path / 'runs'}"]
-    failing, first, second = [cell.folder for cell in read_experiment(path, arguments[1:]).cells]
+        "train_config.epochs": 8, "model_config.model_name": encoder_folder("bert")})
+    arguments = ["experiment.py", path, f"output_dir={tmp_path / 'runs'}"]
+    first, second = [cell.folder for cell in read_experiment(path, arguments[2:]).cells]
 
-    process = start(*arguments, "--only", "2")
+    process = start_script(*arguments)
     wait_for(is_training(first), process)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = "".join(process.communicate(timeout=60))
     assert process.returncode == 143, output
     assert "SIGTERM: saved at optimizer step" in output
     assert not (first / "metrics.json").exists()
 
-    process = start(*arguments, "--only", "2")
-    wait_for((first / "metrics.json").exists, process)
-    assert process.wait(timeout=60) == 0
-    assert "continuing from" in process.stdout.read()
-    assert not (tmp_path / "runs" / "study-report" / "report.html").exists()  # other jobs may be at work
-    finished = (first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns
-
-    process = start(*arguments, "--only", "3")
+    process = start_script(*arguments)
     wait_for(is_training(second), process)
     process.kill()
     process.communicate(timeout=60)
     assert not (second / "metrics.json").exists()
+    finished = (first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns
+    assert "continuing from" in (tmp_path / "runs" / "study-report" / "logs" / f"{first.name}.txt").read_text()
 
-    process = start(*arguments)  # the orphan saves and leaves, or this one waits for it
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 1, output
-    assert "1 of 3 runs are finished" in output
-    assert "continuing from" in output
+    result = run_script(*arguments)  # the orphan saves and leaves, or this one waits for it
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 of 2 runs are finished" in result.stdout
+    assert "continuing from" in result.stdout
     assert ((first / "metrics.json").read_bytes(), (first / "metrics.json").stat().st_mtime_ns) == finished
     assert (second / "metrics.json").exists()
-    last = output.splitlines()[-1]
-    problem = f"error: model_config.model_name: no such folder: {tmp_path / 'absent'}"
-    assert last == f"failed: run 1, {failing}: {problem}"
     summary = json.loads((tmp_path / "runs" / "study-report" / "comparison.json").read_text())
-    assert [row["setting"] for row in summary["settings"]] == [Path(encoder_folder(name)).name
-                                                               for name in ("bert", "modernbert")]
-    assert summary["notes"][0].startswith(f"1 of 3 runs are missing here: run 1 failed: {problem}")
+    assert [row["setting"] for row in summary["settings"]] == ["learning_rate 0.01", "learning_rate 0.02"]
 
 
 @pytest.mark.long
@@ -315,7 +332,7 @@ def test_experiments_1_and_2_through_the_hubs_own_protocol(tmp_path):
         server.stdout.readline()
         for name, total, wanted in (("exp1", 6, 3), ("exp2", 18, 9)):
             command = [f"experiments/{name}.yaml", *arguments]
-            process = start(*command, env={**os.environ, **hub})
+            process = start_script("experiment.py", *command, environment=hub)
             wait_for(lambda wanted=wanted: len(finished()) == wanted, process)
             process.kill()
             process.communicate(timeout=60)

@@ -64,12 +64,18 @@ def test_the_top_level_holds_what_is_looked_for_by_name():
         "utils.py"}
 
 
-def test_only_tracking_knows_wandb_and_only_scripts_know_argparse():
+def test_only_tracking_knows_wandb_only_pages_jinja_and_only_scripts_argparse():
     knowing = {library: {str(path.relative_to(PROJECT)) for path in sources()
                          if any(name.partition(".")[0] == library for name in imports(path))}
-               for library in ("wandb", "argparse")}
+               for library in ("wandb", "jinja2", "argparse")}
     assert knowing["wandb"] == {"suite/training/tracking.py"}
+    assert knowing["jinja2"] == {"suite/common/pages.py"}
     assert knowing["argparse"] <= {"suite/common/cli.py", "experiment.py", "compare.py", "ensemble.py"}
+
+
+def test_each_template_is_filled_by_some_code():
+    everything = "".join(path.read_text(encoding="utf-8") for path in sources())
+    assert all(f'"{path.name}"' in everything for path in PROJECT.glob("suite/templates/*"))
 
 
 def test_a_function_fits_on_a_screen():

@@ -186,7 +186,7 @@ def test_other_readers_find_the_keys_that_they_look_for(tmp_path):
         assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 40
 
 
-@pytest.mark.parametrize("truncation", ["head", "head_tail", "windows"])
+@pytest.mark.parametrize("truncation", ["head", "windows"])
 def test_a_cut_that_others_do_not_know_is_said(tmp_path, truncation):
     make(tmp_path, "bert", "cls", 2)
     config = tmp_path / "model" / "config.json"

@@ -5,28 +5,30 @@ over its effective batch, on either kind of CPU.
 """
 
 import csv
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import content_of, metrics_of, stop_at, train_here
+from conftest import PROJECT, content_of, metrics_of, run_script, stop_at, train_here
 
 from suite.inference import classifier, labelling
 from suite.training.devices import pick_precision
 
 PICKED = {"fp32": "no", "bf16": "bf16"}
-READER = """
-import torch
+READER = f"""
+import sys, torch
+sys.path.insert(0, {str(PROJECT)!r})
 from suite.training.devices import pick_precision
 print(pick_precision("auto", torch.device("cpu")))
 """
 
 
-def test_the_tests_and_their_children_believe_in_the_same_cpu(cpu):
-    """Or tests in automatic precision would prove one kind of CPU alone, that of the machine."""
-    child = subprocess.run([sys.executable, "-c", READER], capture_output=True, text=True, check=True)
-    assert (pick_precision("auto", torch.device("cpu")), child.stdout.strip()) == (PICKED[cpu], PICKED[cpu])
+def test_the_tests_and_their_children_believe_in_the_same_cpu(cpu, tmp_path):
+    """Or tests in automatic precision would prove one kind of CPU alone, that of the machine. A fresh child and one
+    that is forked."""
+    (tmp_path / "reader.py").write_text(READER)
+    assert pick_precision("auto", torch.device("cpu")) == PICKED[cpu]
+    for fresh in {False, cpu == "bf16"}:
+        assert run_script(str(tmp_path / "reader.py"), fresh=fresh).stdout.strip() == PICKED[cpu]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import PROJECT, content_of, expect, run_here, train_here, write_reviews
+from conftest import PROJECT, content_of, expect, run_here, run_script, train_here, write_reviews
 from test_accumulation import launch
 from transformers import BertForSequenceClassification
 
@@ -181,6 +181,13 @@ def test_a_job_knows_the_settings_that_its_model_uses(trained, tmp_path):
         32, "head", 256, False)
     assert described("data_config.max_len=16", "data_config.truncation=tail", "data_config.max_windows=2") == said
     assert described("data_config.eval_batch_size=7") == said | {"eval_batch_size": 7}
+
+
+@pytest.mark.long
+def test_labelling_a_text_imports_no_library_that_it_does_not_use():
+    code = ("import sys, main, suite.inference.predict; "
+            "print(*{'datasets', 'sklearn', 'pandas', 'matplotlib', 'captum'} & set(sys.modules))")
+    assert expect(0, run_script("-c", code)).stdout == "\n"
 
 
 @pytest.mark.long

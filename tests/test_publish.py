@@ -11,7 +11,7 @@ from conftest import PROJECT, content_of, expect, run_here, run_script, train_he
 from upload_hub import TOKEN, upload_hub
 
 from suite.common import cli
-from suite.common.pages import plain
+from suite.common.pages import escaped
 from suite.common.storage import seal
 from suite.encoders.loading import load_model
 from suite.inference.publish import FILES
@@ -244,7 +244,7 @@ def test_the_command_itself(run):
     ("a\nb", r"a\\nb"), ("\x1b[31m", r"\\x1b\[31m"), ("---\n# x", r"---\\n# x"),
     ("\ud800", r"\\ud800"), ("schön", "schön")])
 def test_a_class_name_stays_text_in_the_model_card(name, shown):
-    assert plain(name) == shown
+    assert escaped(name) == shown
 
 
 def test_a_model_card_of_odd_names_is_whole(overrides, tmp_path):

@@ -194,7 +194,7 @@ def test_the_model_s_folder_says_how_reviews_are_cut(run):
     assert (config.truncation, config.max_len, config.max_windows) == ("windows", 12, 3)
     card = (run[1] / "best" / "README.md").read_text()
     assert "at most 3 windows of at most 12 tokens" in card
-    assert "The pipeline reads the head of a long review alone" in card
+    assert "transformers' pipeline, read its first window" in card
 
 
 def test_an_exported_model_s_windows_are_averaged_as_the_documentation_says(run, tmp_path):

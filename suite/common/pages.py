@@ -23,16 +23,16 @@ TRUNCATION_NOTES = {
                "alone; in training all of its windows were read, and their logits averaged"}
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """A text that stays text in Markdown, whatever is in it."""
     return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", printable(text))
 
 
-# What a .html template is given is escaped; what a Markdown template shows of others' texts goes through `plain`.
+# What a .html template is given is escaped; what a Markdown template shows of others' texts goes through `escaped`.
 TEMPLATES = Environment(loader=FileSystemLoader(PROJECT / "suite" / "templates"), undefined=StrictUndefined,
                         autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
                         keep_trailing_newline=True)
-TEMPLATES.filters["plain"] = plain
+TEMPLATES.filters["escaped"] = escaped
 TEMPLATES.globals["DEMO_WARNING"] = DEMO_WARNING
 
 

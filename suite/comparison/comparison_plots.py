@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from suite.comparison.results import Setting
 from suite.training.evaluation import SPLITS, Calibration
-from suite.training.plots import BLUE, GREY, ORANGE, new_figure, plain, save_figures
+from suite.training.plots import BLUE, GREY, ORANGE, new_figure, no_formula, save_figures
 
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # distinct for the colour-blind, too
 DASHES = ("-", "--", ":", "-.")  # the next one each time the colours have run out
@@ -51,7 +51,7 @@ def plot_accuracies(summary: dict[str, Any], settings: Sequence[Setting]) -> Fig
                 known = f"published: {source}" in axis.get_legend_handles_labels()[1]
                 axis.plot(100 * row["published"][source], place + 0.2, marker, color=ORANGE, markersize=6,
                           markerfacecolor="none", linestyle="none", label=None if known else f"published: {source}")
-    axis.set_yticks(range(len(rows)), [plain(row["setting"]) for row in rows])
+    axis.set_yticks(range(len(rows)), [no_formula(row["setting"]) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"{summary['split']} accuracy (% of reviews)")
     axis.grid(axis="x", alpha=0.3)
@@ -77,7 +77,7 @@ def plot_curves(settings: Sequence[Setting]) -> Figure:
                               [max(points[epoch]) for epoch in epochs], alpha=0.15, linewidth=0, **style)
             if len(epochs) == 1:  # neither a line nor a band of one point is visible
                 axis.plot(epochs * len(points[epochs[0]]), points[epochs[0]], "_", markersize=12, **style)
-            axis.plot(epochs, [np.mean(points[epoch]) for epoch in epochs], label=plain(setting.label),
+            axis.plot(epochs, [np.mean(points[epoch]) for epoch in epochs], label=no_formula(setting.label),
                       linestyle=DASHES[number // len(COLOURS) % len(DASHES)],
                       marker="o" if scale == 100 else None, linewidth=1.5, **style)
         axis.set_xlabel("epoch")
@@ -111,7 +111,7 @@ def plot_reliabilities(settings: Sequence[Setting]) -> Figure:
         accuracies = 100 * sum(bins.counts * bins.accuracies for bins in seeds)[filled] / counts[filled]
         axis.plot(confidences, accuracies, color=BLUE, marker="o", markersize=4, label="all seeds")
         error = np.mean(setting.figures(first.split, "ece"))
-        axis.set_title(f"{plain(setting.label)}\nexpected calibration error {100 * error:.1f} points", fontsize=9)
+        axis.set_title(f"{no_formula(setting.label)}\nexpected calibration error {100 * error:.1f} points", fontsize=9)
         axis.grid(alpha=0.3)
         axis.set_xlim(low, 100)
     for axis in axes.flat[len(settings):]:

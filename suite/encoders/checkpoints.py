@@ -58,7 +58,8 @@ def read_config(name: str) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     for part in (config, config.encoder) if isinstance(config, ClassifierConfig) else (config,):
         # transformers chooses. In config.json, these could name compiled code on the Hub, or a pickle.
-        part._attn_implementation = part._experts_implementation = part.transformers_weights = None
+        part._attn_implementation = part._experts_implementation = None
+        vars(part).pop("transformers_weights", None)
     return config
 
 

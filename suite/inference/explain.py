@@ -8,17 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from html import escape
 from pathlib import Path
-from string import Template
 
 import numpy as np
 from tqdm import tqdm
 
 from suite.common.cli import Command
+from suite.common.pages import render
 from suite.common.protocols import Devices
 from suite.common.run_folder import read_mistakes
-from suite.common.storage import atomic_write, room_for
+from suite.common.storage import room_for, write_text
 from suite.inference.attribution import Explanation, attribute
 from suite.inference.classifier import Classifier, chosen_model
 from utils import UserError, printable, say
@@ -27,7 +26,7 @@ MISTAKES, SHOWN_MISTAKES, SHOWN_WORDS = 20, 3, 10
 FAINT = 0.1  # of the strongest attribution: the terminal shows weaker words without a colour
 GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # numbers of terminal colours, from weak to strong
 # Control characters could change the terminal's state, and HTML has no place for them.
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+UNPRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def remarks(explanation: Explanation) -> list[str]:
@@ -60,11 +59,11 @@ def in_colour(explanation: Explanation) -> str:
         if not is_read:
             parts.append(f"\x1b[2m[... {len(text.split()):,} words not read ...]\x1b[0m")
         elif strength < FAINT:
-            parts.append(text.translate(CONTROLS))
+            parts.append(text.translate(UNPRINTABLE))
         else:
             colours = GREENS if word.attribution > 0 else REDS
             colour = colours[min(int(strength * len(colours)), len(colours) - 1)]
-            parts.append(f"\x1b[30;48;5;{colour}m{text.translate(CONTROLS)}\x1b[0m")
+            parts.append(f"\x1b[30;48;5;{colour}m{text.translate(UNPRINTABLE)}\x1b[0m")
     return "".join(parts)
 
 
@@ -81,60 +80,10 @@ def show(heading: str, explanation: Explanation) -> None:
 
 
 def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, Explanation]]) -> None:
-    """Write a page that needs neither a server nor the network, from (heading, explanation) of each review."""
-    reviews = "".join(f"<h2>{escape(heading)}</h2>\n"
-                      f"{''.join(f'<p class=remark>{escape(remark)}</p>' for remark in remarks(explanation))}"
-                      f'<p class="review" dir="auto">{as_html(explanation)}</p>\n'
-                      for heading, explanation in explanations)
-    page = PAGE.substitute(title=escape(title), note=escape(note), reviews=reviews)
-    with atomic_write(path) as file:
-        file.write(page.translate(CONTROLS))
-
-
-def as_html(explanation: Explanation) -> str:
-    """The whole text, with words coloured by how strongly they speak for or against the predicted class."""
-    parts = []
-    for text, word, is_read in explanation.pieces():
-        if word:
-            side = "for" if word.attribution > 0 else "against"
-            share = 100 * word.attribution / explanation.total
-            parts.append(f'<span class="{side}" style="--strength: {abs(word.attribution) / explanation.largest:.3f}" '
-                         f'title="{share:+.1f} % ({word.attribution:+.4f} logits)">{escape(text)}</span>')
-        else:
-            parts.append(escape(text) if is_read else f'<span class="unread" title="not read">{escape(text)}</span>')
-    return "".join(parts)
-
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1240px; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
-.note, .remark { color: #555; font-size: .85rem; margin: .2rem 0; }
-.review { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60rem; margin: .3rem 0; line-height: 1.7; }
-.for, .against { border-radius: 3px; }
-.for { background: rgb(0 150 80 / calc(var(--strength) * .6)); }
-.against { background: rgb(213 60 0 / calc(var(--strength) * .6)); }
-.unread { color: #999; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="note">$note</p>
-<p class="note"><span class="for" style="--strength: 1">Green</span> words speak for the predicted class,
-<span class="against" style="--strength: 1">red</span> ones against it; stronger words have stronger colours. Point at a
-word for its share of all attributions, and for its logits. Grey text was not read, because the review is longer than
-the model's input. Method: integrated gradients from a review of padding tokens (Sundararajan et al. 2017).</p>
-$reviews
-</body>
-</html>
-""")
+    """Write a page that needs neither a server nor the network, from (heading, explanation) of each review. Its words
+    are coloured by how strongly they speak for or against the predicted class."""
+    page = render("explanation.html", title=title, note=note, explanations=explanations, remarks=remarks)
+    write_text(path, page.translate(UNPRINTABLE))
 
 
 def explain(command: Command, devices: Devices) -> None:

@@ -47,7 +47,7 @@ def new_figure(config: Config, title: str, size: tuple[float, float]) -> Figure:
     return figure
 
 
-def plain(text: str) -> str:
+def no_formula(text: str) -> str:
     """The text as matplotlib has to get it: between two dollar signs, it would read a formula."""
     return text.replace("$", r"\$")
 
@@ -80,7 +80,7 @@ def plot_confusion_matrix(config: Config, predictions: Predictions, label_names:
     axis = figure.subplots()
     matrix = np.zeros((len(label_names), len(label_names)), dtype=int)
     np.add.at(matrix, (predictions.labels, predictions.predicted), 1)
-    ConfusionMatrixDisplay(matrix, display_labels=[plain(name) for name in label_names]).plot(
+    ConfusionMatrixDisplay(matrix, display_labels=[no_formula(name) for name in label_names]).plot(
         ax=axis, cmap="Blues", values_format=",d", im_kw={"vmin": 0}, colorbar=False,
         xticks_rotation=45 if len(label_names) > 4 else "horizontal")
     axis.set_xlabel("predicted class")
