@@ -10,17 +10,16 @@ import argparse
 from pathlib import Path
 
 from suite.common import cli
-from utils import UserError
 
 
 def read_command() -> argparse.Namespace:
     parser = cli.new_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--output", metavar="FOLDER", help="of the report (default: comparison-report beside the runs)")
+    parser.add_argument("--output", metavar="FOLDER", help="of the report (default: comparison-report, next to the runs)")
     command = parser.parse_args()
     command.runs = list(dict.fromkeys(map(Path, command.runs)))
     if len(command.runs) < 2:
-        cli.leave(UserError("command line: name two or more different folders, as in checkpoints/NAME; see --help"))
+        parser.error("name two or more different folders, as in checkpoints/NAME")
     command.output = Path(command.output or command.runs[0].parent / "comparison-report")
     return command
 

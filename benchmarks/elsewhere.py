@@ -22,8 +22,7 @@ from suite.common.hub import quiet_libraries
 from suite.common.run_folder import read_saved_config
 from suite.inference.classifier import Classifier
 from suite.inference.export import INT8, ONNX
-from suite.inference.onnx_file import OnnxModel
-from suite.inference.quantize import probabilities_of
+from suite.inference.onnx_file import OnnxModel, probabilities_of
 from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 

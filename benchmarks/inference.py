@@ -27,8 +27,7 @@ from benchmarks.noise import in_turn, ratios, refuse_busy_machine
 from benchmarks.workload import describe_machine, encoder_config, new_parser
 from model import ClassifierConfig, EncoderForClassification
 from suite.encoders.placement import place_model
-from suite.inference.onnx_file import OnnxModel, write_onnx
-from suite.inference.quantize import quantize
+from suite.inference.onnx_file import OnnxModel, quantize, write_onnx
 from suite.training.devices import pick_precision
 
 CPU = torch.device("cpu")

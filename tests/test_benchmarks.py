@@ -22,7 +22,7 @@ from benchmarks import ablations, deletion, elsewhere, gpu, inference, memory, n
 from benchmarks.packing import packed
 from benchmarks.workload import config_for, encoder_config, workload, write_encoder
 from main import train_step
-from suite.inference import quantize
+from suite.inference import onnx_file
 from suite.training.devices import SingleDevice
 from suite.training.run import Run
 
@@ -75,7 +75,7 @@ def trained(tmp_path_factory, encoder_folder):
                  f"data_config.dataset={reviews}", "data_config.max_len=32", "data_config.batch_size=16",
                  "train_config.epochs=1", "train_config.mixed_precision=no", "log_config.wandb_mode=disabled"]
     train_here(*overrides)
-    with mock.patch.object(quantize, "FEWEST", 20):
+    with mock.patch.object(onnx_file, "FEWEST", 20):
         expect(0, run_here(*overrides, mode="export", formats=("onnx", "transformers"), int8=True))
     return folder / "run", reviews
 

@@ -14,7 +14,7 @@ import main
 from suite.common import cli
 from suite.encoders.loading import load_model, new_model, save_model
 from suite.encoders.tokenizers import load_tokenizer
-from suite.inference import explain
+from suite.inference import attribution, explain
 from suite.inference.attribution import TOLERANCE, attribute
 from suite.inference.classifier import Classifier
 from suite.training.devices import SingleDevice
@@ -24,7 +24,7 @@ from utils import ModelConfig, UserError, load_config
 TELLING = {"good": {"gripping", "moving", "delightful"}, "bad": {"dull", "dreary", "pointless"}}
 ODD_TEXTS = ["word", "a dull film 😀🎬 👨\u200d👩\u200d👧 great", "これは素晴らしい映画です。最高！", "فيلم رائع جدا",
              "½ ﬁne ①", "x<br /><br />y &amp; <b>z</b> $title ${note} $$ </script>", "\u200b", "[SEP] [MASK] <s>",
-             "a\x00b\x1b[31mred\x07", "  lead\n\n\ttail  ", "x" * 3000, "dull " * 100_000]
+             "a\x00b\x1b[31mred\x07", "  lead\n\n\ttail  ", "x" * 3000, "dull " * 20_000]
 
 
 def classifier(folder) -> Classifier:
@@ -66,8 +66,8 @@ def command(overrides, **options):
     return config.run_folder
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(("name", "pooling"), [*((name, "cls") for name in ENCODERS), ("bert", "mean"),
+                                               ("modernbert", "mean"), ("deberta-v3", "mean")])
 def test_the_attributions_sum_to_the_difference(random_model, name, pooling):
     each = random_model(name, pooling, labels=("bad", "so so", "good"))
     explanation = attribute(each, "a gripping and moving film, if dreary")
@@ -116,9 +116,11 @@ def test_words_for_the_other_class_count_against(run):
     assert re.search(r"-\d+\.\d %  dull", explain.as_plain_text(explanation))
 
 
-@pytest.mark.parametrize("truncation", ["head", "tail", "head_tail", "windows"])
-@pytest.mark.parametrize("name", ["bert", "modernbert"])  # WordPiece, and bytes, in whose middle a cut can be
-def test_any_text(random_model, tmp_path, name, truncation):
+@pytest.mark.parametrize(("name", "truncation"), [  # WordPiece, and bytes, in whose middle a cut can be
+    ("bert", "head"), ("bert", "windows"), ("modernbert", "tail"), ("modernbert", "head_tail"),
+    ("modernbert", "windows")])
+def test_any_text(random_model, tmp_path, monkeypatch, name, truncation):
+    monkeypatch.setattr(attribution, "MOST_STEPS", attribution.FEWEST_STEPS)  # how exact they are does not matter here
     each = random_model(name, truncation=truncation)
     explanations = [(text[:20], attribute(each, text)) for text in ODD_TEXTS]
     for text, (_, explanation) in zip(ODD_TEXTS, explanations, strict=True):
@@ -133,9 +135,9 @@ def test_any_text(random_model, tmp_path, name, truncation):
     assert "<title>odd &lt;texts&gt;</title>" in page
     body = page[page.index("<body>"):]
     assert not set(re.findall(r"</?(\w+)", body)) - {"body", "h1", "h2", "p", "span", "html"}
-    assert not set(page) & set(map(chr, explain.CONTROLS))
+    assert not set(page) & set(map(chr, explain.UNPRINTABLE))
     shown = unescape(re.sub("<[^>]+>", "", body))
-    assert all(text.translate(explain.CONTROLS) in shown for text in ODD_TEXTS)
+    assert all(text.translate(explain.UNPRINTABLE) in shown for text in ODD_TEXTS)
 
 
 def test_the_cut_part_is_where_it_was_cut(random_model):
@@ -184,21 +186,14 @@ def test_the_most_confident_mistakes_of_a_run(run, capsys):
     command(run)  # again, over its own page
 
 
-def test_a_run_that_was_not_tested_has_no_mistakes_yet(tmp_path):
+def test_what_cannot_be_explained_is_one_line(run, tmp_path):
     """Wrong settings end in one line with the fix."""
     with pytest.raises(UserError, match="misclassified.csv is missing: .*--mode test"):
         explain.read_mistakes(tmp_path)
-
-
-def test_a_run_without_mistakes_has_none_to_explain(run, tmp_path):
-    folder = load_config("config.yaml", run).run_folder
-    shutil.copytree(folder, tmp_path / "perfect")
+    shutil.copytree(load_config("config.yaml", run).run_folder, tmp_path / "perfect")
     (tmp_path / "perfect" / "misclassified.csv").write_text("id,text,label,predicted,confidence\n")
     with pytest.raises(UserError, match="no misclassified reviews, which is good news"):
         command([*run, f"output_dir={tmp_path}", "run_name=perfect"])
-
-
-def test_a_page_needs_its_folder(run):
     with pytest.raises(UserError, match="--output: no such folder: /nowhere"):
         command(run, text="a film", output="/nowhere/page.html")
 

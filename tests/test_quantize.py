@@ -2,21 +2,23 @@
 
 import json
 
-import onnx
 import pytest
-from conftest import run_here, train_here, write_reviews
+from conftest import expect, run_here, train_here, write_reviews
 
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 from suite.common import cli
-from suite.inference import quantize
-from utils import UserError
+from suite.inference import onnx_file
+from suite.inference.classifier import Classifier
+from suite.training.devices import SingleDevice
+from utils import UserError, load_config
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, encoder_folder):
-    """The overrides and the folder of a finished run with 540 validation reviews."""
+    """The overrides and the folder of a finished run with 540 validation reviews, and its export with everything."""
     folder = tmp_path_factory.mktemp("int8")
     overrides = [f"output_dir={folder}", "run_name=run", f"model_config.model_name={encoder_folder('bert')}",
                  f"data_config.dataset={write_reviews(folder / 'reviews.csv', rows=1200)}",
@@ -24,71 +26,64 @@ def run(tmp_path_factory, encoder_folder):
                  "data_config.batch_size=16", "data_config.split=[0.4,0.45,0.15]", "train_config.learning_rate=0.01",
                  "train_config.epochs=1", "train_config.device=cpu", "log_config.wandb_mode=disabled"]
     train_here(*overrides)
-    return overrides, folder / "run"
+    result = expect(0, run_here(*overrides, mode="export", int8=True, formats=("onnx", "transformers")))
+    return overrides, folder / "run", result.stdout
 
 
-def export(run, output, *more: str, formats=("onnx",)):
-    return run_here(*run[0], *more, mode="export", int8=True, formats=formats, output=str(output))
-
-
-def test_the_quantized_model_labels_as_the_original(run, tmp_path):
-    result = export(run, tmp_path / "export", formats=("onnx", "transformers"))
-    assert result.returncode == 0, result.stderr
-    small, large = (tmp_path / "export" / "onnx" / name for name in ("model_quantized.onnx", "model.onnx"))
+def test_the_quantized_model_labels_as_the_original(run):
+    _, folder, printed = run
+    small, large = (folder / "export" / "onnx" / name for name in ("model_quantized.onnx", "model.onnx"))
     assert small.stat().st_size < large.stat().st_size / 2
-    assert "model_quantized.onnx: on 540 validation reviews" in result.stdout
-    card = (tmp_path / "export" / "README.md").read_text()
+    assert "model_quantized.onnx: on 540 validation reviews" in printed
+    card = (folder / "export" / "README.md").read_text()
     assert "a probability changes by at most 0.0" in card
     assert "between a review alone and in a batch by at most 0.0" in card
-    assert 'dtype: "fp32" });    // "q8": in 8 bits' in card
     graph = onnx.load(small).graph
-    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 12  # six matrices in each of two layers
     heads = [weights for weights in graph.initializer if weights.name.startswith("head.weight")]
     assert [weights.data_type for weights in heads] == [onnx.TensorProto.FLOAT]
+    config = json.loads((folder / "export" / "config.json").read_text())
+    assert (config["architectures"], config["max_len"]) == (["BertForSequenceClassification"], 32)
 
 
-def test_an_exclusion_that_does_not_take_is_noticed(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "readers_of", lambda graph, weights: [])
+@pytest.fixture
+def write_int8(run, tmp_path):
+    """write_int8(): the comparison of the run's export with its 8 bits, in a folder of this test's own."""
+    overrides, folder, _ = run
+    config = load_config("config.yaml", overrides)
+    classifier = Classifier(folder / "best", config, SingleDevice(config))
+    return lambda: onnx_file.write_int8(folder / "export" / "onnx" / "model.onnx", tmp_path / "int8.onnx", classifier,
+                                        onnx_file.load_validation(config, classifier))
+
+
+def test_an_exclusion_that_does_not_take_is_noticed(write_int8, monkeypatch):
+    monkeypatch.setattr(onnx_file, "readers_of", lambda graph, weights: [])
     with pytest.raises(RuntimeError, match=r"has quantized head\.weight"):
-        export(run, tmp_path / "export")
-    assert not list(tmp_path.iterdir())
+        write_int8()
 
 
-@pytest.mark.parametrize("guard", ["SAME_LABELS", "ACCURACY_LOST"])
-def test_a_model_that_does_not_bear_it_leaves_no_file(run, tmp_path, monkeypatch, guard):
-    monkeypatch.setattr(quantize, guard, {"SAME_LABELS": 1.01, "ACCURACY_LOST": -0.01}[guard])
-    result = export(run, tmp_path / "export")
-    assert result.returncode == 2
-    [line] = result.stderr.splitlines()
-    assert "--int8 costs this model too much: on 540 validation reviews" in line
-    assert line.endswith("export it without --int8")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("guard", "value"), [("SAME_LABELS", 1.01), ("ACCURACY_LOST", -0.01)])
+def test_a_model_that_does_not_bear_it_is_refused(write_int8, monkeypatch, guard, value):
+    monkeypatch.setattr(onnx_file, guard, value)
+    with pytest.raises(UserError, match="^--int8 costs this model too much: on 540 validation reviews.* export it "
+                                        "without --int8$"):
+        write_int8()
 
 
-def test_too_few_or_other_reviews_are_refused(run, tmp_path):
-    for more, expected in (
-            (["data_config.limit=1000"], "is not what"),
-            (["data_config.split_seed=7"], "is not what"),
-            ([f"data_config.dataset={write_reviews(tmp_path / 'other.csv', rows=1200, seed=1)}"], "is not what")):
-        result = export(run, tmp_path / "export", *more)
-        assert (result.returncode, expected in result.stderr) == (2, True), result.stderr
-    monkeypatched = quantize.FEWEST
-    try:
-        quantize.FEWEST = 541
-        result = export(run, tmp_path / "export")
-    finally:
-        quantize.FEWEST = monkeypatched
-    assert "checked on at least 541 validation reviews, and this run has 540" in result.stderr
+@pytest.mark.parametrize(("more", "reason"), [
+    (["data_config.limit=1000"], "is not what"), (["data_config.split_seed=7"], "is not what"),
+    (["data_config.dataset=OTHER"], "is not what"), ([], "on at least 541 validation reviews, and this run has 540")])
+@pytest.mark.parametrize("model", ["best", "export"])  # an export knows its reviews, too
+def test_too_few_or_other_reviews_are_refused(run, tmp_path, monkeypatch, more, reason, model):
+    """The comparison would be made on reviews that the model was trained on."""
+    monkeypatch.setattr(onnx_file, "FEWEST", 541)
+    other = write_reviews(tmp_path / "other.csv", rows=1200, seed=1)
+    result = expect(2, run_here(*run[0], *(item.replace("OTHER", str(other)) for item in more), mode="export",
+                                int8=True, model=str(run[1] / model), output=str(tmp_path / "export")))
+    assert reason in result.stderr
     assert not (tmp_path / "export").exists()
 
 
-def test_an_export_knows_its_reviews_too(run):
-    assert run_here(*run[0], mode="export", formats=("transformers",)).returncode == 0
-    more = run_here(*run[0], "data_config.split_seed=7", mode="export", int8=True, model=str(run[1] / "export"))
-    assert (more.returncode, "is not what" in more.stderr) == (2, True), more.stderr
-
-
-def test_the_run_s_own_settings_are_read(run, monkeypatch):
+def test_the_run_s_own_settings_are_read(run):
     for model in (None, str(run[1]), str(run[1] / "best")):
         named = [f"output_dir={run[1].parent}", "run_name=run"] if model is None else []
         config = cli.config_for("export", "config.yaml", named, model, int8=True)
@@ -108,9 +103,3 @@ def test_wrong_options_are_one_line(arguments, expected, monkeypatch, capsys):
         cli.read_command("", accumulates=False)
     [line] = capsys.readouterr().err.splitlines()
     assert expected in line
-
-
-def test_its_config_reads_as_the_export_s(run, tmp_path):
-    assert export(run, tmp_path / "export").returncode == 0
-    config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert (config["architectures"], config["max_len"]) == (["BertForSequenceClassification"], 32)

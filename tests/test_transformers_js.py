@@ -16,8 +16,7 @@ import pytest
 from conftest import PROJECT, train_here, write_reviews
 
 from suite.inference.classifier import Classifier
-from suite.inference.onnx_file import OnnxModel
-from suite.inference.quantize import probabilities_of
+from suite.inference.onnx_file import OnnxModel, probabilities_of
 from suite.training.devices import SingleDevice
 from utils import load_config
 

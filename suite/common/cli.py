@@ -91,8 +91,8 @@ class Command:
     input: str | None = option("predict", "reviews in a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one review "
                                "per line), in a folder of .txt files (one review each), or - for lines from standard "
                                "input", metavar="FILE")
-    output: str | None = option("predict, export, explain", "a .csv or .jsonl file, or .parquet if the input is one "
-                                "(default: standard output); a folder; an .html file", metavar="FILE")
+    output: str | None = option("predict, export, explain", "for each in turn: a .csv or .jsonl file, or .parquet if "
+                                "the input is one (default: standard output); a folder; an .html file", metavar="FILE")
     formats: tuple[str, ...] = option("export", "one or both of them, with a comma between (default: onnx)",
                                       FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}", type=_formats)
     int8: bool = option("export", "the ONNX in 8 bits, too", False, action="store_true")
@@ -301,8 +301,8 @@ def run(work: Callable[[], None]) -> None:
         if error.filename is None:
             raise
         code = 2
-        leave(UserError(f"{error.filename}: {error.strerror}: mend that, and give the same command again; what was "
-                        "saved before is intact"))
+        leave(UserError(f"{error.filename}: {error.strerror}: correct that, and give the same command again; what "
+                        "was saved before is intact"))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise

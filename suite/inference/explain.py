@@ -26,7 +26,7 @@ MISTAKES, SHOWN_MISTAKES, SHOWN_WORDS = 20, 3, 10
 FAINT = 0.1  # of the strongest attribution: the terminal shows weaker words without a colour
 GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # numbers of terminal colours, from weak to strong
 # Control characters could change the terminal's state, and HTML has no place for them.
-CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+UNPRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def remarks(explanation: Explanation) -> list[str]:
@@ -59,11 +59,11 @@ def in_colour(explanation: Explanation) -> str:
         if not is_read:
             parts.append(f"\x1b[2m[... {len(text.split()):,} words not read ...]\x1b[0m")
         elif strength < FAINT:
-            parts.append(text.translate(CONTROLS))
+            parts.append(text.translate(UNPRINTABLE))
         else:
             colours = GREENS if word.attribution > 0 else REDS
             colour = colours[min(int(strength * len(colours)), len(colours) - 1)]
-            parts.append(f"\x1b[30;48;5;{colour}m{text.translate(CONTROLS)}\x1b[0m")
+            parts.append(f"\x1b[30;48;5;{colour}m{text.translate(UNPRINTABLE)}\x1b[0m")
     return "".join(parts)
 
 
@@ -83,7 +83,7 @@ def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, 
     """Write a page that needs neither a server nor the network, from (heading, explanation) of each review. Its words
     are coloured by how strongly they speak for or against the predicted class."""
     page = render("explanation.html", title=title, note=note, explanations=explanations, remarks=remarks)
-    write_text(path, page.translate(CONTROLS))
+    write_text(path, page.translate(UNPRINTABLE))
 
 
 def explain(command: Command, devices: Devices) -> None:

@@ -2,7 +2,7 @@
 
     checkpoints/my-run/export/
         onnx/model.onnx             --format onnx, the default: see `suite/inference/onnx_file.py`
-        onnx/model_quantized.onnx   --int8: see `suite/inference/quantize.py`
+        onnx/model_quantized.onnx   --int8: see the same file
         model.safetensors           --format transformers: a classifier of transformers' own, without code
         config.json                 that classifier's configuration; max_len, truncation and max_windows say how reviews
                                     were cut (tokens, special tokens included)
@@ -35,13 +35,19 @@ from model import EncoderForClassification
 from suite.common.cli import Command
 from suite.common.pages import TRUNCATION_NOTES, write_export_card
 from suite.common.protocols import Devices
-from suite.common.storage import MANIFEST, new_folder, room_for, write_json
+from suite.common.storage import new_folder, room_for, write_json
 from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
 from suite.inference.classifier import Classifier, chosen_model
-from suite.inference.onnx_file import OnnxModel, refuse_missing_packages, write_onnx
-from suite.inference.quantize import Validation, load_validation, write_int8
+from suite.inference.onnx_file import (
+    OnnxModel,
+    Validation,
+    load_validation,
+    refuse_missing_packages,
+    write_int8,
+    write_onnx,
+)
 from utils import PROJECT, UserError, say
 
 ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_quantized.onnx")  # where transformers.js looks for them
@@ -77,7 +83,7 @@ def export(command: Command, devices: Devices) -> None:
 
 
 def output_folder(command: Command) -> Path:
-    """Where the exported model goes. Raises UserError if that exists or its parent cannot be made."""
+    """Where the exported model goes. Raises UserError if that exists."""
     if command.output:
         target = Path(command.output)
     elif command.model:
@@ -87,13 +93,7 @@ def output_folder(command: Command) -> Path:
         target = command.config.run_folder / "export"
     if os.path.lexists(target):
         raise UserError(f"{target} exists already: remove it, or choose another folder with --output")
-    if sealed := next((parent for parent in target.absolute().parents if (parent / MANIFEST).exists()), None):
-        raise UserError(f"{target} would lie in {sealed}, a saved model's folder: choose another folder with --output")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{target.parent} cannot be made ({error.strerror}): choose another folder with --output"
-                        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
 

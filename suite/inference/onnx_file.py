@@ -1,27 +1,42 @@
-"""A classifier as an ONNX file, and ONNX Runtime in the place of the model that the file was made from.
+"""A classifier as an ONNX file, in float32 or in 8 bits, and ONNX Runtime in the place of the model it was made from.
 
     input_ids, attention_mask: (batch, tokens) int64  ->  logits: (batch, num_labels) float32
 
 For a model of windows, a row is a window, and the reader takes the mean over the windows of a review.
+
+In 8 bits (`--int8`) means ONNX Runtime's dynamic quantization: weights are rounded once, one scale for each column;
+activations in each call, one scale for the whole batch. So a review's logits depend a little on what else is in its
+batch. The head keeps its float32 weights. Not all models bear it, so the file stays only if it labels validation
+reviews as the original does.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import tempfile
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from utils import UserError, brief
+from data import load_split
+from model import EncoderForClassification
+from suite.inference.classifier import Classifier
+from utils import Config, UserError, brief, say
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FEWEST, MOST = 500, 1000  # validation reviews that are compared
+ALONE = 100  # of these are also labelled one at a time
+SAME_LABELS = 0.99  # at least this share has to keep its label
+ACCURACY_LOST = 0.005  # at most
 
 
 def refuse_missing_packages() -> None:
@@ -97,3 +112,97 @@ class OnnxModel(nn.Module):
         logits, = self.session.run(["logits"], {"input_ids": input_ids.cpu().numpy(),
                                                 "attention_mask": mask.cpu().numpy()})
         return SequenceClassifierOutput(logits=torch.from_numpy(logits).to(input_ids.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In 8 bits
+
+
+@dataclass
+class Validation:
+    texts: list[str]
+    labels: np.ndarray  # (n,) int64
+
+
+def load_validation(config: Config, classifier: Classifier) -> Validation:
+    """The first of the run's validation reviews. Raises UserError if these are too few, or not the model's own."""
+    say(f"--int8: reading the validation reviews of {config.data_config.dataset}")
+    split = load_split(config)
+    if classifier.data_fingerprint != split.fingerprint:
+        raise UserError(f"{config.data_config.dataset} is not what {classifier.folder} was trained on, or is split in "
+                        "another way, so --int8 could be checked on training reviews: give the data of its run")
+    texts, labels = split.texts_and_labels("valid")
+    if len(texts) < FEWEST:
+        raise UserError(f"--int8 is checked on at least {FEWEST} validation reviews, and this run has {len(texts):,}: "
+                        "export without --int8, or train with a larger data_config.split or data_config.limit")
+    if split.label_names != classifier.label_names:
+        raise UserError(f"{config.data_config.dataset} has the classes {split.label_names}, {classifier.folder} was "
+                        f"trained on {classifier.label_names}: give the data of its run")
+    return Validation(texts[:MOST], labels[:MOST])
+
+
+def write_int8(source: Path, target: Path, classifier: Classifier, validation: Validation) -> str:
+    """Quantize the ONNX file `source` and compare both; returns what the comparison found.
+
+    Raises UserError if it loses more than the guard allows.
+    """
+    quantize(source, target, classifier.model)
+    in_float, in_int8 = (OnnxModel(path, classifier.model.config) for path in (source, target))
+    expected = probabilities_of(in_float, classifier, validation.texts)
+    found = probabilities_of(in_int8, classifier, validation.texts)
+    alone = np.concatenate([probabilities_of(in_int8, classifier, [text]) for text in validation.texts[:ALONE]])
+    same = (found.argmax(axis=1) == expected.argmax(axis=1)).mean()
+    before, after = ((values.argmax(axis=1) == validation.labels).mean() for values in (expected, found))
+    changed, by_batch = np.abs(found - expected).max(), np.abs(found[:ALONE] - alone).max()
+    result = (f"on {len(found):,} validation reviews, {same:.1%} have the same label as in float32; accuracy "
+              f"{after:.4f}, before {before:.4f}; a probability changes by at most {changed:.3f}, and between a review "
+              f"alone and in a batch by at most {by_batch:.3f} ({len(alone)} reviews)")
+    if same < SAME_LABELS or before - after > ACCURACY_LOST:
+        raise UserError(f"--int8 costs this model too much: {result}; at least {SAME_LABELS:.0%} and a loss of at most "
+                        f"{ACCURACY_LOST} are asked for: export it without --int8")
+    return result
+
+
+def probabilities_of(model: nn.Module, classifier: Classifier, texts: list[str]) -> np.ndarray:
+    """(texts, classes) of `model` in the place of the classifier's own."""
+    own, classifier.model = classifier.model, model
+    try:
+        return classifier.probabilities(texts)
+    finally:
+        classifier.model = own
+
+
+def quantize(source: Path, target: Path, model: nn.Module) -> None:
+    """Write the quantized file. Raises RuntimeError if the last layer was quantized, too."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic, shape_inference
+
+    head = head_weight(model)
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        prepared = Path(folder, "prepared.onnx")
+        shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)  # torch has named the shapes
+        graph = onnx.load(prepared, load_external_data=False).graph
+        readers = readers_of(graph, head)
+        # Before it quantizes, ONNX Runtime splits a Gemm into a MatMul of this name and an Add.
+        excluded = readers + [f"{name}_MatMul" for name in readers]
+        quantize_dynamic(prepared, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=excluded)
+    graph = onnx.load(target, load_external_data=False).graph
+    if not readers or not any(weights.name.startswith(head) and weights.data_type == onnx.TensorProto.FLOAT
+                              and len(weights.dims) == 2 for weights in graph.initializer):
+        raise RuntimeError(f"ONNX Runtime has quantized {head}, which was to stay in float32")
+
+
+def head_weight(model: nn.Module) -> str:
+    """The name of the last layer's weights."""
+    if isinstance(model, EncoderForClassification):
+        return "head.weight"
+    name = [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels][-1]
+    return f"{name}.weight"
+
+
+def readers_of(graph: Any, weights: str) -> list[str]:
+    """The names of an ONNX graph's nodes that multiply by these weights, themselves or transposed."""
+    made = {output: node for node in graph.node for output in node.output}
+    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and any(
+        name == weights or name in made and weights in made[name].input for name in node.input)]
