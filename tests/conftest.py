@@ -265,6 +265,12 @@ def bits_of(folder) -> dict[str, bytes]:
     return files | {"metrics": json.dumps([measured["valid"], measured["test"], measured["train"]["optimizer_steps"]])}
 
 
+def differing_files(first: Path, second: Path) -> list[str]:
+    """The files in which two runs differ, of those that hold neither a run's name nor its timings."""
+    names = ("best/model.safetensors", "history.jsonl", "valid_predictions.csv", "test_predictions.csv")
+    return [name for name in names if (first / name).read_bytes() != (second / name).read_bytes()]
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accumulation_worker import explicit_data
-from conftest import PROJECT, run_here, train_here, write_reviews
+from conftest import PROJECT, differing_files, stop_at, train_here, write_reviews
 from scipy.special import softmax
 from tokenizers import Tokenizer
 
@@ -17,7 +17,6 @@ import main
 from data import Encode, evaluation_loader, prepare_data, truncate
 from model import mean_over_windows
 from suite.common.devices import Devices
-from suite.common.stopping import StopRequested
 from suite.encoders.loading import load_model
 from suite.encoders.placement import pass_tokens
 from suite.encoders.tokenizers import load_tokenizer
@@ -130,33 +129,17 @@ def test_the_mean_has_the_gradient_of_a_mean():
 
 
 def test_reviews_of_one_window_give_the_same_bits_as_without_windows(overrides, tmp_path):
-    found = []
     for truncation in ("head", "windows"):
-        result = run_here(*overrides, f"run_name={truncation}", f"data_config.truncation={truncation}",
-                          "data_config.max_len=64")
-        assert result.returncode == 0, result.stderr
-        folder = tmp_path / "runs" / truncation
-        found.append([(folder / name).read_bytes() for name in ("best/model.safetensors", "test_predictions.csv",
-                                                                "history.jsonl")])
-    assert found[0] == found[1]
+        train_here(*overrides, f"run_name={truncation}", f"data_config.truncation={truncation}",
+                   "data_config.max_len=64")
+    assert differing_files(tmp_path / "runs" / "head", tmp_path / "runs" / "windows") == []
 
 
 def test_stopped_and_started_again_it_ends_with_the_same_bits(run, monkeypatch):
     overrides, folder = run
-    stopped = opened([*overrides, "run_name=stopped"])
-
-    def stop_in_the_second_epoch(devices):
-        if stopped.progress.step == 13:
-            raise StopRequested
-
-    with monkeypatch.context() as patch:
-        patch.setattr("suite.training.run.stop_if_asked", stop_in_the_second_epoch)
-        with pytest.raises(SystemExit):
-            main.train(stopped)
-    result = run_here(*overrides, "run_name=stopped")
-    assert "optimizer step 13" in result.stdout
-    for name in ("best/model.safetensors", "test_predictions.csv", "history.jsonl"):
-        assert (folder.with_name("stopped") / name).read_bytes() == (folder / name).read_bytes()
+    stop_at(13, [*overrides, "run_name=stopped"], monkeypatch)
+    assert "optimizer step 13" in train_here(*overrides, "run_name=stopped").stdout
+    assert differing_files(folder, folder.with_name("stopped")) == []
 
 
 def test_the_meter_counts_reviews_and_the_tokens_of_all_windows(run):
