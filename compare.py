@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 from suite.common import cli
-from utils import UserError
 
 
 def read_command() -> argparse.Namespace:
@@ -20,7 +19,7 @@ def read_command() -> argparse.Namespace:
     command = parser.parse_args()
     command.runs = list(dict.fromkeys(map(Path, command.runs)))
     if len(command.runs) < 2:
-        cli.leave(UserError("command line: name two or more different folders, as in checkpoints/NAME; see --help"))
+        parser.error("name two or more different folders, as in checkpoints/NAME")
     command.output = Path(command.output or command.runs[0].parent / "comparison-report")
     return command
 

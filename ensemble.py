@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from suite.common import cli
-from utils import UserError
 
 
 def read_command() -> argparse.Namespace:
@@ -20,8 +19,7 @@ def read_command() -> argparse.Namespace:
     parser.add_argument("--output", metavar="FOLDER", help="run folder of the stack; it must not exist yet")
     command = parser.parse_args()
     if len(command.runs) < 2 or command.output is None:
-        cli.leave(UserError("command line: name two or more folders, as in checkpoints/NAME, and --output FOLDER; see "
-                            "--help"))
+        parser.error("name two or more folders, as in checkpoints/NAME, and --output FOLDER")
     return command
 
 

@@ -21,7 +21,7 @@ LIBRARIES = ["suite", "torch", "transformers", "transformers.models.bert.modelin
              "transformers.models.modernbert.modeling_modernbert", "matplotlib.figure", "omegaconf", "scipy.stats",
              "sklearn.linear_model", "sklearn.metrics", "torch.distributed.fsdp", "torch.distributed.tensor"]
 # What Python, glibc or a library reads when it starts
-READ_AT_START = ("GLIBC_", "HF_", "HOME", "LANG", "LC_", "LD_", "MALLOC_", "OMP_", "PYTHON", "TRANSFORMERS_")
+READ_AT_START = ("GLIBC_", "HF_", "LANG", "LC_", "LD_", "MALLOC_", "OMP_", "PYTHON", "TRANSFORMERS_")
 FIRST_ENVIRONMENT = dict(os.environ)  # what the server starts with
 CONTEXT = multiprocessing.get_context("forkserver") if sys.platform == "linux" else None
 if CONTEXT:

@@ -6,7 +6,7 @@ import json
 
 from hypothesis import strategies as st
 
-from utils import config_fields
+from utils import choices, config_fields
 
 WORKERS = ["-1", "0", "1", "2", "1.5", "5000", "null", "word", "[]", "${nope}"]  # 200 would take long
 
@@ -38,46 +38,41 @@ GOOD_CONFIG = {
     "data_config.label_column": "verdict", "data_config.max_len": "32", "data_config.batch_size": "16",
     "train_config.max_steps": "1", "train_config.device": "cpu", "train_config.mixed_precision": "no",
     "log_config.wandb_mode": "disabled"}
-DEEP = ["[" * 60 + "]" * 60, "[" * 1000 + "]" * 1000, "{a: " * 500 + "}" * 500]
 VALUES = [
-    "", "null", "~", "true", "no", "0", "-1", "1", "2", "0.5", "1e-3", "-0.0", "1e400", ".inf", "-.inf", ".nan", "nan",
-    "9" * 400, "-" + "9" * 5000, "1" + "0" * 18, "2147483648", "18446744073709551616", "1e30", "1e308", "5e-324",
-    "0x1F", "0o17", "010", "1:30", "1_000", "٣", "½", "'1'", "'null'", "word", "'a b'", "x" * 300, "[]", "[1, 2]",
-    "[[1]]", "{}", "{a: 1}", "{epochs: 2}", "&a 1", "*a", "!!python/object/apply:os.getcwd []", "!!binary aGk=",
-    "!!str 5", "!!int x", "!!float 1", "!!set {a}", "!!null ''", "!x 1", "2026-01-01", "2026-01-01T00:00:00Z",
-    '"\\0"', '"\\x1b[31m"', '"\\ud800"', '"\\uD83D\\uDE00"', '"a\\nb"', "'\u202e'", "é", "''", "' '", "???", "${nope}",
-    "${run_name}", "${train_config.seed}", "${oc.env:NOPE}", "${oc.env:HOME}", "${oc.decode:'[1'}", "${", "\\${a}",
-    "${train_config}", "${data_config.max_len}", "${now:}", "|\n    x", "@", "`", "%", "#", "? a", "- 1", "a: b", "\t1",
-    "..", "../x", ".", "a/b", ".zz.lock", "CON", "-x", "a\\b", *DEEP]
+    "", "null", "~", "true", "no", "0", "-1", "1", "2", "0.5", "1e-3", "-0.0", "1e400", ".inf", ".nan", "9" * 400,
+    "2147483648", "1e30", "5e-324", "0x1F", "010", "1:30", "1_000", "'1'", "'null'", "word", "'a b'", "x" * 300,
+    "[]", "[1, 2]", "[[1]]", "{}", "{a: 1}", "{epochs: 2}", "&a 1", "*a", "!!str 5", "!!int x", "2026-01-01",
+    '"\\x1b[31m"', '"a\\nb"', "\u00e9", "''", "' '", "???", "${nope}", "${run_name}", "${train_config.seed}",
+    "${oc.env:NOPE}", "${", "\\${a}", "${data_config.max_len}", "|\n    x", "@", "#", "- 1", "a: b", "..", "../x",
+    ".", "a/b", ".zz.lock", "-x", "a\\b"]
 SPLITS = ["[0.8, 0.1, 0.1]", "[0.4, 0.3, 0.3]", "[1, 0, 0]", "[0.98, 0.01, 0.01]", "official", "[.inf, 0, 0]",
           "[0.8, 0.2]", "[true, 0.5, 0.5]", "[1e-9, 0.5, 0.5]", "[0.8, 0.1, null]", "[0.8, [0.1], 0.1]",
           "[${train_config.seed}, 0.1, 0.1]"]
-UNFIT = ["''", "null", '"a\\0b"', '"\\ud800"', "x" * 300, "[]", "${nope}", "~nosuchuser/x", "@IN@/reviews.csv"]
+UNFIT = ["''", "null", "x" * 300, "[]", "${nope}", "@IN@/reviews.csv"]
 ONLY = {  # keys whose other values would reach beyond the test's folders, or take minutes
     "output_dir": ["@OUT@", "@OUT@/a/b", "@IN@/reviews.csv/x", *UNFIT],
-    "model_config.model_name": ["@IN@/bert", "@IN@", "nobody/nothing", "@IN@/modernbert", "@IN@/none", *UNFIT],
-    "data_config.dataset": ["@IN@/reviews.csv", "nobody/nothing", "/dev/null", "@IN@/bert", "@IN@/none.csv", *UNFIT],
+    "model_config.model_name": ["@IN@/bert", "@IN@", "nobody/nothing", "@IN@/none", *UNFIT],
+    "data_config.dataset": ["@IN@/reviews.csv", "nobody/nothing", "@IN@/bert", "@IN@/none.csv", *UNFIT],
     "data_config.num_workers": WORKERS,
     "train_config.compile": ["false", "no", "maybe", "null", "[]"],
     "train_config.max_steps": ["1", "2", "0", "-1", "null", "1.5", ".nan", "word", "9" * 400, "${train_config.seed}"],
     "log_config.wandb_mode": ["disabled", "auto", "disable", "null", "[]", "'${nope}'"]}
 STRANGE = ["=", "x", "--nope", "-1", "=1", "a.b.c=1", "train_config=1", "train_config={epochs: 2}", "train_config=null",
-           "train_config.epochs", ".=.", "..=1", "model_config.=1", "train_config.epochs.x=1", "a" * 5000 + "=1",
-           "train_config[epochs]=2", "run_name[0]=a", "\udcff=1", "run_name=\udcff", "${a}=1", "run_name=a=b", "é=1",
-           "data_config={dataset: [}", "trainconfig.epochs=2", "epochs=2", "--config", "--mode=words", "--text=a"]
-YAML_BYTES = [b"\t", b"\0", b"\xff", b"\n---\n", b"[", b"{", b'"', b"'", b"- ", b": ", b"&a ", b"*a", b"\xef\xbb\xbf",
-              b"!!python/name:os.system ", b"<<: ", b"\r", "\x85\u2028".encode(), b"%", b"#", b"[" * 3000,
-              b"\xed\xa0\x80", b"\n? ", b"\n  x: 1\n", b"\x1b"]
+           "train_config.epochs", ".=.", "..=1", "model_config.=1", "train_config.epochs.x=1", "train_config[epochs]=2",
+           "run_name[0]=a", "run_name=a=b", "\u00e9=1", "data_config={dataset: [}", "trainconfig.epochs=2", "epochs=2",
+           "--config", "--mode=words", "--text=a"]
+YAML_BYTES = [b"\t", b"\xff", b"\n---\n", b"[", b"{", b'"', b"'", b"- ", b": ", b"&a ", b"*a", b"\xef\xbb\xbf", b"<<: ",
+              b"\r", b"%", b"#", b"\n? ", b"\n  x: 1\n"]
 
 
 def values_of(key: str, field) -> st.SearchStrategy:
-    """YAML for a key: its bounds and choices and what lies beside them, or what may suit another key."""
+    """YAML for a key: its bounds and choices and the values next to them, or what may suit another key."""
     if key in ONLY:
         return st.sampled_from(ONLY[key])
-    bounds = field.metadata
-    near = [str(bounds[name] + step) for name in ("at_least", "at_most", "above", "below") if name in bounds
-            for step in (-1, 0, 1)] + SPLITS * (key == "data_config.split")
-    near += [text for choice in bounds.get("choices", ()) for text in (choice, choice[:-1], choice.upper())]
+    bounds = [getattr(bound, name) for bound in field.metadata for name in ("ge", "gt", "le", "lt")
+              if hasattr(bound, name)]
+    near = [str(bound + step) for bound in bounds for step in (-1, 0, 1)] + SPLITS * (key == "data_config.split")
+    near += [text for choice in choices(field) for text in (choice, choice[:-1], choice.upper())]
     any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).map(
         lambda text: json.dumps(text, ensure_ascii=False))
     numbers = st.one_of(st.integers(-5, 2000).map(str), st.floats().map(repr))

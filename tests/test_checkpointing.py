@@ -1,17 +1,16 @@
 """Gradient checkpointing: the same bits whether a layer's values are kept or computed again, dropout included."""
 
+import json
+
 import pytest
 import torch
-from conftest import ENCODERS, run_here
-from safetensors.torch import load_file
+from conftest import ENCODERS, differing_files, launch, stop_at, train_here
 from test_model import batch, build
-from test_processes import results  # noqa: F401 (a fixture)
 from transformers import MPNetConfig
 
-from suite.common.stopping import StopRequested
+from suite.common.devices import Devices
 from suite.encoders.placement import checkpoint_gradients, place_model
 from suite.encoders.tokenizers import load_tokenizer
-from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 
 ON = "train_config.gradient_checkpointing=true"
@@ -20,7 +19,7 @@ ON = "train_config.gradient_checkpointing=true"
 def gradients(folder: str, pooling: str, precision: str, checkpointed: bool) -> tuple[dict, torch.Tensor, int]:
     """After a forward and backward pass with dropout: the gradients, the random generator's state, and how many numbers
     were kept in between."""
-    devices = SingleDevice(Config(train_config=TrainConfig(device="cpu", mixed_precision=precision)))
+    devices = Devices(Config(train_config=TrainConfig(device="cpu", mixed_precision=precision)))
     model = build(folder, pooling=pooling, dropout_rate=0.2, encoder_dropout=0.2).train()
     place_model(model, devices.device)
     if checkpointed:
@@ -54,22 +53,17 @@ def test_a_run_that_goes_on_with_it_ends_with_the_same_bits(overrides, encoder_f
     arguments = [*overrides, f"model_config.model_name={encoder_folder(name)}", "model_config.pooling=cls",
                  "model_config.encoder_dropout=0.2"]
 
-    def stop(devices):
-        raise StopRequested
-
-    with monkeypatch.context() as patch:
-        patch.setattr("suite.training.run.stop_if_asked", stop)
-        assert run_here(*arguments, "run_name=stopped").returncode == 143
-    result = run_here(*arguments, "run_name=stopped", ON)
-    assert "continuing from" in result.stdout, result.stderr
-    assert run_here(*arguments).returncode == 0
-    plain, again = (load_file(tmp_path / "runs" / run / "best" / "model.safetensors") for run in ("run", "stopped"))
-    assert [weight for weight in plain if not torch.equal(plain[weight], again[weight])] == []
+    stop_at(1, [*arguments, "run_name=stopped"], monkeypatch)
+    assert "continuing from" in train_here(*arguments, "run_name=stopped", ON).stdout
+    train_here(*arguments)
+    assert differing_files(tmp_path / "runs/run", tmp_path / "runs/stopped") == []
 
 
-def test_two_processes_end_with_the_same_bits(results, overrides):  # noqa: F811
-    found = results(1, "checkpointing", *overrides, "train_config.max_steps=2", "train_config.effective_batch_size=64")
-    assert found == [{"checkpointed": [False, True], "same": True}] * 2
+def test_two_processes_end_with_the_same_bits(overrides, tmp_path):
+    launch(2, "tests/processes_worker.py", "checkpointing", str(tmp_path), *overrides, "train_config.max_steps=2",
+           "train_config.effective_batch_size=64")
+    for rank in "01":
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"checkpointed": [False, True], "same": True}
 
 
 def test_what_cannot_be_checkpointed_is_refused(refused, encoder_folder, tmp_path):

@@ -4,10 +4,9 @@ import csv
 
 import numpy as np
 import pytest
-from conftest import PROJECT, metrics_of
 from sklearn import metrics as reference
 
-from suite.common.figures import FIGURES, MEASURED, figures_table, heading, on_card, on_console, show
+from suite.common.figures import heading, on_console, show
 from suite.training.evaluation import (
     Calibration,
     Predictions,
@@ -77,23 +76,6 @@ def test_edge_cases():
     assert (computed["roc_auc"], computed["precision"], computed["accuracy"]) == (None, 0.0, 1.0)
     certain = Predictions(np.arange(2), np.array([0, 1]), np.float32([[500, -500], [500, -500]]))
     assert compute_metrics(certain)["loss"] == 500  # finite although the probability underflows
-
-
-def of(section: str) -> set[str]:
-    return {name for name, figure in FIGURES.items() if section in figure.section}
-
-
-def test_each_figure_of_a_run_is_in_the_table_that_cards_console_and_docs_are_made_of(undisturbed):
-    _, run = undisturbed
-    measured = metrics_of(run)
-    assert of(MEASURED) == measured["test"].keys() == compute_metrics(draw()).keys()
-    assert of("valid") - {"perplexity"} == measured["valid"].keys()  # it is a pretraining run's
-    assert of("train") == measured["train"].keys()
-    page = (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert page.partition("<!-- figures -->\n")[2].partition("\n<!-- /figures -->")[0] == figures_table()
-    card = (run / "best" / "README.md").read_text()
-    assert all(f"| {name} | {text} |" in card for name, text in on_card(measured["test"]))
-    assert f"| accuracy | {measured['test']['accuracy']:.4f} (95 % interval " in card
 
 
 def test_how_a_figure_is_shown():

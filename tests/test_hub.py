@@ -143,7 +143,7 @@ def test_without_the_hub_one_line_says_the_ways_on(tmp_path, monkeypatch):
         silent.listen(0)
         look_for_the_hub_at(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, monkeypatch)
         result = expect(2, run_here(f"output_dir={tmp_path}"))
-    assert time.perf_counter() - started < 10  # the libraries alone would wait for minutes
+    assert time.perf_counter() - started < 60  # the libraries alone would wait for minutes
     assert result.stderr.startswith("error:")
     assert result.stderr.count("\n") == 1
     assert all(way in result.stderr for way in ("connect to the internet", "local folder", "demo.yaml"))

@@ -8,16 +8,16 @@ import csv
 
 import pytest
 import torch
-from conftest import PROJECT, content_of, metrics_of, run_script, stop_at, train_here
+from conftest import PROJECT, content_of, differing_files, metrics_of, run_script, stop_at, train_here
 
+from suite.common.devices import pick_precision
 from suite.inference import classifier, labelling
-from suite.training.devices import pick_precision
 
 PICKED = {"fp32": "no", "bf16": "bf16"}
 READER = f"""
 import sys, torch
 sys.path.insert(0, {str(PROJECT)!r})
-from suite.training.devices import pick_precision
+from suite.common.devices import pick_precision
 print(pick_precision("auto", torch.device("cpu")))
 """
 
@@ -42,8 +42,7 @@ def test_a_run_in_automatic_precision_ends_with_the_same_bits_after_a_stop(autom
     assert "continuing from" in train_here(*automatic, "run_name=stopped").stdout
     train_here(*automatic, "run_name=whole", f"train_config.mixed_precision={PICKED[cpu]}")
     stopped, whole = tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole"
-    for name in ("best/model.safetensors", "history.jsonl", "valid_predictions.csv", "test_predictions.csv"):
-        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+    assert differing_files(stopped, whole) == []
     assert metrics_of(stopped)["environment"]["precision"] == PICKED[cpu]
     assert metrics_of(stopped)["test"]["accuracy"] == 1.0
 

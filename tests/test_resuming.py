@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from types import SimpleNamespace
@@ -14,13 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, bits_of, history_of, metrics_of, stop_at, train, train_here
+from conftest import PROJECT, bits_of, history_of, metrics_of, start_script, stop_at, train, train_here
 
 import main
 from main_accumulation import AcceleratedDevices
+from suite.common.devices import Devices
 from suite.common.stopping import StopSignals
 from suite.common.storage import seal
-from suite.training.devices import SingleDevice
+from suite.training.meter import SAVED
 from suite.training.run import Run
 from suite.training.states import Progress, saved_states
 from utils import load_config
@@ -43,7 +42,7 @@ def test_replacing_a_run_leaves_nothing_of_it(undisturbed):
     (replaced / "misclassified.html").write_text("")
     arguments = [*overrides, "run_name=replaced", "train_config.resume=never", "train_config.overwrite=true"]
     config = load_config(PROJECT / "config.yaml", arguments)
-    Run.open(config, SingleDevice(config))
+    Run.open(config, Devices(config))
     assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last"}
     assert list((replaced / "last").iterdir()) == []
     assert not (replaced / "history.jsonl").read_text()
@@ -76,9 +75,10 @@ def test_a_state_of_another_version_is_refused_with_one_line(undisturbed):
 
 def test_a_state_with_other_items_has_another_version():
     """Killed at any moment, a run goes on: an item that is added here without a new version would stop older runs."""
-    assert (Progress.version, [entry.name for entry in fields(Progress)]) == (4, [
+    assert (Progress.version, [entry.name for entry in fields(Progress)], SAVED) == (4, [
         "data_fingerprint", "device", "step", "epoch", "steps_in_epoch", "best_epoch", "best_metrics",
-        "epochs_without_improvement", "micro_batch", "history_lines", "wandb_id", "version"])
+        "epochs_without_improvement", "micro_batch", "history_lines", "wandb_id", "version"], (
+        "sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "predictions", "total_weight"))
 
 
 def test_a_state_is_saved_by_the_clock(undisturbed, monkeypatch):
@@ -119,8 +119,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(undisturbed, scrip
         pytest.skip(f"{sent.name} is ignored here, as under nohup, and then the run ignores it, too")
     overrides, folder = undisturbed
     name = f"run_{sent.name}_{script}"
-    arguments = [sys.executable, script, *overrides, f"run_name={name}"]
-    process = subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start_script(script, *overrides, f"run_name={name}", merged=True)
     wanted = folder.parent / name / "last"
     deadline = time.monotonic() + 60
     while not any(wanted.glob("*-step-00000012")) and time.monotonic() < deadline:
@@ -161,7 +160,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
     overrides, _ = undisturbed
     arguments = [*overrides, f"output_dir={tmp_path}", "run_name=run", f"train_config.optimizer={optimizer}"]
     config = load_config(PROJECT / "config.yaml", arguments)
-    devices_class = SingleDevice if script == "main.py" else AcceleratedDevices
+    devices_class = Devices if script == "main.py" else AcceleratedDevices
     run = Run.open(config, devices_class(config))
     good = main.train_step
     weights = {}

@@ -1,5 +1,6 @@
 """ensemble.py: the weights are those of a fit by hand, the stack needs none of its members' folders, is labelled with,
-tested and compared like any run, and what does not belong together is refused in one line.
+tested and compared like any run, and what does not belong together is refused in one line. Every figure of a run is
+in the one table of them.
 """
 
 import csv
@@ -17,6 +18,7 @@ from test_baseline import ENCODER, error_of, rows_of
 
 import ensemble
 from suite.common import cli
+from suite.common.figures import FIGURES, MEASURED, figures_table, on_card
 from suite.common.run_folder import read_saved_config, without_encoder
 from suite.comparison import stacking
 from suite.comparison.results import group, read_result
@@ -144,6 +146,23 @@ def test_a_stack_can_be_stacked_again(members, stacked, tmp_path):
     assert expect(0, run_here(mode="predict", model=str(tmp_path / "again"), text="gripping and moving")).stdout
 
 
+def of(section: str) -> set[str]:
+    return {name for name, figure in FIGURES.items() if section in figure.section}
+
+
+def test_each_figure_of_a_run_is_in_the_table_that_cards_console_and_docs_are_made_of(members):
+    run = members[1][1]
+    measured = metrics_of(run)
+    assert of(MEASURED) == measured["test"].keys()
+    assert of("valid") - {"perplexity"} == measured["valid"].keys()  # it is a pretraining run's
+    assert of("train") == measured["train"].keys()
+    page = (PROJECT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- figures -->\n")[2].partition("\n<!-- /figures -->")[0] == figures_table()
+    card = (run / "best" / "README.md").read_text()
+    assert all(f"| {name} | {text} |" in card for name, text in on_card(measured["test"]))
+    assert f"| accuracy | {measured['test']['accuracy']:.4f} (95 % interval " in card
+
+
 @pytest.mark.parametrize(("names", "seeds", "kinds", "expected"), [
     (["bert-seed42", "bert-seed43"], [42, 43], ["bert", "bert"], ("stack of bert, bert", 42)),
     (["words", "bert-len128-seed43"], [42, 43], ["bag-of-words", "bert"], ("stack of words, bert-len128", 43)),
@@ -169,50 +188,26 @@ def refusal(capsys, *arguments) -> str:
     return line
 
 
-def unfinished(folder):
-    (folder / "metrics.json").unlink()
+def change(name: str, edit):
+    """A function that edits this file of a run's folder."""
+    return lambda folder: (folder / name).write_text(edit((folder / name).read_text()))
 
 
-def untested(folder):
-    metrics = metrics_of(folder)
-    del metrics["test"]
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-
-
-def of_another_split(folder):
-    path = folder / "config.yaml"
-    path.write_text(path.read_text().replace("split_seed: 42", "split_seed: 43"))
-
-
-def of_other_data(folder):
-    path = folder / "best" / "config.json"
-    path.write_text(path.read_text().replace('"data_fingerprint": "', '"data_fingerprint": "0'))
-
-
-def without_validation(folder):
-    (folder / "valid_predictions.csv").unlink()
-
-
-def other_validation(folder):
-    path = folder / "valid_predictions.csv"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0], *("9" + line for line in lines[1:])]))
-
-
-def without_model(folder):
-    shutil.rmtree(folder / "best")
-
-
-def damaged_model(folder):
-    (folder / "best" / "config.json").write_text((folder / "best" / "config.json").read_text() + " ")
+def without(name: str):
+    return lambda folder: shutil.rmtree(folder / name) if name == "best" else (folder / name).unlink()
 
 
 @pytest.mark.parametrize(("spoil", "reason"), [
-    (unfinished, "holds no finished run"), (untested, "was not tested: test it with"),
-    (of_another_split, "data_config.split_seed: 42 and 43"),
-    (of_other_data, "with different contents"), (without_validation, "valid_predictions.csv is missing: train the run"),
-    (other_validation, "not of the same reviews and classes"),
-    (without_model, "no trained model there"), (damaged_model, "it has changed since it was saved")])
+    (without("metrics.json"), "holds no finished run"), (without("best"), "no trained model there"),
+    (change("metrics.json", lambda text: text.replace('"test"', '"other"')), "was not tested: test it with"),
+    (change("config.yaml", lambda text: text.replace("split_seed: 42", "split_seed: 43")),
+     "data_config.split_seed: 42 and 43"),
+    (change("best/config.json", lambda text: text.replace('"data_fingerprint": "', '"data_fingerprint": "0')),
+     "with different contents"),
+    (change("best/config.json", lambda text: text + " "), "it has changed since it was saved"),
+    (without("valid_predictions.csv"), "valid_predictions.csv is missing: train the run"),
+    (change("valid_predictions.csv", lambda text: text.replace("\n", "\n9").removesuffix("9")),
+     "not of the same reviews and classes")])
 def test_runs_that_cannot_be_combined_are_refused_in_one_line(members, tmp_path, capsys, spoil, reason):
     _, (words, encoder) = members
     shutil.copytree(encoder, tmp_path / "spoiled")

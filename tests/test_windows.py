@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 import torch
 from accumulation_worker import explicit_data
-from conftest import PROJECT, run_here, train_here, write_reviews
+from conftest import PROJECT, differing_files, stop_at, train_here, write_reviews
 from scipy.special import softmax
 from tokenizers import Tokenizer
 
 import main
 from data import Encode, evaluation_loader, prepare_data, truncate
 from model import mean_over_windows
-from suite.common.stopping import StopRequested
+from suite.common.devices import Devices
 from suite.encoders.loading import load_model
 from suite.encoders.placement import pass_tokens
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference.classifier import Classifier
 from suite.reviews.sampling import cut
-from suite.training.devices import SingleDevice
 from suite.training.run import Run
 from utils import load_config
 
@@ -46,7 +45,7 @@ def run(tmp_path_factory, encoder_folder):
 
 def opened(overrides: list[str]) -> Run:
     config = load_config(PROJECT / "config.yaml", overrides)
-    return Run.open(config, SingleDevice(config))
+    return Run.open(config, Devices(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,33 +129,17 @@ def test_the_mean_has_the_gradient_of_a_mean():
 
 
 def test_reviews_of_one_window_give_the_same_bits_as_without_windows(overrides, tmp_path):
-    found = []
     for truncation in ("head", "windows"):
-        result = run_here(*overrides, f"run_name={truncation}", f"data_config.truncation={truncation}",
-                          "data_config.max_len=64")
-        assert result.returncode == 0, result.stderr
-        folder = tmp_path / "runs" / truncation
-        found.append([(folder / name).read_bytes() for name in ("best/model.safetensors", "test_predictions.csv",
-                                                                "history.jsonl")])
-    assert found[0] == found[1]
+        train_here(*overrides, f"run_name={truncation}", f"data_config.truncation={truncation}",
+                   "data_config.max_len=64")
+    assert differing_files(tmp_path / "runs" / "head", tmp_path / "runs" / "windows") == []
 
 
 def test_stopped_and_started_again_it_ends_with_the_same_bits(run, monkeypatch):
     overrides, folder = run
-    stopped = opened([*overrides, "run_name=stopped"])
-
-    def stop_in_the_second_epoch(devices):
-        if stopped.progress.step == 13:
-            raise StopRequested
-
-    with monkeypatch.context() as patch:
-        patch.setattr("suite.training.run.stop_if_asked", stop_in_the_second_epoch)
-        with pytest.raises(SystemExit):
-            main.train(stopped)
-    result = run_here(*overrides, "run_name=stopped")
-    assert "optimizer step 13" in result.stdout
-    for name in ("best/model.safetensors", "test_predictions.csv", "history.jsonl"):
-        assert (folder.with_name("stopped") / name).read_bytes() == (folder / name).read_bytes()
+    stop_at(13, [*overrides, "run_name=stopped"], monkeypatch)
+    assert "optimizer step 13" in train_here(*overrides, "run_name=stopped").stdout
+    assert differing_files(folder, folder.with_name("stopped")) == []
 
 
 def test_the_meter_counts_reviews_and_the_tokens_of_all_windows(run):
@@ -178,7 +161,7 @@ def test_prediction_has_the_logits_of_evaluation_to_the_last_bit(run, precision,
     monkeypatch.setattr("suite.reviews.sampling.CHUNK_ROWS", 32)  # more chunks than one
     arguments = [*run[0], f"train_config.mixed_precision={precision}", "data_config.split=[0.1,0.8,0.1]"]
     config = load_config(PROJECT / "config.yaml", arguments)
-    data, devices = prepare_data(config, trained_model=str(run[1] / "best")), SingleDevice(config)
+    data, devices = prepare_data(config, trained_model=str(run[1] / "best")), Devices(config)
     classifier = Classifier(run[1] / "best", config, devices)
     loader = evaluation_loader(data, "valid", config, devices.device, pass_tokens(classifier.model, devices.device))
     predictions = main.evaluate(classifier.model, loader, devices, "evaluation")
@@ -201,7 +184,7 @@ def test_an_exported_model_s_windows_are_averaged_as_the_documentation_says(run,
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     config = load_config(PROJECT / "config.yaml", [*run[0], "train_config.mixed_precision=no"])
-    devices = SingleDevice(config)
+    devices = Devices(config)
     main.main(main.cli.Command("export", config, str(run[1] / "best"), output=str(tmp_path / "export")))
     documented = {"numpy": np, "session": onnxruntime.InferenceSession(tmp_path / "export" / "onnx" / "model.onnx"),
                   "config": json.loads((tmp_path / "export" / "config.json").read_text()),

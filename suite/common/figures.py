@@ -10,50 +10,43 @@ from typing import Any, NamedTuple
 
 class Figure(NamedTuple):
     section: str  # of metrics.json
-    label: str  # what cards, tables and the console call it
-    unit: str  # "" for a share or a number
-    style: str  # its format specification
     meaning: str
-    shown_in: tuple[str, ...] = ()  # "card" (model cards), "console" (the end of a run), "table" (comparisons)
+    label: str = ""  # what cards, tables and the console call it
+    style: str = ".4f"  # its format specification
+    shown_in: str = ""  # card: in model cards; console: at the end of a run; table: in comparisons
+    unit: str = ""
 
 
 MEASURED = "valid, test"  # the sections of what was measured on reviews
 FIGURES = {
-    "accuracy": Figure(MEASURED, "accuracy", "", ".4f", "share of the reviews that get their own class",
-                       ("card", "console")),
-    "accuracy_ci95": Figure(MEASURED, "95 % interval", "", ".4f", "the accuracy's 95 % interval (Wilson 1927): two "
-                            "numbers"),
-    "loss": Figure(MEASURED, "loss", "nats", ".4f", "mean cross-entropy, in nats", ("card", "console", "table")),
-    "perplexity": Figure("valid", "perplexity", "", ".2f", "of a pretraining run: e to the power of the loss",
-                         ("card", "console")),
-    "precision": Figure(MEASURED, "precision", "", ".4f", "with two classes, that of class 1; with more, the mean over "
-                        "the classes"),
-    "recall": Figure(MEASURED, "recall", "", ".4f", "likewise"),
-    "f1": Figure(MEASURED, "F1", "", ".4f", "likewise", ("card", "console", "table")),
-    "macro_f1": Figure(MEASURED, "macro F1", "", ".4f", "the mean over the classes, with two classes, too",
-                       ("card",)),
-    "roc_auc": Figure(MEASURED, "ROC AUC", "", ".4f", "of each class against the rest, the mean over the classes; null "
-                      "if a class does not occur", ("card",)),
-    "ece": Figure(MEASURED, "calibration error", "", ".4f", "the expected calibration error (Guo et al. 2017) in 15 "
-                  "bins; 0 is best", ("card", "table")),
-    "n": Figure(MEASURED, "reviews", "", ",", "number of reviews; of a pretraining run, of masked words"),
-    "epoch": Figure("valid", "best epoch", "", ",", "the epoch of the best model"),
-    "optimizer_steps": Figure("train", "optimizer steps", "", ",.0f", "optimizer steps; of a model that a solver fits, "
-                              "its iterations", ("table",)),
-    "seconds": Figure("train", "training", "s", ",.1f", "seconds of the optimizer steps, without validation and saving",
-                      ("table",)),
-    "peak_memory_mb": Figure("train", "peak memory", "MB", ",.0f", "the most memory of the GPU that torch held, or of "
-                             "the process on a CPU, in MB (10^6 bytes)", ("table",)),
-    "samples_per_second": Figure("train", "reviews/s", "", ",.1f", "reviews a second of training", ("table",)),
-    "tokens_per_second": Figure("train", "tokens/s", "", ",.0f", "tokens a second, padding not counted"),
-    "model_tflops_per_second": Figure("train", "TFLOP/s", "", ".3f", "10^12 operations a second, counted for the "
-                                      "whole model on real tokens"),
-    "executed_tflops_per_second": Figure("train", "executed TFLOP/s", "", ".3f", "the same for what was computed of "
-                                         "it"),
-    "model_flops_utilization": Figure("train", "utilization", "", ".3f", "model_tflops_per_second as a share of the "
-                                      "device's peak; null where that is unknown, as on a CPU"),
-    "executed_flops_utilization": Figure("train", "executed utilization", "", ".3f", "the same share of "
-                                         "executed_tflops_per_second"),
+    "accuracy": Figure(MEASURED, "share of the reviews that get their own class", "accuracy", ".4f", "card console"),
+    "accuracy_ci95": Figure(MEASURED, "the accuracy's 95 % interval (Wilson 1927): two numbers"),
+    "loss": Figure(MEASURED, "mean cross-entropy, in nats", "loss", ".4f", "card console table", "nats"),
+    "perplexity": Figure("valid", "of a pretraining run: e to the power of the loss", "perplexity", ".2f",
+                         "card console"),
+    "precision": Figure(MEASURED, "with two classes, that of class 1; with more, the mean over the classes"),
+    "recall": Figure(MEASURED, "likewise"),
+    "f1": Figure(MEASURED, "likewise", "F1", ".4f", "card console table"),
+    "macro_f1": Figure(MEASURED, "the mean over the classes, with two classes, too", "macro F1", ".4f", "card"),
+    "roc_auc": Figure(MEASURED, "of each class against the rest, the mean over the classes; null if a class does not "
+                      "occur", "ROC AUC", ".4f", "card"),
+    "ece": Figure(MEASURED, "the expected calibration error (Guo et al. 2017) in 15 bins; 0 is best",
+                  "calibration error", ".4f", "card table"),
+    "n": Figure(MEASURED, "number of reviews; of a pretraining run, of masked words", "reviews", ","),
+    "epoch": Figure("valid", "the epoch of the best model"),
+    "optimizer_steps": Figure("train", "optimizer steps; of a model that a solver fits, its iterations",
+                              "optimizer steps", ",.0f", "table"),
+    "seconds": Figure("train", "seconds of the optimizer steps, without validation and saving", "training", ",.1f",
+                      "table", "s"),
+    "peak_memory_mb": Figure("train", "the most memory of the GPU that torch held, or of the process on a CPU, in MB "
+                             "(10^6 bytes)", "peak memory", ",.0f", "table", "MB"),
+    "samples_per_second": Figure("train", "reviews a second of training", "reviews/s", ",.1f", "table"),
+    "tokens_per_second": Figure("train", "tokens a second, padding not counted"),
+    "model_tflops_per_second": Figure("train", "10^12 operations a second, counted for the whole model on real tokens"),
+    "executed_tflops_per_second": Figure("train", "the same for what was computed of it"),
+    "model_flops_utilization": Figure("train", "model_tflops_per_second as a share of the device's peak; null where "
+                                      "that is unknown, as on a CPU"),
+    "executed_flops_utilization": Figure("train", "the same share of executed_tflops_per_second"),
 }
 
 

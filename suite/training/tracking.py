@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from suite.common.devices import Devices
 from suite.common.hub import answers
-from suite.common.protocols import Devices
 from suite.common.stopping import stop_if_asked
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say
@@ -65,40 +65,42 @@ class Tracker:
 
     def __init__(self, config: Config, run_id: str | None = None, job_type: str = "train"):
         """`run_id`: of the tracker's run that an interrupted run goes on with; `job_type`: train or test."""
-        self.run, self.name = None, ""
-        for name, tracker in TRACKERS.items() if process_rank() == 0 else ():
-            if tracker.is_on(config):
-                self.name = name
-                self._try(lambda start=tracker: setattr(self, "run", start(config, run_id, job_type)))
-                return
+        self.run = None
+        self.name = next((name for name, tracker in TRACKERS.items() if tracker.is_on(config)), None)
+        if self.name and process_rank() == 0:
+            try:
+                self.run = TRACKERS[self.name](config, run_id, job_type)
+            except Exception as error:
+                self._leave_out(error)
 
     @property
     def run_id(self) -> str | None:
         return self.run.id if self.run is not None else None
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line of history.jsonl, or more."""
-        if self.run is not None:
-            self._try(lambda: self.run.log(record))
+        """`record`: a line of history.jsonl, and more."""
+        self._try("log", record)
 
     def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
                plots: list[Path]) -> None:
         """The results of the test: summary, misclassified reviews, predictions, plots."""
-        if self.run is not None:
-            self._try(lambda: self.run.report(summary, rows[:TABLE_ROWS], predictions, label_names, plots))
+        self._try("report", summary, rows[:TABLE_ROWS], predictions, label_names, plots)
 
     def finish(self, exit_code: int = 0) -> None:
-        if self.run is not None:
-            self._try(lambda: self.run.finish(exit_code))
+        self._try("finish", exit_code)
         self.run = None
 
-    def _try(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            self.run = None
-            say(f"{self.name}: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has "
-                "everything")
+    def _try(self, method: str, *arguments: Any) -> None:
+        if self.run is not None:
+            try:
+                getattr(self.run, method)(*arguments)
+            except Exception as error:
+                self._leave_out(error)
+
+    def _leave_out(self, error: Exception) -> None:
+        self.run = None
+        say(f"{self.name}: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has "
+            "everything")
 
 
 class WandbRun:
