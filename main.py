@@ -37,10 +37,9 @@ from suite.common.devices import Devices
 from suite.comparison.report import show_baseline
 from suite.encoders.placement import compute_logits, to_device
 from suite.training.evaluation import Predictions
-from suite.training.finish import show_finished, write_results
+from suite.training.finish import TrainedRun, show_finished, write_results
 from suite.training.run import Run, test_loader
 from suite.training.tracking import watched
-from suite.training.trained import TrainedRun
 from utils import Config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ def train_and_test(config: Config, devices: Devices) -> None:
 
 def pretrain(config: Config, devices: Devices) -> None:
     """--mode pretrain: the same loop on masked words, without a test."""
-    from suite.pretraining.run import PretrainingRun
+    from suite.training.pretraining import PretrainingRun
 
     if not show_finished(config):
         run = PretrainingRun.open(config, devices)

@@ -33,8 +33,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from main import main
 from suite.common.devices import Devices, FiniteGuard, pick_device, pick_precision
+from suite.common.launcher import asked_sharding, is_true, refuse_other_settings
 from suite.encoders.placement import layer_classes
-from suite.training.accelerated import asked_sharding, is_true, refuse_other_settings
 from utils import Config, UserError, brief, num_processes
 
 

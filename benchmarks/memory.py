@@ -26,7 +26,7 @@ from model import ClassifierConfig, EncoderForClassification
 from suite.common.devices import Devices
 from suite.encoders.placement import checkpoint_gradients, place_model
 from suite.reviews.sampling import cut
-from suite.training.efficiency import peak_memory_mb
+from suite.training.meter import peak_memory_mb
 from suite.training.run import build_optimizer
 from utils import Config
 

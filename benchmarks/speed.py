@@ -144,7 +144,7 @@ def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
     from data import prepare_data
     from suite.common.devices import pick_device
     from suite.common.hub import quiet_libraries
-    from suite.training.efficiency import peak_memory_mb
+    from suite.training.meter import peak_memory_mb
 
     quiet_libraries()
     measure = time_suite if arguments.contender.startswith("suite") else time_trainer
@@ -172,7 +172,7 @@ def model_flops(work: Path, tokens: int, batch: int) -> float:
     """FLOPs to train on one review, on average."""
     from data import prepare_data
     from suite.encoders.loading import new_model
-    from suite.training.efficiency import training_flops, work_of
+    from suite.training.meter import training_flops, work_of
 
     config = config_for(work, tokens, batch)
     model = new_model(config.model_config)

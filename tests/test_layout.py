@@ -15,7 +15,6 @@ FLOORS = [
     ["data"],
     ["suite.inference"],  # a trained model needs nothing of its training
     ["suite.training"],
-    ["suite.pretraining"],
     ["suite.comparison"],
     ["main", "main_accumulation", "experiment", "compare", "ensemble"],
 ]

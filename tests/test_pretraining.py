@@ -19,10 +19,9 @@ from suite.common.stopping import StopRequested
 from suite.comparison.results import read_result
 from suite.encoders.loading import load_encoder_config, new_model
 from suite.encoders.masked_lm import MaskedLanguageModel, new_masked_lm
-from suite.pretraining.run import PretrainingRun
-from suite.pretraining.texts import prepare_texts
 from suite.reviews.classes import load_reviews
 from suite.reviews.splitting import text_digests
+from suite.training.pretraining import PretrainingRun, prepare_texts
 from utils import Config, DataConfig, ModelConfig, UserError, load_config
 
 SMALL = ENCODERS["bert"].to_dict()

@@ -15,8 +15,7 @@ from conftest import ACCELERATE, launch, run_here, run_script, train_here
 
 import main_accumulation
 from main_accumulation import AcceleratedDevices
-from suite.common.launcher import asked_processes
-from suite.training.accelerated import refuse_other_settings
+from suite.common.launcher import asked_processes, refuse_other_settings
 from utils import Config, TrainConfig, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,17 +7,13 @@ starts again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-import numpy as np
-
-from data import Split, load_split
+from data import load_split
 from suite.common.devices import Devices
 from suite.common.hub import say_what_was_cached
 from suite.encoders.bag_of_words import fit
-from suite.training.efficiency import peak_memory_mb
-from suite.training.evaluation import Predictions
-from suite.training.finish import FittedRun, show_finished, write_results, write_validation
+from suite.training.finish import FittedRun, predictions_of, show_finished, write_results, write_validation
+from suite.training.meter import peak_memory_mb
 from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, say
@@ -49,9 +45,3 @@ def baseline(config: Config, devices: Devices) -> None:
                "valid": metrics | {"epoch": 1}}
     run = FittedRun(config, devices, split, figures, tracker)
     write_results(run, predictions_of(words.logits, split, "test") if config.train_config.test else None)
-
-
-def predictions_of(logits: Callable[[list[str]], np.ndarray], split: Split, name: str) -> Predictions:
-    """The predictions for one of the three splits, of a model that gives `logits` (texts, classes) of texts."""
-    texts, labels = split.texts_and_labels(name)
-    return Predictions(split.ids_of[name], labels, logits(texts))
