@@ -15,7 +15,7 @@ from suite.common import cli
 def read_command() -> argparse.Namespace:
     parser = cli.new_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--output", metavar="FOLDER", help="of the report (default: comparison-report, next to the runs)")
+    parser.add_argument("--output", metavar="FOLDER", help="of the report (default: comparison-report beside the runs)")
     command = parser.parse_args()
     command.runs = list(dict.fromkeys(map(Path, command.runs)))
     if len(command.runs) < 2:

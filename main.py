@@ -26,30 +26,22 @@ from suite.common import cli
 if __name__ == "__main__":
     cli.begin()
     COMMAND = cli.read_command(__doc__, accumulates=False)  # a wrong value is refused before torch's slow import
-
-import importlib
+    cli.run_other_mode(COMMAND)
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import Step, evaluation_loader
-from suite.common.hub import check_hub, quiet_libraries
-from suite.common.protocols import Devices
-from suite.common.run_folder import best_model, is_encoder
-from suite.common.storage import room_for
+from data import Step
+from suite.common.devices import Devices
 from suite.comparison.report import show_baseline
-from suite.encoders.loading import load_model
-from suite.encoders.placement import compute_logits, pass_tokens, place_model, to_device
-from suite.pretraining.run import PretrainingRun, evaluate_masked
-from suite.training.baseline import predictions_of
-from suite.training.devices import SingleDevice, make_deterministic
+from suite.encoders.placement import compute_logits, to_device
 from suite.training.evaluation import Predictions
-from suite.training.finish import show_finished, write_results, write_untested
-from suite.training.run import Run
+from suite.training.finish import show_finished, write_results
+from suite.training.run import Run, test_loader
 from suite.training.tracking import watched
 from suite.training.trained import TrainedRun
-from utils import Config, say
+from utils import Config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -57,7 +49,7 @@ from utils import Config, say
 
 def train(run: Run) -> None:
     """Train, validate after each epoch, keep the best model. A signal saves the state and leaves."""
-    validate = evaluate_masked if run.config.pretrains else evaluate
+    validate = run.evaluate or evaluate  # a pretraining run has no reviews to classify
     with run.saved_when_stopped():
         for epoch in run.epochs_left():  # max_steps and early stopping may end them
             for step in run.steps_left(epoch):  # the reviews of an optimizer step, their micro-batches and total weight
@@ -108,58 +100,48 @@ def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) 
 
 
 def train_and_test(config: Config, devices: Devices) -> None:
-    """--mode train, and --mode pretrain, which tests nothing: a new run, or the rest of one that was interrupted."""
+    """--mode train: a new run, or the rest of one that was interrupted."""
     if show_finished(config):
         show_baseline(config)
         return
-    # Data, model, optimizer and schedule; as they were saved, if a state is there
-    run = (PretrainingRun if config.pretrains else Run).open(config, devices)
-    say(f"{config.run_name}: {len(run.data.splits['train']):,} {run.unit} to train on, "
-        f"{len(run.data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
-        f"{run.sampler.effective_batch} {run.unit} on {devices}")
+    run = Run.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
     train(run)
-    if not config.train_config.test:
-        write_untested(run)
-        return
-    test(run, load_model(best_model(config.run_folder)))
-    show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
+    if config.train_config.test:
+        test(run, run.best_model())
+        show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
+    else:
+        write_results(run)
+
+
+def pretrain(config: Config, devices: Devices) -> None:
+    """--mode pretrain: the same loop on masked words, without a test."""
+    from suite.pretraining.run import PretrainingRun
+
+    if not show_finished(config):
+        run = PretrainingRun.open(config, devices)
+        train(run)
+        write_results(run)
 
 
 def test(run: Run | TrainedRun, model: nn.Module) -> None:
     """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
-    config, devices = run.config, run.devices
-    place_model(model, devices.device, compiled=config.train_config.compile)
-    loader = evaluation_loader(run.data, "test", config, devices.device, pass_tokens(model, devices.device))
-    write_results(run, evaluate(model, loader, devices, "test"))
+    write_results(run, evaluate(model, test_loader(run, model), run.devices, "test"))
 
 
 def test_again(config: Config, devices: Devices) -> None:
     """--mode test: the best model of a finished or interrupted run on the test split."""
     run = TrainedRun(config, devices)
-    if is_encoder(config):
-        test(run, run.classifier.model)
-    else:
-        write_results(run, predictions_of(run.classifier.logits, run.data, "test"))
+    if run.model is not None:
+        test(run, run.model)
+    else:  # a bag of words, or runs that were combined
+        write_results(run, run.predictions())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+MODES = {"train": train_and_test, "pretrain": pretrain, "test": test_again}  # suite/common/cli.py knows the others
 
 
-def main(command: cli.Command, devices_class: type[Devices] = SingleDevice) -> None:
-    config, mode = command.config, cli.MODES[command.mode]
-    if mode.writes_run or command.int8:
-        check_hub(config)
-    quiet_libraries()
-    make_deterministic()
-    devices = devices_class(config)
-    module, _, name = mode.function.partition(":")
-    work = globals()[name] if module == "main" else getattr(importlib.import_module(module), name)
-    if mode.writes_run:
-        with room_for(config.run_folder):
-            work(config, devices)
-    else:
-        work(command, devices)
-    devices.close()
+def main(command: cli.Command, devices_class: type[Devices] = Devices) -> None:
+    cli.start(command, devices_class, MODES)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from main import main
+from suite.common.devices import Devices, FiniteGuard, pick_device, pick_precision
 from suite.encoders.placement import layer_classes
 from suite.training.accelerated import asked_sharding, is_true, refuse_other_settings
-from suite.training.devices import FiniteGuard, SingleDevice, pick_device, pick_precision
 from utils import Config, UserError, brief, num_processes
 
 
-class AcceleratedDevices(SingleDevice):
+class AcceleratedDevices(Devices):
     """The devices that `accelerate launch` or torchrun gives to this run, one process each."""
 
     def __init__(self, config: Config):

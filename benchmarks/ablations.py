@@ -99,7 +99,7 @@ def speed(run: Any, patch: Callable[[], Any] | None, steps: int | None = None) -
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> None:
-    from suite.training.devices import SingleDevice
+    from suite.common.devices import Devices
     from suite.training.run import Run
 
     runs = {}
@@ -109,7 +109,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> None:
     for number, (name, overrides, patch) in enumerate(variants):
         config = config_for(work, arguments.tokens, arguments.batch, f"run_name=variant-{number}", *overrides)
         with patch() if patch else nullcontext():
-            runs[name] = Run.open(config, SingleDevice(config)), patch
+            runs[name] = Run.open(config, Devices(config)), patch
         speed(*runs[name], WARM_UP_STEPS - 1)
     speeds = in_turn(lambda name: speed(*runs[name]), runs, arguments.rounds)
     print(f"{'without it, or with instead':44}  {'tokens/s':>9}  ratio to the suite, median (least to most)")

@@ -14,11 +14,11 @@ import random
 import statistics
 from pathlib import Path
 
+from suite.common.devices import Devices
 from suite.common.hub import quiet_libraries
 from suite.inference.attribution import Word, attribute
 from suite.inference.classifier import Classifier
 from suite.reviews.rows import read_rows
-from suite.training.devices import SingleDevice
 from utils import load_config
 
 SHARES = (0.05, 0.1, 0.2)
@@ -51,7 +51,7 @@ def main() -> None:
     texts = generator.sample([row.values["text"] for row in read_rows(arguments.input)], arguments.reviews)
     config = load_config(Path(__file__).resolve().parents[1] / "config.yaml", [
         "train_config.device=cpu", "train_config.mixed_precision=no"])
-    classifier = Classifier(Path(arguments.model), config, SingleDevice(config))
+    classifier = Classifier(Path(arguments.model), config, Devices(config))
     costs, flips = {}, {}
     for text in texts:
         explanation = attribute(classifier, text)

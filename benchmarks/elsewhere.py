@@ -18,12 +18,12 @@ from scipy.special import softmax
 from transformers import pipeline
 
 from data import load_split, pad
+from suite.common.devices import Devices
 from suite.common.hub import quiet_libraries
 from suite.common.run_folder import read_saved_config
 from suite.inference.classifier import Classifier
 from suite.inference.export import INT8, ONNX
 from suite.inference.onnx_file import OnnxModel, probabilities_of
-from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 
 REVIEWS, BATCH = 500, 32
@@ -55,14 +55,14 @@ def main() -> None:
     quiet_libraries()
     texts = load_split(read_saved_config(run / "config.yaml")).texts_and_labels("test")[0][:REVIEWS]
     config = Config(train_config=TrainConfig(device="cpu", mixed_precision="no"))
-    classifier = Classifier(run / "best", config, SingleDevice(config))
+    classifier = Classifier(run / "best", config, Devices(config))
     exact, names = classifier.probabilities(texts), classifier.label_names
     found = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         found[f"`pipeline`, {name}"] = by_pipeline(run / "export", texts, names, dtype)
         if dtype != torch.float32:
             found[f"the suite's model, weights cast to {name}"] = by_cast_weights(
-                Classifier(run / "best", config, SingleDevice(config)), texts, dtype)
+                Classifier(run / "best", config, Devices(config)), texts, dtype)
     for path in (ONNX, INT8):
         if (run / "export" / path).is_file():
             model = OnnxModel(run / "export" / path, classifier.model.config)

@@ -30,8 +30,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from benchmarks.workload import bare_run
 from data import IMDBDataset, Step
 from main import train_step
+from suite.common.devices import Devices
 from suite.reviews.sampling import cut as cut_by_length
-from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 
 SEED, REVIEWS, LONGEST, VOCABULARY = 42, 64, 48, 100
@@ -96,7 +96,7 @@ def applied_norm(take_step: Callable, model: nn.Module, reviews: IMDBDataset, cu
 def suite_step(model: nn.Module, optimizer: Optimizer, reviews: IMDBDataset, cut: tuple[int, int]) -> None:
     rows = np.arange(REVIEWS)
     rounds = cut_by_length(rows, reviews.lengths, cut[0], processes=1)
-    devices = SingleDevice(Config(train_config=TrainConfig(device="cpu", mixed_precision="no")))
+    devices = Devices(Config(train_config=TrainConfig(device="cpu", mixed_precision="no")))
     step = Step(rows, [reviews.batch(part) for part, in rounds], REVIEWS, REVIEWS)
     train_step(bare_run(SuiteModel(model), optimizer, devices), step)
 

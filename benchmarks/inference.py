@@ -26,9 +26,9 @@ import torch
 from benchmarks.noise import in_turn, ratios, refuse_busy_machine
 from benchmarks.workload import describe_machine, encoder_config, new_parser
 from model import ClassifierConfig, EncoderForClassification
+from suite.common.devices import pick_precision
 from suite.encoders.placement import place_model
 from suite.inference.onnx_file import OnnxModel, quantize, write_onnx
-from suite.training.devices import pick_precision
 
 CPU = torch.device("cpu")
 TOKENS, BATCHES, UNCOUNTED = 128, (1, 32), 3

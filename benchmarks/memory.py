@@ -23,9 +23,9 @@ from benchmarks.workload import bare_run, encoder_config, new_parser
 from data import IMDBDataset, Step
 from main import train_step
 from model import ClassifierConfig, EncoderForClassification
+from suite.common.devices import Devices
 from suite.encoders.placement import checkpoint_gradients, place_model
 from suite.reviews.sampling import cut
-from suite.training.devices import SingleDevice
 from suite.training.efficiency import peak_memory_mb
 from suite.training.run import build_optimizer
 from utils import Config
@@ -44,7 +44,7 @@ def random_reviews(reviews: int, vocabulary: int) -> IMDBDataset:
 def measure(shape: str, micro_batch: int, effective_batch: int, checkpointed: bool) -> float:
     """Peak memory in MB."""
     config, encoder = Config(), encoder_config(shape)
-    devices = SingleDevice(config)
+    devices = Devices(config)
     model = EncoderForClassification(ClassifierConfig(encoder))
     place_model(model, devices.device)
     if checkpointed:
@@ -66,7 +66,7 @@ def main() -> None:
     if arguments.row:
         print(measure(arguments.shape, *arguments.row, arguments.gradient_checkpointing))
         return
-    print(f"{arguments.shape}, {TOKENS} tokens, {SingleDevice(Config())}, torch {torch.__version__}, transformers "
+    print(f"{arguments.shape}, {TOKENS} tokens, {Devices(Config())}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}\n\nmicro-batch  effective batch  peak memory (MB)", flush=True)
     for micro_batch, effective_batch in ROWS:
         child = subprocess.run([sys.executable, "-m", __spec__.name, *sys.argv[1:], "--row", str(micro_batch),

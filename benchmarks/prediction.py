@@ -31,11 +31,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, pipelin
 from benchmarks.growth import memory_mb
 from benchmarks.noise import quietly, ratios, refuse_busy_machine
 from benchmarks.workload import PROJECT
+from suite.common.devices import Devices
 from suite.common.hub import quiet_libraries
 from suite.encoders.loading import load_model
 from suite.inference.classifier import Classifier
 from suite.inference.labelling import Job, read_chunks
-from suite.training.devices import SingleDevice
 from utils import Config
 
 PARTS, BATCH_SIZES, TRIED = 5, (1, 8, 16, 32, 64), 512
@@ -69,7 +69,7 @@ def suite(classifier: Classifier, texts: list[str], folder: Path) -> list[str]:
 
 def compare(model: str, texts: list[str], names: list[str]) -> None:
     config = Config()
-    classifier = Classifier(Path(model), config, SingleDevice(config))
+    classifier = Classifier(Path(model), config, Devices(config))
     classifier.cast_weights()
     own = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(model).encoder)
     own.base_model.load_state_dict(load_model(model).encoder.state_dict(), strict=False)

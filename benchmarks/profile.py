@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.noise import quietly, refuse_busy_machine
 from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, workload
 from main import train_step
+from suite.common.devices import Devices
 from suite.encoders import cpu_kernels
-from suite.training.devices import SingleDevice
 from suite.training.run import Run
 
 PARTS = {"Linear": "matrix products", "Embedding": "embeddings", "LayerNorm": "layer norm", "Dropout": "dropout",
@@ -89,7 +89,7 @@ def measure(work: Path, tokens: int, batch: int) -> dict[str, float]:
             stack.enter_context(mock.patch.object(cpu_kernels, name, named(getattr(cpu_kernels, name), part)))
         attention = cpu_kernels.AttentionInterface()
         stack.enter_context(mock.patch.dict(attention._global_mapping, sdpa_cpu=cpu_kernels.cpu_attention))
-        run = Run.open(config, SingleDevice(config))
+        run = Run.open(config, Devices(config))
         for module in run.model.modules():
             if (part := PARTS.get(type(module).__name__)) is not None:
                 module.forward = named(module.forward, part)

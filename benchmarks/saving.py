@@ -19,11 +19,11 @@ STEPS, SAVES, EPOCH_REVIEWS = 3, 5, 40_000
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> None:
-    from suite.training.devices import SingleDevice
+    from suite.common.devices import Devices
     from suite.training.run import Run
 
     config = config_for(work, arguments.tokens, arguments.batch)
-    run = Run.open(config, SingleDevice(config))
+    run = Run.open(config, Devices(config))
     train_again(run, steps=1)  # not counted: it allocates
     state, best, seconds = [], [], 0.0
     for _ in range(SAVES):

@@ -52,14 +52,14 @@ MATRIX = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # rows and columns
 
 def time_suite(work: Path, arguments: argparse.Namespace) -> tuple[float, float]:
     from main import evaluate
-    from suite.training.devices import SingleDevice, make_deterministic
+    from suite.common.devices import Devices, make_deterministic
     from suite.training.run import Run
 
     overrides = {"suite-fp32": ["train_config.mixed_precision=no"], "suite-compile": ["train_config.compile=true"]}
     make_deterministic()
     config = config_for(work, arguments.tokens, arguments.batch, f"run_name={arguments.contender}-{arguments.tokens}",
                         f"train_config.epochs={arguments.epochs}", *overrides.get(arguments.contender, []))
-    run = Run.open(config, SingleDevice(config))
+    run = Run.open(config, Devices(config))
     train_again(run, steps=WARM_UP_STEPS)
     seconds = train_again(run, arguments.epochs)
     started = time.perf_counter()
@@ -74,7 +74,7 @@ def time_trainer(work: Path, arguments: argparse.Namespace) -> tuple[float, floa
     from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
     from data import prepare_data
-    from suite.training.devices import pick_device, pick_precision
+    from suite.common.devices import pick_device, pick_precision
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -123,9 +123,9 @@ def matrix_flops() -> float:
     """FLOP/s of matrix products in the precision that the suite trains in, the best of some."""
     import torch
 
-    from suite.training.devices import SingleDevice
+    from suite.common.devices import Devices
 
-    devices = SingleDevice(Config())
+    devices = Devices(Config())
     n = MATRIX[devices.device.type]
     a, b = torch.randn(2, n, n, device=devices.device,
                        dtype=torch.bfloat16 if devices.precision == "bf16" else torch.float32)
@@ -142,8 +142,8 @@ def contend(work: Path, arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.contender == "peak":
         return {"flops": matrix_flops()}
     from data import prepare_data
+    from suite.common.devices import pick_device
     from suite.common.hub import quiet_libraries
-    from suite.training.devices import pick_device
     from suite.training.efficiency import peak_memory_mb
 
     quiet_libraries()
@@ -181,9 +181,9 @@ def model_flops(work: Path, tokens: int, batch: int) -> float:
 
 
 def usual_contenders() -> list[str]:
-    from suite.training.devices import SingleDevice
+    from suite.common.devices import Devices
 
-    devices = SingleDevice(Config())
+    devices = Devices(Config())
     same = {"suite-fp32"} if devices.precision == "no" else set()
     if devices.device.type != "cpu":
         same |= set(ENVIRONMENTS)

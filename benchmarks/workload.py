@@ -142,7 +142,7 @@ def describe_machine() -> str:
     import torch
     import transformers
 
-    from suite.training.devices import SingleDevice
+    from suite.common.devices import Devices
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return f"{SingleDevice(Config())}, {name}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{Devices(Config())}, {name}, torch {torch.__version__}, transformers {transformers.__version__}"

@@ -18,9 +18,9 @@ from data import IMDBDataset, Steps
 from main import train_step
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
+from suite.common.devices import Devices
 from suite.encoders.loading import new_model
 from suite.reviews.sampling import StepSampler
-from suite.training.devices import SingleDevice
 from utils import Config, ModelConfig, TrainConfig, process_rank
 
 CONFIG = Config(train_config=TrainConfig(device="cpu"))
@@ -44,8 +44,8 @@ def build_model(folder: str, dtype: torch.dtype = torch.float32) -> EncoderForCl
     return new_model(settings).to(dtype).train()
 
 
-def single_device() -> SingleDevice:
-    return SingleDevice(CONFIG)
+def single_device() -> Devices:
+    return Devices(CONFIG)
 
 
 def train_steps(model, optimizer, devices, dataset, effective_batch: int, micro_batch: int, steps: int | None = None,

@@ -200,13 +200,13 @@ def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", 
     for its imports already."""
     import main
     from suite.common import cli
-    from suite.training.devices import SingleDevice
+    from suite.common.devices import Devices
 
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(cli, "atexit"):
         try:  # and what a script does at its end would end the tests
             cli.run(lambda: main.main(cli.Command(mode, cli.config_for(mode, PROJECT / config, arguments), **options),
-                                      devices_class or SingleDevice))
+                                      devices_class or Devices))
         except SystemExit as left:
             code = left.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
@@ -215,13 +215,13 @@ def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", 
 def stop_at(step: int, arguments: list[str], monkeypatch) -> None:
     """Train, in this process, and stop after this optimizer step with the state saved."""
     import main
+    from suite.common.devices import Devices
     from suite.common.stopping import StopRequested
-    from suite.training.devices import SingleDevice
     from suite.training.run import Run
     from utils import load_config
 
     config = load_config(PROJECT / "config.yaml", arguments)
-    run = Run.open(config, SingleDevice(config))
+    run = Run.open(config, Devices(config))
 
     def stop_if_asked(devices):
         if run.progress.step == step:

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 import main
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
+from suite.common.devices import Devices
 from suite.reviews.sampling import StepSampler
-from suite.training.devices import SingleDevice
 from utils import load_config
 
 
@@ -214,7 +214,7 @@ def run_of(overrides, devices_class, *more) -> main.Run:
     return main.Run.open(config, devices_class(config))
 
 
-@pytest.mark.parametrize("devices_class", [SingleDevice, AcceleratedDevices])
+@pytest.mark.parametrize("devices_class", [Devices, AcceleratedDevices])
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_result(overrides, devices_class, monkeypatch, capsys):
     undisturbed = run_of(overrides, devices_class, "data_config.batch_size=64")
     main.train(undisturbed)
@@ -236,7 +236,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_result(overrides, de
     assert distance(undisturbed.model.state_dict(), run.model.state_dict()) < 1e-6
 
 
-@pytest.mark.parametrize("devices_class", [SingleDevice, AcceleratedDevices])
+@pytest.mark.parametrize("devices_class", [Devices, AcceleratedDevices])
 def test_the_right_step_is_named_after_an_optimizer_ran_out_of_memory(overrides, devices_class, monkeypatch):
     run = run_of(overrides, devices_class, "train_config.auto_micro_batch=true", "log_config.log_every_steps=100")
     guard, calls = run.devices.guard, []
@@ -262,7 +262,7 @@ def test_the_right_step_is_named_after_an_optimizer_ran_out_of_memory(overrides,
 
 
 def test_out_of_memory_without_leave_is_an_error(overrides, monkeypatch):
-    run = run_of(overrides, SingleDevice)
+    run = run_of(overrides, Devices)
 
     def short_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -273,7 +273,7 @@ def test_out_of_memory_without_leave_is_an_error(overrides, monkeypatch):
 
 
 def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrides):
-    run = run_of(overrides, SingleDevice, "train_config.scheduler=linear")
+    run = run_of(overrides, Devices, "train_config.scheduler=linear")
     run.devices.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-9, growth_interval=999)
     run.model.head.weight.data *= 30  # large gradients, which overflow until the scale has come down
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}

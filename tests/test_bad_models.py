@@ -16,10 +16,10 @@ from conftest import ENCODERS, PROJECT, run_here
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForSequenceClassification, GPT2Config, T5Config, ViTConfig
 
+from suite.common.devices import Devices
 from suite.encoders.loading import load_encoder_config, new_model, save_model
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference.classifier import Classifier
-from suite.training.devices import SingleDevice
 from utils import ModelConfig, UserError, load_config
 
 KERNEL = "kernels-community/flash-attn2"
@@ -190,7 +190,7 @@ def read(whole, tmp_path):
             settings = ModelConfig(str(folder))
             return new_model(settings, encoder_config=load_encoder_config(settings))
         config = load_config(PROJECT / "config.yaml", ["data_config.max_len=32", "train_config.device=cpu"])
-        return Classifier(folder, config, SingleDevice(config)).probabilities(["the film was a story"])
+        return Classifier(folder, config, Devices(config)).probabilities(["the film was a story"])
     return attempt
 
 

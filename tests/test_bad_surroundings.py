@@ -48,7 +48,9 @@ def test_nothing_is_made_for_wrong_input(tmp_path, monkeypatch, mode, overrides)
     result = run_here("log_config.wandb_mode=disabled", f"model_config.model_name={PROJECT / 'demo/bert'}",
                       f"data_config.dataset={PROJECT / 'demo/reviews.csv'}", *overrides, mode=mode)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert list(tmp_path.iterdir()) == []
+    # The lock stays, because another process may wait for it.
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
+    assert not any((tmp_path / "checkpoints").glob("[!.]*"))
 
 
 @pytest.mark.parametrize(("fix", "words"), [

@@ -22,8 +22,8 @@ from benchmarks import ablations, deletion, elsewhere, gpu, inference, memory, n
 from benchmarks.packing import packed
 from benchmarks.workload import config_for, encoder_config, workload, write_encoder
 from main import train_step
+from suite.common.devices import Devices
 from suite.inference import onnx_file
-from suite.training.devices import SingleDevice
 from suite.training.run import Run
 
 SIZE = ["--tokens", "16", "--batch", "2"]
@@ -196,7 +196,7 @@ def test_packed_reviews_give_the_loss_and_the_gradients_of_padded_ones(small_wor
         for name, patch in (("padded", nullcontext), ("packed", packed)):
             config = config_for(work, 160, 16, f"run_name={name}", "train_config.mixed_precision=no")
             with patch():
-                run = Run.open(config, SingleDevice(config))
+                run = Run.open(config, Devices(config))
                 step = next(iter(run.train_loader(0)))
                 run.model.eval()
                 run.optimizer = torch.optim.SGD(run.model.parameters(), lr=1.0)

@@ -8,9 +8,9 @@ from conftest import ENCODERS, differing_files, launch, stop_at, train_here
 from test_model import batch, build
 from transformers import MPNetConfig
 
+from suite.common.devices import Devices
 from suite.encoders.placement import checkpoint_gradients, place_model
 from suite.encoders.tokenizers import load_tokenizer
-from suite.training.devices import SingleDevice
 from utils import Config, TrainConfig
 
 ON = "train_config.gradient_checkpointing=true"
@@ -19,7 +19,7 @@ ON = "train_config.gradient_checkpointing=true"
 def gradients(folder: str, pooling: str, precision: str, checkpointed: bool) -> tuple[dict, torch.Tensor, int]:
     """After a forward and backward pass with dropout: the gradients, the random generator's state, and how many numbers
     were kept in between."""
-    devices = SingleDevice(Config(train_config=TrainConfig(device="cpu", mixed_precision=precision)))
+    devices = Devices(Config(train_config=TrainConfig(device="cpu", mixed_precision=precision)))
     model = build(folder, pooling=pooling, dropout_rate=0.2, encoder_dropout=0.2).train()
     place_model(model, devices.device)
     if checkpointed:

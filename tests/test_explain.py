@@ -12,12 +12,12 @@ from conftest import ENCODERS, train_here, write_reviews
 
 import main
 from suite.common import cli
+from suite.common.devices import Devices
 from suite.encoders.loading import load_model, new_model, save_model
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference import attribution, explain
 from suite.inference.attribution import TOLERANCE, attribute
 from suite.inference.classifier import Classifier
-from suite.training.devices import SingleDevice
 from suite.training.evaluation import write_mistakes
 from utils import ModelConfig, UserError, load_config
 
@@ -29,7 +29,7 @@ ODD_TEXTS = ["word", "a dull film 😀🎬 👨\u200d👩\u200d👧 great", "こ
 
 def classifier(folder) -> Classifier:
     config = load_config("config.yaml", ["train_config.device=cpu", "train_config.mixed_precision=no"])
-    return Classifier(folder, config, SingleDevice(config))
+    return Classifier(folder, config, Devices(config))
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_full_disk_matters_only_where_a_page_is_written(run, tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
 
     def explained(**options) -> None:
-        explain.explain(cli.Command("explain", config, **options), SingleDevice(config))
+        explain.explain(cli.Command("explain", config, **options), Devices(config))
 
     explained(text="a gripping film")
     assert capsys.readouterr().out.startswith("predicted good")

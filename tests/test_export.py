@@ -17,11 +17,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 import main
 from suite.common import cli
+from suite.common.devices import Devices
 from suite.encoders.loading import load_model, new_model, save_model
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference import export
 from suite.inference.classifier import Classifier
-from suite.training.devices import SingleDevice
 from utils import ModelConfig, UserError, load_config
 
 TEXTS = ["word", "a gripping and moving film", "dull dreary pointless " * 40]
@@ -103,7 +103,7 @@ def test_a_model_that_differs_gets_no_name(bert, monkeypatch):
 
 def test_the_check_reads_every_size_and_length(bert):
     config = load_config("config.yaml", ["train_config.device=cpu"])
-    encode = Classifier(bert, config, SingleDevice(config)).encode
+    encode = Classifier(bert, config, Devices(config)).encode
     batches = list(export.check_batches(encode))
     assert {len(rows) for rows in batches} == set(export.BATCHES)
     lengths = {len(row) - 2 for rows in batches for row in rows}
@@ -118,7 +118,7 @@ def test_a_full_disk_is_named_by_the_output(bert, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=f"{tmp_path / 'elsewhere'}: no room to write .* make room or choose another "
                                         "--output$"):
-        export.export(command, SingleDevice(config))
+        export.export(command, Devices(config))
     assert not list((tmp_path / "elsewhere").iterdir())
 
 

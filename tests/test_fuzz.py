@@ -180,7 +180,7 @@ class Bench:
 
 @contextlib.contextmanager
 def at_most(seconds: float):
-    """Ends what takes longer. It raises what is not an Exception, so that no code takes it for an error of its input."""
+    """Ends what takes longer, by what is not an Exception: some code would take one for an error of its input."""
     def hang(*_):
         pytest.fail(f"it hangs: still busy after {seconds} s")
 

@@ -10,8 +10,8 @@ import torch
 from conftest import PROJECT, expect, metrics_of, run_here, train_here
 
 import data
+from suite.common.devices import Devices
 from suite.encoders.tokenizers import load_tokenizer
-from suite.training.devices import SingleDevice
 from suite.training.run import Run
 from utils import load_config
 
@@ -53,7 +53,7 @@ def test_four_named_classes_from_training_to_prediction(four_classes, tmp_path):
 
 def test_balanced_weights_make_every_class_count_the_same(four_classes):
     config = load_config(PROJECT / "config.yaml", [*four_classes, "train_config.class_weights=balanced"])
-    run = Run.open(config, SingleDevice(config))
+    run = Run.open(config, Devices(config))
     reviews = run.data.splits["train"]
     totals = reviews.class_weights * np.bincount(reviews.labels)
     assert totals == pytest.approx([len(reviews) / 4] * 4)
@@ -70,7 +70,7 @@ def test_the_recorded_loss_is_the_weighted_mean(four_classes, tmp_path, class_we
     history = (tmp_path / "runs" / "run" / "history.jsonl").read_text().splitlines()
     config = load_config(PROJECT / "config.yaml", settings)
     config.run_name = "untrained"
-    untrained = Run.open(config, SingleDevice(config))
+    untrained = Run.open(config, Devices(config))
     reviews = untrained.data.splits["train"]
     batch = reviews.batch(np.arange(len(reviews)))
     with torch.inference_mode():

@@ -11,12 +11,12 @@ from conftest import ENCODERS, PROJECT, SHARED, SMALL, run_here
 from transformers import AlbertConfig, AutoTokenizer, DebertaConfig, MPNetConfig, XLMRobertaConfig
 
 from model import ClassifierConfig, EncoderForClassification
+from suite.common.devices import Devices
 from suite.encoders import native_heads
 from suite.encoders.loading import new_model, save_model
 from suite.encoders.native_heads import native_model, problem_of
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference.classifier import Classifier
-from suite.training.devices import SingleDevice
 from utils import ModelConfig, load_config
 
 FAMILIES = ENCODERS | {
@@ -151,7 +151,7 @@ def test_this_project_reads_its_export_as_it_was_cut_in_training(tmp_path, cpu):
     make(tmp_path, "modernbert", "mean", 2)
     assert export(tmp_path).returncode == 0
     config = load_config(PROJECT / "config.yaml", ["train_config.device=cpu", "data_config.max_len=64"])
-    devices = SingleDevice(config)
+    devices = Devices(config)
     ours, exported = (Classifier(tmp_path / name, config, devices) for name in ("model", "model-export"))
     assert exported.encode.room == ours.encode.room == 38  # not config.yaml's 64 tokens
     expected = ours.logits(TEXTS)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import PROJECT, content_of, differing_files, metrics_of, run_script, stop_at, train_here
 
+from suite.common.devices import pick_precision
 from suite.inference import classifier, labelling
-from suite.training.devices import pick_precision
 
 PICKED = {"fp32": "no", "bf16": "bf16"}
 READER = f"""
 import sys, torch
 sys.path.insert(0, {str(PROJECT)!r})
-from suite.training.devices import pick_precision
+from suite.common.devices import pick_precision
 print(pick_precision("auto", torch.device("cpu")))
 """
 

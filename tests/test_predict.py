@@ -27,10 +27,10 @@ from test_accumulation import launch
 from transformers import BertForSequenceClassification
 
 from suite.common import cli
+from suite.common.devices import Devices
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference import labelling
 from suite.inference.classifier import Classifier, Labeller
-from suite.training.devices import SingleDevice
 from utils import UserError, load_config
 
 ADDED = ["predicted", "probability_bad", "probability_good"]
@@ -162,7 +162,7 @@ def test_any_model_folder(trained, encoder_folder, tmp_path):
 def test_a_review_s_probabilities_do_not_depend_on_what_shares_its_chunk(trained):
     overrides, folder = trained
     config = load_config(PROJECT / "config.yaml", overrides)
-    model = Classifier(folder / "best", config, SingleDevice(config))
+    model = Classifier(folder / "best", config, Devices(config))
     texts = [row["review"] for row in rows_of(folder.parent.parent / "reviews.csv")]
     alone = np.concatenate([model.probabilities([text]) for text in texts[:20]])
     np.testing.assert_allclose(model.probabilities(texts)[:20], alone, atol=1e-6)
@@ -172,7 +172,7 @@ def test_a_job_knows_the_settings_that_its_model_uses(trained, tmp_path):
     """Another setting is another job; one that changes nothing is not: the model's config.json says how it cuts."""
     def described(*more: str) -> dict:
         config = load_config(PROJECT / "config.yaml", [*trained[0], *more])
-        model = Classifier(trained[1] / "best", config, SingleDevice(config))
+        model = Classifier(trained[1] / "best", config, Devices(config))
         source = str(trained[1].parent.parent / "reviews.csv")
         return labelling.Job(source, tmp_path / "out.csv", model, config).describe()
 
@@ -234,7 +234,7 @@ class LengthOfText(Labeller):
     label_names, data_fingerprint = ["bad", "good"], None
 
     def __init__(self, folder: Path, until: int | None = None):
-        self.folder, self.devices, self.until, self.chunks = folder, SingleDevice(config_of()), until, 0
+        self.folder, self.devices, self.until, self.chunks = folder, Devices(config_of()), until, 0
 
     def logits(self, texts: list[str]) -> np.ndarray:
         if self.chunks == self.until:

@@ -14,6 +14,7 @@ from transformers import AlbertConfig, AutoModelForMaskedLM, AutoTokenizer, MPNe
 
 import main
 from suite.common import cli
+from suite.common.devices import Devices
 from suite.common.stopping import StopRequested
 from suite.comparison.results import read_result
 from suite.encoders.loading import load_encoder_config, new_model
@@ -22,7 +23,6 @@ from suite.pretraining.run import PretrainingRun
 from suite.pretraining.texts import prepare_texts
 from suite.reviews.classes import load_reviews
 from suite.reviews.splitting import text_digests
-from suite.training.devices import SingleDevice
 from utils import Config, DataConfig, ModelConfig, UserError, load_config
 
 SMALL = ENCODERS["bert"].to_dict()
@@ -64,7 +64,7 @@ def config_of(overrides: list[str], *more: str) -> Config:
 
 def opened(overrides: list[str], *more: str) -> PretrainingRun:
     config = config_of(overrides, *more)
-    return PretrainingRun.open(config, SingleDevice(config))
+    return PretrainingRun.open(config, Devices(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

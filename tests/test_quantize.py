@@ -10,9 +10,9 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from suite.common import cli
+from suite.common.devices import Devices
 from suite.inference import onnx_file
 from suite.inference.classifier import Classifier
-from suite.training.devices import SingleDevice
 from utils import UserError, load_config
 
 
@@ -50,7 +50,7 @@ def write_int8(run, tmp_path):
     """write_int8(): the comparison of the run's export with its 8 bits, in a folder of this test's own."""
     overrides, folder, _ = run
     config = load_config("config.yaml", overrides)
-    classifier = Classifier(folder / "best", config, SingleDevice(config))
+    classifier = Classifier(folder / "best", config, Devices(config))
     return lambda: onnx_file.write_int8(folder / "export" / "onnx" / "model.onnx", tmp_path / "int8.onnx", classifier,
                                         onnx_file.load_validation(config, classifier))
 

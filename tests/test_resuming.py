@@ -16,9 +16,9 @@ from conftest import PROJECT, bits_of, history_of, metrics_of, start_script, sto
 
 import main
 from main_accumulation import AcceleratedDevices
+from suite.common.devices import Devices
 from suite.common.stopping import StopSignals
 from suite.common.storage import seal
-from suite.training.devices import SingleDevice
 from suite.training.meter import SAVED
 from suite.training.run import Run
 from suite.training.states import Progress, saved_states
@@ -42,7 +42,7 @@ def test_replacing_a_run_leaves_nothing_of_it(undisturbed):
     (replaced / "misclassified.html").write_text("")
     arguments = [*overrides, "run_name=replaced", "train_config.resume=never", "train_config.overwrite=true"]
     config = load_config(PROJECT / "config.yaml", arguments)
-    Run.open(config, SingleDevice(config))
+    Run.open(config, Devices(config))
     assert {path.name for path in replaced.iterdir()} == {"config.yaml", "history.jsonl", "last"}
     assert list((replaced / "last").iterdir()) == []
     assert not (replaced / "history.jsonl").read_text()
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(undisturb
     overrides, _ = undisturbed
     arguments = [*overrides, f"output_dir={tmp_path}", "run_name=run", f"train_config.optimizer={optimizer}"]
     config = load_config(PROJECT / "config.yaml", arguments)
-    devices_class = SingleDevice if script == "main.py" else AcceleratedDevices
+    devices_class = Devices if script == "main.py" else AcceleratedDevices
     run = Run.open(config, devices_class(config))
     good = main.train_step
     weights = {}

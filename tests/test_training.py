@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
+from suite.common.devices import Devices
 from suite.training import finish
-from suite.training.devices import SingleDevice
 from suite.training.run import Run, quality
 from utils import load_config
 
@@ -99,7 +99,7 @@ def test_the_tested_weights_are_the_best_not_the_last(undisturbed, monkeypatch):
         return evaluate(model, loader, devices, name)
 
     monkeypatch.setattr(main, "evaluate", spoilt)
-    main.train_and_test(config, SingleDevice(config))
+    main.train_and_test(config, Devices(config))
     measured = metrics_of(folder.parent / "worse")
     assert measured["valid"]["epoch"] == 1
     assert measured["test"]["accuracy"] == 1.0
@@ -166,7 +166,7 @@ def test_a_step_never_waits_for_the_device(undisturbed, encoder_folder, encoder,
     config = load_config(PROJECT / "config.yaml", [*overrides, f"output_dir={tmp_path}",
                                                    f"model_config.model_name={encoder_folder(encoder)}",
                                                    "train_config.max_grad_norm=1"])
-    run = Run.open(config, SingleDevice(config))
+    run = Run.open(config, Devices(config))
     step = next(iter(run.train_loader(0)))
     [batch] = step.micro_batches
     assert "attention_mask" in batch

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from conftest import PROJECT, train_here, write_reviews
 
+from suite.common.devices import Devices
 from suite.inference.classifier import Classifier
 from suite.inference.onnx_file import OnnxModel, probabilities_of
-from suite.training.devices import SingleDevice
 from utils import load_config
 
 pytestmark = pytest.mark.skipif(
@@ -65,7 +65,7 @@ def run(tmp_path_factory, encoder_folder):
     texts = [f"The film: {' '.join(words[number % 4:number % 7])},<BR /><br>nº {number} – café!"
              for number in range(20)]
     config = load_config(PROJECT / "config.yaml", overrides)
-    return folder / "run", Classifier(folder / "run" / "best", config, SingleDevice(config)), texts
+    return folder / "run", Classifier(folder / "run" / "best", config, Devices(config)), texts
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("q8", 1e-3)])

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 import main
 from data import Encode, evaluation_loader, prepare_data, truncate
 from model import mean_over_windows
+from suite.common.devices import Devices
 from suite.encoders.loading import load_model
 from suite.encoders.placement import pass_tokens
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference.classifier import Classifier
 from suite.reviews.sampling import cut
-from suite.training.devices import SingleDevice
 from suite.training.run import Run
 from utils import load_config
 
@@ -45,7 +45,7 @@ def run(tmp_path_factory, encoder_folder):
 
 def opened(overrides: list[str]) -> Run:
     config = load_config(PROJECT / "config.yaml", overrides)
-    return Run.open(config, SingleDevice(config))
+    return Run.open(config, Devices(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_prediction_has_the_logits_of_evaluation_to_the_last_bit(run, precision,
     monkeypatch.setattr("suite.reviews.sampling.CHUNK_ROWS", 32)  # more chunks than one
     arguments = [*run[0], f"train_config.mixed_precision={precision}", "data_config.split=[0.1,0.8,0.1]"]
     config = load_config(PROJECT / "config.yaml", arguments)
-    data, devices = prepare_data(config, trained_model=str(run[1] / "best")), SingleDevice(config)
+    data, devices = prepare_data(config, trained_model=str(run[1] / "best")), Devices(config)
     classifier = Classifier(run[1] / "best", config, devices)
     loader = evaluation_loader(data, "valid", config, devices.device, pass_tokens(classifier.model, devices.device))
     predictions = main.evaluate(classifier.model, loader, devices, "evaluation")
@@ -184,7 +184,7 @@ def test_an_exported_model_s_windows_are_averaged_as_the_documentation_says(run,
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     config = load_config(PROJECT / "config.yaml", [*run[0], "train_config.mixed_precision=no"])
-    devices = SingleDevice(config)
+    devices = Devices(config)
     main.main(main.cli.Command("export", config, str(run[1] / "best"), output=str(tmp_path / "export")))
     documented = {"numpy": np, "session": onnxruntime.InferenceSession(tmp_path / "export" / "onnx" / "model.onnx"),
                   "config": json.loads((tmp_path / "export" / "config.json").read_text()),

@@ -1,7 +1,10 @@
 """The command line that main.py and main_accumulation.py share, and their exit codes."""
 
+from __future__ import annotations
+
 import argparse
 import atexit
+import importlib
 import os
 import re
 import signal
@@ -9,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suite.common.launcher import refuse_lost_processes
 from suite.common.run_folder import (
@@ -20,8 +23,11 @@ from suite.common.run_folder import (
     shaping_values,
     without_encoder,
 )
-from suite.common.storage import refuse_existing
+from suite.common.storage import refuse_existing, room_for
 from utils import BAG_OF_WORDS, INPUTS, ROW_FILES, Config, UserError, file_kind, load_config, num_processes, printable
+
+if TYPE_CHECKING:
+    from suite.common.devices import Devices  # torch is imported later
 
 FORMATS = ("onnx", "transformers")  # of --mode export
 
@@ -31,15 +37,15 @@ class Mode:
     """What `--mode NAME` does."""
 
     does: str
-    function: str  # module:function, which is imported when it is asked for
+    function: str | None  # module:function, which is imported when it is asked for; None: the script has it
     writes_run: bool = False  # it fills a run folder, and gets (config, devices); the others get (command, devices)
 
 
 MODES = {
-    "train": Mode("train, validate after each epoch, and test the best model", "main:train_and_test", writes_run=True),
-    "test": Mode("test the best model of the run again", "main:test_again", writes_run=True),
+    "train": Mode("train, validate after each epoch, and test the best model", None, writes_run=True),
+    "test": Mode("test the best model of the run again", None, writes_run=True),
     "baseline": Mode("a bag of words on the same split", "suite.training.baseline:baseline", writes_run=True),
-    "pretrain": Mode("learn the masked words of reviews without labels", "main:train_and_test", writes_run=True),
+    "pretrain": Mode("learn the masked words of reviews without labels", None, writes_run=True),
     "predict": Mode("label new reviews", "suite.inference.predict:predict"),
     "export": Mode("write the model as ONNX, or for transformers", "suite.inference.export:export"),
     "explain": Mode("show the words that a decision rests on", "suite.inference.explain:explain"),
@@ -270,6 +276,39 @@ def refuse_accumulation(mode: str, config: Config) -> None:
     if mode in ("train", "pretrain") and steps > 1:
         raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): main.py "
                         "trains on one micro-batch a step; run main_accumulation.py with the same arguments")
+
+
+def start(command: Command, devices_class: type[Devices], own_modes: dict[str, Callable]) -> None:
+    """Do what the command asks for. `own_modes`: the functions of the script's own modes."""
+    from suite.common.devices import make_deterministic
+    from suite.common.hub import check_hub, quiet_libraries  # these import torch
+
+    config, mode = command.config, MODES[command.mode]
+    if mode.writes_run or command.int8:
+        check_hub(config)
+    quiet_libraries()
+    make_deterministic()
+    devices = devices_class(config)
+    if mode.function is None:
+        work = own_modes[command.mode]
+    else:
+        module, _, name = mode.function.partition(":")
+        work = getattr(importlib.import_module(module), name)
+    if mode.writes_run:
+        with room_for(config.run_folder):
+            work(config, devices)
+    else:
+        work(command, devices)
+    devices.close()
+
+
+def run_other_mode(command: Command) -> None:
+    """Run a mode that is not the script's own, and leave: it needs none of the imports that follow in the script."""
+    if MODES[command.mode].function is not None:
+        from suite.common.devices import Devices
+
+        run(lambda: start(command, Devices, {}))
+        raise SystemExit(0)
 
 
 def run(work: Callable[[], None]) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from suite.common.protocols import Devices
+if TYPE_CHECKING:
+    from suite.common.devices import Devices
+
 
 # Schedulers such as SLURM announce the end by SIGUSR1; a terminal that is closed, as by a broken connection, by SIGHUP.
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 129}

@@ -23,6 +23,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from data import load_split
 from suite.common.checks import problems_of
+from suite.common.devices import Devices
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.run_folder import STACK_OF, best_model, differences, is_encoder, read_metrics, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
@@ -30,7 +31,6 @@ from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read
 from suite.encoders.bag_of_words import class_logits
 from suite.encoders.loading import STACK
 from suite.inference.classifier import log_odds, member_name
-from suite.training.devices import SingleDevice
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import FittedRun, write_results, write_validation
 from suite.training.states import RunFolder
@@ -61,7 +61,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     split = load_split(config)
     say_what_was_cached()
     RunFolder(runs[0].config).refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
-    names, devices, started = runs[0].label_names, SingleDevice(config), time.perf_counter()
+    names, devices, started = runs[0].label_names, Devices(config), time.perf_counter()
     features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels
     crossed = cross_fit(features, labels, names)
     regression = new_regression().fit(features, labels)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model import EncoderForClassification, mean_over_windows
-from suite.common.protocols import Devices
+from suite.common.devices import Devices
 from suite.encoders.cpu_kernels import keep_freed_memory, use_cpu_kernels
 from suite.encoders.masked_lm import MaskedLanguageModel
 from utils import UserError

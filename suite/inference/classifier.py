@@ -21,7 +21,7 @@ from data import Encode, IMDBDataset, eval_batch_size
 from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
 from suite.common.cli import Command
-from suite.common.protocols import Devices
+from suite.common.devices import Devices
 from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words

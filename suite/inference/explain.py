@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from suite.common.cli import Command
+from suite.common.devices import Devices
 from suite.common.pages import render
-from suite.common.protocols import Devices
 from suite.common.run_folder import read_mistakes
 from suite.common.storage import room_for, write_text
 from suite.inference.attribution import Explanation, attribute

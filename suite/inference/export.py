@@ -33,8 +33,8 @@ from transformers import AutoModelForSequenceClassification
 from data import Encode, pad
 from model import EncoderForClassification
 from suite.common.cli import Command
+from suite.common.devices import Devices
 from suite.common.pages import TRUNCATION_NOTES, write_export_card
-from suite.common.protocols import Devices
 from suite.common.storage import new_folder, room_for, write_json
 from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from suite.common.cli import Command, drop_output
-from suite.common.protocols import Devices
+from suite.common.devices import Devices
 from suite.inference.classifier import Labeller, chosen_model, open_classifier
 from utils import file_kind, printable, say
 

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from suite.common.cli import Command
+from suite.common.devices import Devices
 from suite.common.pages import NOT_TESTED
-from suite.common.protocols import Devices
 from suite.common.run_folder import read_metrics, read_saved_config, run_of
 from suite.common.storage import CARD, MANIFEST, refuse_damage
 from suite.encoders.checkpoints import kind_of

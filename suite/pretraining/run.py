@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from data import PreparedData
+from suite.common.devices import Devices
 from suite.common.pages import write_pretrained_card
-from suite.common.protocols import Devices
 from suite.encoders.loading import PRETRAINED_TEXTS
 from suite.encoders.masked_lm import new_masked_lm
-from suite.encoders.placement import Batch, to_device
+from suite.encoders.placement import to_device
 from suite.pretraining.texts import prepare_texts
 from suite.training.run import Run
 from suite.training.tracking import watched
@@ -26,15 +25,35 @@ from utils import Config
 
 
 def metrics_of(sums: np.ndarray) -> dict[str, Any]:
-    """`sums`: what `masked_sums` returns."""
+    """`sums`: what `evaluate_masked` returns."""
     loss, hits, count = sums
     return {"loss": loss / count, "perplexity": math.exp(min(loss / count, 700)), "accuracy": hits / count,
             "n": int(count)}
 
 
+@torch.inference_mode()
+def evaluate_masked(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> np.ndarray:
+    """[summed loss, hits, number] of the masked tokens of a split, over all processes; float64.
+
+    Raises StopRequested between batches.
+    """
+    model.eval()
+    sums = []  # on the device, because reading them would wait for each batch
+    for batch in watched(loader, devices, name):
+        _, labels, inputs = to_device(batch, devices.device)
+        with devices.autocast():
+            output = model(**inputs, labels=labels, reduction="sum")
+        hits = (output.logits.argmax(dim=1) == labels).sum()
+        sums.append(torch.stack([output.loss, hits, torch.tensor(len(labels), device=devices.device)]))
+    model.train()
+    found, = devices.gather(torch.stack(sums).cpu().double().numpy())
+    return found.sum(axis=0)
+
+
 class PretrainingRun(Run):
     unit = "windows"
     prepare_data, metrics_of = staticmethod(prepare_texts), staticmethod(metrics_of)
+    evaluate = staticmethod(evaluate_masked)
 
     @staticmethod
     def new_model(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> nn.Module:
@@ -47,25 +66,3 @@ class PretrainingRun(Run):
 
     def write_predictions(self, predictions: np.ndarray) -> None:
         pass  # there is no review to predict
-
-
-def evaluate_masked(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> np.ndarray:
-    """[summed loss, hits, number] of the masked words of a split. Raises StopRequested between batches."""
-    model.eval()
-    sums = masked_sums(model, watched(loader, devices, name), devices)
-    model.train()
-    return sums
-
-
-@torch.inference_mode()
-def masked_sums(model: nn.Module, batches: Iterable[Batch], devices: Devices) -> np.ndarray:
-    """[summed loss, hits, number] of the masked tokens of these batches, over all processes; float64."""
-    sums = []  # on the device, because reading them would wait for each batch
-    for batch in batches:
-        _, labels, inputs = to_device(batch, devices.device)
-        with devices.autocast():
-            output = model(**inputs, labels=labels, reduction="sum")
-        hits = (output.logits.argmax(dim=1) == labels).sum()
-        sums.append(torch.stack([output.loss, hits, torch.tensor(len(labels), device=devices.device)]))
-    found, = devices.gather(torch.stack(sums).cpu().double().numpy())
-    return found.sum(axis=0)

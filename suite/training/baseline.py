@@ -12,12 +12,12 @@ from collections.abc import Callable
 import numpy as np
 
 from data import Split, load_split
+from suite.common.devices import Devices
 from suite.common.hub import say_what_was_cached
-from suite.common.protocols import Devices
 from suite.encoders.bag_of_words import fit
 from suite.training.efficiency import peak_memory_mb
 from suite.training.evaluation import Predictions
-from suite.training.finish import FittedRun, show_finished, write_results, write_untested, write_validation
+from suite.training.finish import FittedRun, show_finished, write_results, write_validation
 from suite.training.states import RunFolder
 from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, say
@@ -48,10 +48,7 @@ def baseline(config: Config, devices: Devices) -> None:
                          "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
                "valid": metrics | {"epoch": 1}}
     run = FittedRun(config, devices, split, figures, tracker)
-    if config.train_config.test:
-        write_results(run, predictions_of(words.logits, split, "test"))
-    else:
-        write_untested(run)
+    write_results(run, predictions_of(words.logits, split, "test") if config.train_config.test else None)
 
 
 def predictions_of(logits: Callable[[list[str]], np.ndarray], split: Split, name: str) -> Predictions:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from suite.common.protocols import Devices
+from suite.common.devices import Devices
 from suite.encoders.placement import linear_layers
 from utils import PROJECT
 

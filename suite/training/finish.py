@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data import Split
+from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.pages import write_model_card
-from suite.common.protocols import Devices
 from suite.common.run_folder import is_encoder, read_history
 from suite.common.storage import write_json, write_text
 from suite.training.efficiency import environment
@@ -42,24 +42,28 @@ class FittedRun:
     tracker: Tracker
 
 
-def write_results(run: Any, predictions: Predictions) -> None:
-    """Write everything about the `predictions` on the test reviews, in process 0, and print the most of it.
+def write_results(run: Any, predictions: Predictions | None = None) -> None:
+    """The end of a run, in process 0: write what it has measured, and print the most of it.
 
-    `run`: a Run, a TrainedRun or a FittedRun.
+    `run`: a Run, a TrainedRun or a FittedRun; `predictions`: for the test reviews, None if it was not tested.
     """
     if not run.devices.is_main:
         return
-    config, folder, label_names = run.config, run.config.run_folder, run.data.label_names
-    metrics = run.figures | {"test": compute_metrics(predictions), "environment": environment(run.devices)}
-    rows = mistakes(predictions, run.data.text, label_names)
-    write_predictions(folder / TEST_PREDICTIONS, predictions, label_names)
-    write_mistakes(folder / "misclassified.csv", rows)
-    history = read_history(folder / "history.jsonl")
-    plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, label_names)
-    write_model_card(folder / "best", config, metrics, label_names)
+    config, folder = run.config, run.config.run_folder
+    tested = {} if predictions is None else {"test": compute_metrics(predictions)}
+    metrics = run.figures | tested | {"environment": environment(run.devices)}
+    if tested:
+        label_names, history = run.data.label_names, read_history(folder / "history.jsonl")
+        rows = mistakes(predictions, run.data.text, label_names)
+        write_predictions(folder / TEST_PREDICTIONS, predictions, label_names)
+        write_mistakes(folder / "misclassified.csv", rows)
+        plots = try_plots("suite.training.plots", folder / "plots", config, history, predictions, label_names)
+        write_model_card(folder / "best", config, metrics, label_names)
     write_json(folder / "metrics.json", metrics)  # last: it says that the run is finished
-    run.tracker.report({f"{split}/{name}": value for split in ("valid", "test")
-                        for name, value in metrics.get(split, {}).items()}, rows, predictions, label_names, plots)
+    if tested:
+        summary = {f"{split}/{name}": value for split in ("valid", "test") for name, value in
+                   metrics.get(split, {}).items()}
+        run.tracker.report(summary, rows, predictions, label_names, plots)
     print_results(config, metrics)
     run.tracker.finish()
 
@@ -74,15 +78,6 @@ def write_validation(config: Config, predictions: Predictions, label_names: list
     write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
     write_text(config.run_folder / "history.jsonl", json.dumps(record) + "\n")
     return metrics, record
-
-
-def write_untested(run: Any) -> None:
-    """The end of a run without a test, in process 0."""
-    if run.devices.is_main:
-        metrics = run.figures | {"environment": environment(run.devices)}
-        write_json(run.config.run_folder / "metrics.json", metrics)  # it says that the run is finished
-        print_results(run.config, metrics)
-        run.tracker.finish()
 
 
 def try_plots(module: str, *arguments: Any) -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data import Step
-from suite.common.protocols import Devices
+from suite.common.devices import Devices
 from suite.training.efficiency import peak_flops, peak_memory_mb, training_flops, work_of
 
 

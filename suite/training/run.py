@@ -16,14 +16,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
+from suite.common.devices import Devices, random_state, set_random_state, set_seed
 from suite.common.hub import say_what_was_cached
-from suite.common.protocols import Devices
 from suite.common.run_folder import best_model
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
-from suite.encoders.loading import TRAINED_TEXTS, load_encoder_config, new_model, refuse_incompatible, save_model
+from suite.encoders.loading import (
+    TRAINED_TEXTS,
+    load_encoder_config,
+    load_model,
+    new_model,
+    refuse_incompatible,
+    save_model,
+)
 from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
-from suite.training.devices import random_state, set_random_state, set_seed
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
 from suite.training.optimization import build_optimizer, build_scheduler
@@ -36,6 +42,7 @@ class Run:
     """What the loop in main.py works on. A PretrainingRun differs in the methods down to `write_predictions`."""
 
     unit = "reviews"  # what a row of the data is
+    evaluate = None  # how it is validated, if not by main.py's `evaluate`
     prepare_data, metrics_of = staticmethod(prepare_data), staticmethod(compute_metrics)
 
     @staticmethod
@@ -80,6 +87,9 @@ class Run:
             run.resume(state)
         run.open_records()
         run.model.train()
+        say(f"{config.run_name}: {len(data.splits['train']):,} {cls.unit} to train on, "
+            f"{len(data.splits['valid']):,} to validate; {run.total_steps:,} optimizer steps of "
+            f"{run.sampler.effective_batch} {cls.unit} on {devices}")
         return run
 
     def __init__(self, config: Config, devices: Devices, data: PreparedData, model: nn.Module, folder: RunFolder):
@@ -297,6 +307,10 @@ class Run:
             with room_for(self.folder.path, self.model_bytes):
                 self.folder.save_best(lambda folder: self.write_model(folder, weights))
 
+    def best_model(self) -> nn.Module:
+        """The best model so far, as it was saved."""
+        return load_model(best_model(self.folder.path))
+
     @contextmanager
     def saved_when_stopped(self):
         """Around the loop: SIGINT and SIGTERM let the optimizer step end, save the state and leave."""
@@ -314,3 +328,10 @@ class Run:
         """What metrics.json says about training and validation."""
         return {"train": self.meter.figures() | {"optimizer_steps": self.progress.step},
                 "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
+
+
+def test_loader(run: Any, model: nn.Module) -> DataLoader:
+    """The test reviews in padded batches, for `model`, which goes to the device of the run."""
+    config, device = run.config, run.devices.device
+    place_model(model, device, compiled=config.train_config.compile)
+    return evaluation_loader(run.data, "test", config, device, pass_tokens(model, device))

@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from suite.common.devices import Devices
 from suite.common.hub import answers
-from suite.common.protocols import Devices
 from suite.common.stopping import stop_if_asked
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say

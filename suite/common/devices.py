@@ -1,7 +1,7 @@
 """Where the arithmetic happens: one device in plain PyTorch.
 
-The training loop asks for nothing but the methods of `suite.common.protocols.Devices`. `SingleDevice` is one device in
-plain PyTorch; main_accumulation.py puts Accelerate behind the same methods. The scripts differ in nothing else.
+The training loop asks for nothing but the methods of `Devices`. main_accumulation.py puts Accelerate and several
+processes behind the same methods. The scripts differ in nothing else.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class FiniteGuard:
         return int(self.good_steps) if self.failed else None
 
 
-class SingleDevice:
-    """One device in plain PyTorch."""
+class Devices:
+    """One device in plain PyTorch, and what its methods mean on several, too."""
 
     num_processes = 1
-    is_main = True
+    is_main = True  # whether this process writes the files
 
     def __init__(self, config: Config):
-        self.device = pick_device(config.train_config.device)
+        self.device = pick_device(config.train_config.device)  # of this process
         self.precision = pick_precision(config.train_config.mixed_precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.guard = FiniteGuard(self.device)
@@ -72,26 +72,33 @@ class SingleDevice:
         return self.kind
 
     def main_process_first(self):
+        """Around filling a cache: one process of each machine goes first."""
         return nullcontext()
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and the optimizer to train with."""
         return model, optimizer
 
     def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model as it was before `prepare`."""
         return model
 
     def autocast(self):
+        """Around a forward pass: computes in `precision`."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext()
 
     def accumulate(self, model: nn.Module, is_last: bool):
-        return nullcontext()  # on one device, gradients need no exchange
+        """Around a micro-batch: processes exchange their gradients only at the last one of an optimizer step."""
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradients to those that are there."""
         (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def clip_gradients(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
                        ) -> torch.Tensor:
+        """The gradients' L2 norm () on the device; they are then scaled down to `max_norm`, if it is given."""
         if self.scaler:
             self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -101,6 +108,7 @@ class SingleDevice:
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
+        """Update the weights, unless norm or loss is not finite. False if fp16's loss scaler skipped the update."""
         if self.scaler is None:
             self.guard.check(norm)
             self.guard.step(optimizer)
@@ -115,28 +123,35 @@ class SingleDevice:
         return self.scaler.get_scale() >= scale  # the scale falls only when the step was skipped
 
     def steps_before_failure(self) -> int | None:
+        """How many optimizer steps were finite before one was not; None if all were. Waits for the device."""
         return self.guard.steps_before_failure()
 
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The rows of all processes, one process after the other."""
         return arrays
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
         return tensor
 
     def any(self, flag: bool) -> bool:
+        """Whether any process has the flag set."""
         return flag
 
     def barrier(self) -> None:
-        pass
+        """Wait for the other processes."""
 
     def synchronize(self) -> None:
+        """Wait for the device, before a clock is read."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
     def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """All weights, as the unwrapped model names them."""
         return model.state_dict()
 
     def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Save what `read_state` needs to continue. Every process calls both."""
         if self.is_main:
             with open(folder / "state.pt", "wb") as file:  # given a path, torch.save would hide why a write failed
                 torch.save({"model": self.unwrap(model).state_dict(), "optimizer": optimizer.state_dict(),
@@ -150,7 +165,7 @@ class SingleDevice:
             self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        pass
+        """Part from the other processes."""
 
 
 def pick_device(name: str) -> torch.device:
