@@ -67,7 +67,7 @@ def pytest_addoption(parser):
 
 # From the longest to the shortest: files that come last should be short, so that no process waits for the other.
 LONGEST_FILES = ["test_accumulation", "test_resuming", "test_benchmarks", "test_outside", "test_training", "test_hub",
-                 "test_experiment", "test_demo", "test_native_heads", "test_data", "test_kills", "test_cpu_kernels",
+                 "test_experiment", "test_native_heads", "test_data", "test_kills", "test_cpu_kernels",
                  "test_processes", "test_model", "test_quantize", "test_bad_surroundings", "test_predict"]
 
 
