@@ -42,6 +42,8 @@ class Forked:
         self.args, self._folder = arguments, tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name, "output")
         self._error = Path(self._folder.name, "output" if merged else "error")
+        for path in (self._output, self._error):
+            path.touch()  # the process may be killed before it writes
         self._process = CONTEXT.Process(target=become, args=(list(arguments), environment, self._output, self._error))
         with contextlib.chdir(PROJECT):  # where the server, which the first process starts, finds `suite`
             self._process.start()
