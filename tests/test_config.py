@@ -252,6 +252,11 @@ def test_the_last_override_counts_wherever_an_option_stands(monkeypatch):
     assert (command.config.train_config.epochs, command.text, command.formats) == (3, "a", ("onnx",))
 
 
+def test_a_dash_stands_for_standard_input_and_output(monkeypatch):
+    command = read(monkeypatch, "--mode", "predict", "--input", "-", "--output", "-")
+    assert (command.input, command.output) == ("-", None)
+
+
 @pytest.mark.parametrize("mode", ["test", "predict", "explain", "export"])
 def test_only_training_needs_main_accumulation_for_accumulated_batches(monkeypatch, mode):
     options = ["--text", "a film"] if mode in ("predict", "explain") else []
