@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from suite.reviews.classes import Reviews, name_rows
-from utils import DataConfig, UserError, say
+from suite.reviews.classes import Reviews, load_reviews, name_rows
+from utils import Config, DataConfig, UserError, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+@dataclass
+class Split:
+    reviews: Reviews
+    digests: np.ndarray  # (rows,) of 16 bytes, see `text_digests`
+    ids_of: dict[str, np.ndarray]  # {"train", "valid", "test": rows of `reviews`, ascending}
+    fingerprint: str  # of the reviews, their labels and the split
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """(valid and test reviews,) the digests of their texts."""
+        return self.digests[np.concatenate([self.ids_of["valid"], self.ids_of["test"]])]
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.reviews.label_names
+
+    def text(self, review_id: int) -> str:
+        """The review whose `id` this is."""
+        return self.reviews.table[int(review_id)]["text"]
+
+    def texts_and_labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The reviews of one of the three splits, in the order of their ids."""
+        ids = self.ids_of[name]
+        return list(self.reviews.table.select(ids)["text"]), self.reviews.labels[ids]
+
+
+def load_split(config: Config) -> Split:
+    """Load, clean and split the reviews. No tokenizer is needed."""
+    data_config = config.data_config
+    reviews = load_reviews(data_config, config.model_config.num_labels)
+    digests = text_digests(reviews.table)
+    refuse_contradictions(digests, reviews)
+    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names)
+    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()))
+
+
+def fingerprint(*parts: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
 
 
 def text_digests(table: Dataset) -> np.ndarray:
