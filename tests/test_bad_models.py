@@ -122,7 +122,8 @@ BAD_MODELS = [
     ("more words than the encoder's", spoiled(words(lambda known: known | {"film": 99999})), "{} gives token 99999"),
 ]
 SPOILED = [
-    ("nan in a tensor", weights(one(float("nan"))), "do not give finite logits"),
+    ("a nan in a tensor", weights(one(float("nan"))), "are finite: "),
+    ("a nan in one word's embedding", weights(one(float("nan")), "word_embeddings.weight"), "word_embeddings.weight"),
     ("finite weights, infinite logits", weights(lambda tensor: torch.full_like(tensor, 3e38)), "give finite logits"),
     ("a missing shard", weights(one(0), shards=True, x="part-7.safetensors"), "part-7.safetensors"),
     ("a pickled shard", weights(one(0), shards=True, x="part.bin"), "no pickle is loaded"),

@@ -137,8 +137,11 @@ def _unnumbered(weight: str) -> str:
 
 @torch.no_grad()
 def try_forward_pass(model: nn.Module, shape: tuple[int, int], **inputs: torch.Tensor) -> None:
-    """Raises ValueError if two tokens do not give finite logits of this shape, and whatever the architecture raises if
-    the values of its config.json do not work together."""
+    """Raises ValueError if a weight is not finite, or two tokens do not give finite logits of this shape, and whatever
+    the architecture raises if the values of its config.json do not work together."""
+    # A nan in one word's embedding would show in no text but those with this word, whose probabilities would be nan.
+    if broken := [name for name, weights in model.named_parameters() if not weights.isfinite().all()]:
+        raise ValueError(f"not all numbers in its weights are finite: {broken[0]}")
     was_training, tokens = model.training, torch.ones(1, 2, dtype=torch.int64)
     logits = model.eval()(input_ids=tokens, attention_mask=tokens, **inputs).logits
     model.train(was_training)

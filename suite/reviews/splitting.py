@@ -132,7 +132,7 @@ def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_n
                  data_config: DataConfig, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Divide the rows of `pool` into train, valid and test; with an official split, `test` stays as it is.
 
-    Raises UserError if a split is empty, or a class is validated or tested but not trained on.
+    Raises UserError if a split is empty, or a class is not trained on.
     """
     if data_config.split == "official":
         is_valid = split_names[pool] == "validation"
@@ -147,8 +147,7 @@ def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_n
     splits, name = {"train": train, "valid": valid, "test": test}, data_config.dataset
     if empty := [split for split, rows in splits.items() if len(rows) == 0]:
         raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
-    others = set(labels[np.concatenate([valid, test])].tolist())
-    if lacking := others - set(labels[train].tolist()):  # only in an official split: draws are stratified
+    if lacking := set(range(len(label_names))) - set(labels[train].tolist()):  # hardly ever: draws are stratified
         raise UserError(f"{name}: no row to train on has the class {label_names[min(lacking)]}: add some, or give "
                         "shares such as data_config.split=[0.8,0.1,0.1]")
     return splits
