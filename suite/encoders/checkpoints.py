@@ -140,7 +140,8 @@ def try_forward_pass(model: nn.Module, shape: tuple[int, int], **inputs: torch.T
     """Raises ValueError if a weight is not finite, or two tokens do not give finite logits of this shape, and whatever
     the architecture raises if the values of its config.json do not work together."""
     # A nan in one word's embedding would show in no text but those with this word, whose probabilities would be nan.
-    if broken := [name for name, weights in model.named_parameters() if not weights.isfinite().all()]:
+    if broken := [name for name, weights in model.named_parameters()
+                  if not weights.sum().isfinite() and not weights.isfinite().all()]:  # a sum takes a tenth of the time
         raise ValueError(f"not all numbers in its weights are finite: {broken[0]}")
     was_training, tokens = model.training, torch.ones(1, 2, dtype=torch.int64)
     logits = model.eval()(input_ids=tokens, attention_mask=tokens, **inputs).logits
