@@ -87,7 +87,7 @@ def train_step(run: Run, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
 def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> Predictions:
     """The model's logits on every review of a split, each exactly once. Raises StopRequested between batches."""
     model.eval()
-    reviews = sum(map(len, loader.dataset.batches))
+    reviews = sum(map(len, loader.dataset))
     ids, labels, logits = compute_logits(model, watched(loader, devices, name), reviews, devices)
     model.train()
     counted = ids >= 0  # -1: a review that is there only to keep the processes in step
