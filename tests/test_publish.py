@@ -183,7 +183,8 @@ def test_what_is_not_whole_is_refused(run, hub, spoil, reason):
 
 def test_a_folder_without_sums_is_refused(run, hub):
     shutil.copytree(run / "best", run.parent / "copy", ignore=shutil.ignore_patterns("manifest.json"))
-    refused(run_here(mode="publish", repo="owner/name", model=str(run.parent / "copy")), "manifest.json is missing or damaged")
+    refused(run_here(mode="publish", repo="owner/name", model=str(run.parent / "copy")),
+            "manifest.json is missing or damaged")
 
 
 def test_a_demo_is_refused_wherever_it_is(run, hub):

@@ -203,7 +203,7 @@ class Job:
         columns = dict.fromkeys(columns_of(self.source, [self.column]))
         with (tqdm(desc="predict", total=size_of(self.source), unit_scale=True, dynamic_ncols=True,
                    unit="row" if file_kind(self.source) == ".parquet" else "B",
-                   disable=process_rank() > 0 or not sys.stderr.isatty()) as bar,
+                   disable=process_rank() > 0 or None) as bar,
               atomic_write(self.joined_rejected) if self.devices.is_main else open(os.devnull, "w") as file):
             rejected = csv.writer(file)
             rejected.writerow(["row", "problem", "content"])
