@@ -6,6 +6,7 @@ files of the run folder are complete all the same.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sized
@@ -115,30 +116,27 @@ class WandbRun:
         import wandb
 
         mode = _wandb_mode(config)
-        if mode in ("auto", "online") and not _has_login(wandb):
+        if mode != "offline" and not _has_login(wandb):
             if mode == "online":
                 say("wandb: no login found (run `wandb login` once); recording offline")
             mode = "offline"
         # Where a server takes the connection and stays silent, wandb.init was seen to wait for 313 s.
-        if mode in ("auto", "online") and not answers(url := wandb.setup().settings.base_url):
+        if mode != "offline" and not answers(url := wandb.setup().settings.base_url):
             say(f"wandb: the server cannot be reached ({url} does not answer); recording offline")
             mode = "offline"
-
-        def start(mode: str) -> Any:
-            return wandb.init(
-                mode=mode, project=config.log_config.wandb_project, name=config.run_name, dir=config.output_dir,
-                id=run_id, resume="allow" if run_id else None, job_type=job_type,
-                config=asdict(config), tags=["DEMO"] if config.is_demo else None,
-                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
-                                        finish_timeout=TIMEOUT_SECONDS, finish_timeout_raises=False))
-
+        start = functools.partial(
+            wandb.init, project=config.log_config.wandb_project, name=config.run_name, dir=config.output_dir,
+            id=run_id, resume="allow" if run_id else None, job_type=job_type, config=asdict(config),
+            tags=["DEMO"] if config.is_demo else None,
+            settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
+                                    finish_timeout=TIMEOUT_SECONDS, finish_timeout_raises=False))
         try:
-            self.run = start("online" if mode == "auto" else mode)
+            self.run = start(mode="online" if mode == "auto" else mode)
         except Exception as error:
             if mode == "offline":
                 raise
             say(f"wandb: {type(error).__name__}: {brief(error)}; recording offline")
-            self.run = start("offline")
+            self.run = start(mode="offline")
         self.id = self.run.id
         for name in ("step", "epoch"):
             self.run.define_metric(name, hidden=True)
