@@ -96,7 +96,7 @@ def plot_reliabilities(settings: Sequence[Setting]) -> Figure:
     first = settings[0].runs[0]
     figure = new_figure(first.config, f"reliability on {len(first.predicted):,} {SPLITS[first.split]} reviews",
                         (3.4 * columns + 0.6, 3.4 * rows + 0.9))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, setting in zip(axes.flat, settings, strict=False):
         seeds = [run.predictions for run in setting.runs]
         together = Predictions(*(np.concatenate([getattr(seed, name) for seed in seeds])
@@ -108,9 +108,9 @@ def plot_reliabilities(settings: Sequence[Setting]) -> Figure:
         axis.plot(*points_of(Calibration(together)), color=BLUE, marker="o", markersize=4, label="all seeds")
         error = np.mean(setting.figures(first.split, "ece"))
         axis.set_title(f"{no_formula(setting.label)}\nexpected calibration error {100 * error:.1f} points", fontsize=9)
+        axis.set_xlabel("confidence (%)")
     for axis in axes.flat[len(settings):]:
         axis.set_visible(False)
-    figure.supxlabel("confidence (%)", fontsize=10)
     figure.supylabel("accuracy (% of reviews)", fontsize=10)
     legend_below(figure, axes.flat[0], columns=3)
     return figure
