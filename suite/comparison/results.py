@@ -42,13 +42,17 @@ class Result:
     metrics: dict[str, Any]
     label_names: list[str]
     predictions: Predictions  # logits: the logarithms of the saved probabilities
-    predicted: np.ndarray  # (reviews,) int64; as saved, because two saved probabilities may have been rounded to a tie
     data_fingerprint: str | None  # of all reviews and their split; None if the model has been removed
     split: str = "test"  # or "valid"
 
     @property
     def seed(self) -> int:
         return self.config.train_config.seed
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(reviews,) int64."""
+        return self.predictions.predicted
 
     @property
     def correct(self) -> np.ndarray:
@@ -117,8 +121,8 @@ def read_result(folder: Path, split: str = "test") -> Result:
     return Result(folder, config, metrics, *read_predictions(folder / PREDICTIONS[split], fix), fingerprint, split)
 
 
-def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions, np.ndarray]:
-    """The classes, the predictions and the predicted class of each review, as a run has saved them for a split.
+def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions]:
+    """The classes, and the predictions that a run has saved for a split.
 
     Raises UserError if the file is missing; `fix`: how to write it.
     """
@@ -128,14 +132,9 @@ def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions, np.n
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {fix}") from None
     names = [column.removeprefix("probability_") for column in header[3:]]
-    index = {name: place for place, name in enumerate(names)}
-    ids = np.array([int(row[0]) for row in rows], np.int64)
-    labels, predicted = (np.array([index[row[place]] for row in rows], np.int64) for place in (1, 2))
-    probabilities = np.array([[float(value) for value in row[3:]] for row in rows], np.float64)
-    order = np.argsort(ids)
+    ids, labels = np.array([[int(row[0]), names.index(row[1])] for row in rows], np.int64).T
     with np.errstate(divide="ignore"):  # some probabilities were rounded to 0
-        predictions = Predictions(ids, labels, np.log(probabilities))
-    return names, predictions, predicted[order]
+        return names, Predictions(ids, labels, np.log(np.array([row[3:] for row in rows], np.float64)))
 
 
 def refuse_different_tests(results: Sequence[Result]) -> None:

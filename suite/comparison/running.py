@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from statistics import fmean
 
 from tqdm import tqdm
@@ -83,8 +83,10 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
     # one, and at the second one the script leaves without saving.
     with (open(log, "a", encoding="utf-8") as file,
           subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                           start_new_session=True) as process,
-          _signals_passed_on(process)):
+                           start_new_session=True) as process):
+        SIGNALS.passed_to = process
+        if SIGNALS.received:  # while the process began
+            process.send_signal(getattr(signal, SIGNALS.received))
         for line in process.stdout:
             file.write(line)
             file.flush()
@@ -92,6 +94,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
                 say("    " + line.rstrip())
             if line.strip() and not last.startswith("error:"):
                 last = line.strip()
+    SIGNALS.passed_to = None
     code = process.returncode
     if code < 0:
         return f"ended by {signal.Signals(-code).name}" + (
@@ -99,26 +102,6 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
     if code in EXIT_CODES.values():
         return "stopped by a signal; its state is saved"
     return (last or f"exit code {code}") if code else None
-
-
-@contextmanager
-def _signals_passed_on(process: subprocess.Popen):
-    """While the process runs, it gets the signals that this one gets."""
-    def pass_on(number, frame) -> None:
-        SIGNALS.received = signal.Signals(number).name
-        process.send_signal(number)
-
-    numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
-    before = {number: signal.signal(number, pass_on) for number in numbers
-              if signal.getsignal(number) != signal.SIG_IGN}  # nohup wants SIGHUP to be ignored
-    if SIGNALS.received:  # since the process began
-        process.send_signal(getattr(signal, SIGNALS.received))
-    try:
-        yield
-        process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def remaining_time(experiment: Experiment, pending: Sequence[Cell]) -> str:

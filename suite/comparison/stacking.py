@@ -82,7 +82,7 @@ def read_valid(runs: Sequence[Result]) -> list[Predictions]:
     found = []
     for run in runs:
         path = run.folder / VALID_PREDICTIONS
-        names, predictions, _ = read_predictions(path, TRAIN_AGAIN)
+        names, predictions = read_predictions(path, TRAIN_AGAIN)
         first = found[0] if found else predictions
         if names != run.label_names or not (np.array_equal(predictions.ids, first.ids)
                                             and np.array_equal(predictions.labels, first.labels)):

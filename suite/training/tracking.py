@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,7 @@ class Tracker:
         self.run = None
         self.name = next((name for name, tracker in TRACKERS.items() if tracker.is_on(config)), None)
         if self.name and process_rank() == 0:
-            try:
-                self.run = TRACKERS[self.name](config, run_id, job_type)
-            except Exception as error:
-                self._leave_out(error)
+            self.run = self._try(lambda: TRACKERS[self.name](config, run_id, job_type))
 
     @property
     def run_id(self) -> str | None:
@@ -80,28 +77,27 @@ class Tracker:
 
     def log(self, record: dict[str, Any]) -> None:
         """`record`: a line of history.jsonl, and more."""
-        self._try("log", record)
+        if self.run is not None:
+            self._try(lambda: self.run.log(record))
 
     def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
                plots: list[Path]) -> None:
         """The results of the test: summary, misclassified reviews, predictions, plots."""
-        self._try("report", summary, rows[:TABLE_ROWS], predictions, label_names, plots)
-
-    def finish(self, exit_code: int = 0) -> None:
-        self._try("finish", exit_code)
-        self.run = None
-
-    def _try(self, method: str, *arguments: Any) -> None:
         if self.run is not None:
-            try:
-                getattr(self.run, method)(*arguments)
-            except Exception as error:
-                self._leave_out(error)
+            self._try(lambda: self.run.report(summary, rows[:TABLE_ROWS], predictions, label_names, plots))
 
-    def _leave_out(self, error: Exception) -> None:
-        self.run = None
-        say(f"{self.name}: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has "
-            "everything")
+    def finish(self) -> None:
+        if self.run is not None:
+            self._try(lambda: self.run.finish())
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            self.run = None
+            say(f"{self.name}: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has "
+                "everything")
+            return None
 
 
 class WandbRun:
@@ -116,7 +112,7 @@ class WandbRun:
         import wandb
 
         mode = _wandb_mode(config)
-        if mode != "offline" and not _has_login(wandb):
+        if mode != "offline" and not wandb.login(prompt=False, verify=False):
             if mode == "online":
                 say("wandb: no login found (run `wandb login` once); recording offline")
             mode = "offline"
@@ -158,10 +154,10 @@ class WandbRun:
                 y_true=predictions.labels.tolist(), preds=predictions.predicted.tolist(), class_names=label_names),
             **{f"plots/{path.stem}": wandb.Image(str(path)) for path in plots}})
 
-    def finish(self, exit_code: int) -> None:
+    def finish(self) -> None:
         """Close the run; an offline one prints the command that uploads it later."""
         offline, folder = self.run.settings.mode == "offline", Path(self.run.dir).parent
-        self.run.finish(exit_code=exit_code)
+        self.run.finish()
         if offline:
             say(f"wandb: recorded offline; upload it with: wandb sync {folder}")
 
@@ -169,13 +165,6 @@ class WandbRun:
 def _wandb_mode(config: Config) -> str:
     mode = config.log_config.wandb_mode
     return os.environ.get("WANDB_MODE") or mode if mode == "auto" else mode  # wandb's own variable
-
-
-def _has_login(wandb: Any) -> bool:
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except Exception:
-        return False
 
 
 TRACKERS = {"wandb": WandbRun}  # another one has the same methods, and an entry here
