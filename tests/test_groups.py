@@ -264,7 +264,7 @@ def test_a_model_that_has_read_a_film_is_not_tested_on_it(trained, tmp_path):
                 f"data_config.dataset={path}", "data_config.split_seed=1"]
     refused = run_here(*going_on)
     assert refused.returncode == 2
-    assert "texts or groups that are validated or tested on here" in refused.stderr
+    assert "groups or texts that are validated or tested on here" in refused.stderr
     train_here(*going_on, "data_config.group_column=null")
 
 

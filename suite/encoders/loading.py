@@ -152,7 +152,7 @@ def trained_texts(model_config: ModelConfig, held_out: np.ndarray) -> np.ndarray
                         "model_config.pretrained=true")
     seen = np.load(path)  # no pickle is read
     if count := np.isin(held_out, seen).sum():
-        raise UserError(f"{key}: {name} was trained on {count:,} texts or groups that are validated or tested on here: "
+        raise UserError(f"{key}: {name} was trained on {count:,} groups or texts that are validated or tested on here: "
                         "give data_config the values of its training, or train it again with these")
     return seen
 
