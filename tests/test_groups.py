@@ -301,8 +301,12 @@ def test_pretraining_runs_and_its_model_knows_the_films(tmp_path, encoder_folder
                  "data_config.label_column=label", "data_config.group_column=film", *ENCODER,
                  f"model_config.model_name={encoder_folder('bert')}"]
     train_here(*arguments, "run_name=read", mode="pretrain")
-    model = f"model_config.model_name={tmp_path / 'runs' / 'read' / 'best'}"
-    train_here(*arguments, model, "run_name=tuned")
+    best = tmp_path / "runs" / "read" / "best"
+    seen, split = np.load(best / "pretraining_texts.npy"), load_split(load_config(PROJECT / "config.yaml", arguments))
+    assert np.isin(split.digests_of("train"), seen).all()
+    assert not np.isin(split.held_out, seen).any()
+    assert len(split.held_out) > sum(len(split.ids_of[name]) for name in ("valid", "test"))  # groups are among them
+    train_here(*arguments, f"model_config.model_name={best}", "run_name=tuned")
     unlabelled[0]["film"] = ""
     path = tmp_path / "data" / "unsupervised.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in unlabelled))

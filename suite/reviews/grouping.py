@@ -42,12 +42,9 @@ def units_of(digests: np.ndarray, groups: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import connected_components
 
     texts, names = (np.unique(values, return_inverse=True)[1] for values in (digests, groups))
-    nodes = len(texts) + len(names)  # texts first, then groups; a row joins its text and its group
+    nodes = len(texts) + len(names)  # texts first, in the order of their digests; a row joins its text and its group
     joined = coo_array((np.ones(len(texts), bool), (texts, len(texts) + names)), shape=(nodes, nodes))
-    units = connected_components(joined, directed=False)[1][texts]
-    smallest = np.full(nodes, nodes)
-    np.minimum.at(smallest, units, texts)
-    return np.unique(smallest[units], return_inverse=True)[1]
+    return connected_components(joined, directed=False)[1][texts]  # numbered by their first nodes
 
 
 def draw_units(units: np.ndarray, labels: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
