@@ -153,7 +153,7 @@ def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
     assert line.startswith(f"error: {path}: 3 problems: ")
 
 
-@pytest.mark.parametrize("index", ["0", "5", "-1", "two"])
+@pytest.mark.parametrize("index", ["0", "5", "-1"])
 def test_only_is_a_number_of_a_run(tmp_path, monkeypatch, capsys, index):
     monkeypatch.setattr(sys, "argv", ["experiment.py", write_experiment(tmp_path), f"--only={index}"])
     with pytest.raises(SystemExit) as left:
