@@ -83,6 +83,7 @@ def test_misspelt_keys_are_refused_with_the_right_suggestion():
     ("train_config.epochs=null", "must be a valid integer"),
     ("train_config.epochs=0", "train_config.epochs is 0: it must be at least 1"),
     ("train_config.epochs=${run_name}", "train_config.epochs is text: it must be a valid integer"),
+    ("data_config.truncation=${train_config.seed}", "data_config.truncation is 42: it must be 'head'"),
     ("train_config.seed=${nothing}", "train_config.seed: Interpolation key 'nothing' not found"),
     (f"data_config.limit={MANY}", "it must be at most 9007199254740992"),
     ("data_config.num_workers=5000", "it must be at most 256"),

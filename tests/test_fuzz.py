@@ -109,16 +109,16 @@ class Bench:
         assert content_of(folder / "in") == before, f"the input has changed; {report}"
         return {0: "done", 1: "diverged", 2: "refused"}[code]
 
-    def try_configuration(self, example: tuple[dict[str, str], list[str], list]) -> str:
+    def try_configuration(self, example: tuple[dict[str, str], list[str]]) -> str:
         with self.example() as folder:
             return self.train(folder, *example)
 
-    def train(self, folder: Path, values: dict[str, str], overrides: list[str] = (), damages: list = ()) -> str:
-        """The outcome of --mode train with a YAML file of these values, so damaged, and the overrides."""
+    def train(self, folder: Path, values: dict[str, str], overrides: list[str] = ()) -> str:
+        """The outcome of --mode train with a YAML file of these values, and the overrides."""
         def placed(text: str) -> str:
             return text.replace("@IN@", str(self.shared)).replace("@OUT@", str(folder / "out"))
 
-        content = fuzz_input.spoiled(fuzz_input.as_yaml({key: placed(value) for key, value in values.items()}), damages)
+        content = fuzz_input.as_yaml({key: placed(value) for key, value in values.items()})
         (folder / "in/config.yaml").write_bytes(content)
         outcome = self.run(folder, "--config", str(folder / "in/config.yaml"), *map(placed, overrides))
         assert outcome != "done" or list((folder / "out").rglob("metrics.json"))
