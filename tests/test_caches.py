@@ -44,7 +44,8 @@ def prepare(tmp_path, overrides, monkeypatch):
 
     def prepared(dataset: Path) -> tuple[list, list, list]:
         split = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, f"data_config.dataset={dataset}"]))
-        tokens, *_ = data.tokenize(split.reviews.table, LengthsOfWords(), split.digests)
+        rows = np.arange(len(split.digests))
+        tokens, *_ = data.tokenize(split.reviews.table, rows, split.digests, LengthsOfWords(), [])
         return split.reviews.table["text"][:], split.reviews.labels.tolist(), tokens.tolist()
 
     return prepared
