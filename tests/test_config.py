@@ -7,10 +7,11 @@ import ast
 import pkgutil
 import re
 import resource
+import shlex
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, run_script
+from conftest import PROJECT, run_script, write_reviews
 
 import utils
 from suite.common import checks, cli
@@ -219,16 +220,38 @@ def test_every_mode_has_its_function_and_every_option_its_modes():
     assert all(set(how["modes"]) <= set(cli.MODES) for how in cli.OPTIONS.values())
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--mode", "tset"], "invalid choice: 'tset' (choose from"),
-    (["--confg", "x.yaml"], "--confg is not an override"),
-    (["--text", "a film"], "--text is for --mode predict, explain, not for train: leave it out"),
-    (["--mode", "predict", "--text", " "], "--text: it is empty"),
-    (["train_config.gradient_accumulation_steps=4"], "run main_accumulation.py"),
+@pytest.mark.parametrize(("command", "words"), [
+    ("--mode tset", "invalid choice: 'tset' (choose from"),
+    ("--confg x.yaml", "--confg is not an override"),
+    ("train_config.gradient_accumulation_steps=4", "run main_accumulation.py"),
+    ("--text film", "--text is for --mode predict, explain, not for train: leave it out"),
+    ("--mode predict --text ' '", "--text: it is empty"),
+    ("--mode predict --text film --model /nowhere", "no such folder"),
+    ("--mode predict", "either --text"), ("--mode predict --text film --input IN", "either --text"),
+    ("--mode predict --text film --output OUT.csv", "the label of --text is printed"),
+    ("--mode predict --input none.csv", "no such file"),
+    ("--mode predict --input config.yaml", "must end in"),
+    ("--mode predict --input EMPTY", "is a folder without .txt files"),
+    ("--mode predict --input IN --output IN", "exists already"),
+    ("--mode predict --input IN --output OUT.parquet", "must end in .csv, .jsonl"),
+    ("--mode predict --input IN --output /nowhere/OUT.csv", "no such folder"),
+    ("--mode publish", "no repository: name one on the Hub, as OWNER/NAME"),
+    ("--mode publish ''", "no repository"),
+    ("--mode publish name", "name: name one on the Hub, as OWNER/NAME"),
+    ("--mode publish a/b c/d", "c/d"),
+    ("--mode export --yes", "--yes is for --mode publish, not for export: leave it out"),
+    ("--mode export --output ''", "give the name of a file or folder"),
+    ("--mode export --format ''", "'' is not one of onnx, transformers"),
+    ("--mode export --format onnx,tflite", "'tflite' is not one of onnx, transformers"),
+    ("--mode export --format transformers --int8", "--int8 is made of the ONNX"),
+    ("--mode explain --output page.txt", "must end in .html"),
 ])
-def test_wrong_command_lines(monkeypatch, capsys, arguments, words):
+def test_wrong_command_lines(tmp_path, monkeypatch, capsys, command, words):
+    """Wrong settings end in one line with the fix and exit code 2, before anything is loaded."""
+    (tmp_path / "empty").mkdir()
+    places = {"IN": write_reviews(tmp_path / "in.csv", 6), "EMPTY": tmp_path / "empty"}
     with pytest.raises(SystemExit) as left:
-        read(monkeypatch, *arguments)
+        read(monkeypatch, *(str(places.get(word, word)) for word in shlex.split(command)))
     error = capsys.readouterr().err
     assert (left.value.code, error.count("\n")) == (2, 1)
     assert words in error

@@ -200,25 +200,6 @@ def test_several_processes_write_the_same_file(trained, tmp_path):
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("words", "arguments"), [
-    ("either --text", ()), ("either --text", ("--text", "a", "--input", "IN")), ("is empty", ("--text", " ")),
-    ("no such file", ("--input", "none.csv")), ("must end in", ("--input", "config.yaml")),
-    ("exists already", ("--input", "IN", "--output", "IN")),
-    ("must end in .csv, .jsonl", ("--input", "IN", "--output", "out.parquet")),
-    ("no such folder", ("--input", "IN", "--output", "/nowhere/out.csv")),
-    ("no such folder", ("--text", "x", "--model", "/nowhere")),
-    ("is for --mode predict, explain, not for train", ("--mode", "train", "--text", "a"))])
-def test_options_that_do_not_fit_are_one_line(words, arguments, tmp_path, monkeypatch, capsys):
-    source = str(write_reviews(tmp_path / "in.csv", 6))
-    monkeypatch.setattr("sys.argv", ["main.py", "--mode", "predict",
-                                     *(source if argument == "IN" else argument for argument in arguments)])
-    with pytest.raises(SystemExit) as left:
-        cli.read_command("", accumulates=False)
-    assert left.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert words in line
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The job, with a model that costs nothing
 
