@@ -25,7 +25,7 @@ from suite.common.devices import Devices
 from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
-from suite.encoders.loading import STACK, kind_of, load_model, says_how_to_cut
+from suite.encoders.loading import STACK, kind_of, load_model
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.tokenizers import (
     COMPARED_TEXTS,
@@ -96,7 +96,8 @@ class Classifier(Labeller):
         self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder), "--model")
         own = self.model.config
         encoder = own.encoder if isinstance(own, ClassifierConfig) else own
-        cut_by = own if says_how_to_cut(own) else config.data_config  # a model of others does not say it
+        says_how_to_cut = {"max_len", "truncation", "max_windows"} <= vars(own).keys()  # a model of others does not
+        cut_by = own if says_how_to_cut else config.data_config
         max_len = cut_by.max_len or config.data_config.max_len
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
