@@ -1,6 +1,8 @@
 """--mode predict with a trained model: one text, and every kind of file; test_labelling.py has the job itself."""
 
 import csv
+import datetime
+import decimal
 import io
 import json
 import shutil
@@ -182,3 +184,53 @@ def test_options_that_do_not_fit_are_one_line(words, arguments, tmp_path, monkey
     assert left.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrow's types
+
+TIME, BIG = pa.time64("ns"), 10**18 + 123456789
+COLUMNS = {
+    "time64": pa.array([123456789123, 1, None], TIME),
+    "timestamp": pa.array([BIG, 1, None], pa.timestamp("ns")),
+    "timestamp with zone": pa.array([BIG, 1, None], pa.timestamp("ns", "Europe/Vienna")),
+    "duration": pa.array([BIG, 1, None], pa.duration("ns")),
+    "decimal128": pa.array([decimal.Decimal("1.230"), None, None], pa.decimal128(30, 3)),
+    "decimal256": pa.array([decimal.Decimal("1" * 60), None, None], pa.decimal256(70, 3)),
+    "large_string": pa.array(["a", "\u2028", None], pa.large_string()),
+    "binary": pa.array([b"\x00\xff", b"", None]),
+    "dictionary": pa.array(["x", "y", None]).dictionary_encode(),
+    "lists": pa.array([[[123456789123, None]], [[]], None], pa.list_(pa.list_(TIME))),
+    "structs": pa.array([{"a": 123456789123, "b": [{"c": 5}]}, {"a": None, "b": None}, None], pa.struct(
+        [("a", TIME), ("b", pa.list_(pa.struct([("c", pa.duration("ns"))])))])),
+    "map": pa.array([[("key", 123456789123)], [], None], pa.map_(pa.string(), TIME)),
+    "lists of one size": pa.array([[1, 2], [3, None], None], pa.list_(pa.int8(), 2)),
+    "float16": pa.array([np.float16(1.5), np.float16("inf"), None], pa.float16()),
+    "uint64": pa.array([2**64 - 1, 0, None], pa.uint64()),
+    "date64": pa.array([datetime.date(2020, 1, 1), datetime.date(1, 1, 1), None], pa.date64()),
+    "null": pa.nulls(3)}
+
+
+def test_every_arrow_type_comes_back_as_it_was(predicting, tmp_path):
+    rows = 40  # three chunks; the eleventh row is broken
+    texts = pa.array([f"a film number {row}" if row != 10 else "" for row in range(rows)])
+    places = pa.array(np.arange(rows) % 3)
+    table = pa.table({"review": texts, **{name: column.take(places) for name, column in COLUMNS.items()}})
+    text, time, *others = table.schema
+    fields = [text.with_nullable(False), time.with_metadata({"unit": "ns"}), *others]
+    table = pa.Table.from_arrays(table.columns, schema=pa.schema(fields))
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+    expected = pyarrow.parquet.read_table(tmp_path / "in.parquet")
+    expected = pa.concat_tables([expected.slice(0, 10), expected.slice(11)])
+
+    found = pyarrow.parquet.read_table(predicting(tmp_path / "in.parquet", "out.parquet"))
+    assert found.column_names == [*table.column_names, *ADDED]
+    for name in expected.column_names:
+        assert found.schema.field(name).equals(expected.schema.field(name), check_metadata=True), name
+        assert found[name].combine_chunks().equals(expected[name].combine_chunks()), name
+
+    row = json.loads(predicting(tmp_path / "in.parquet", "out.jsonl").read_text().split("\n")[0])
+    shown = {"time64": "00:02:03.456789", "lists": [["00:02:03.456789", None]], "uint64": 2**64 - 1,
+             "map": [["key", "00:02:03.456789"]], "decimal128": "1.230"}
+    assert {name: row[name] for name in shown} == shown
+    assert all("123456789" in row[name] for name in ("timestamp", "timestamp with zone", "duration"))
