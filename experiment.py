@@ -75,7 +75,7 @@ def write_report(experiment: Experiment, failed: dict[int, str]) -> None:
     from suite.comparison.report import compare_runs  # imported here, so that --help does not wait for SciPy
 
     compare_runs([cell.folder for cell in finished], experiment.report_folder, experiment.name, experiment.question,
-                 notes, published, experiment.cells[0].config)
+                 notes, published)
 
 
 def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace) -> None:

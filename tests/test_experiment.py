@@ -16,7 +16,7 @@ import pytest
 from conftest import PROJECT, SHARED, run_script, start_script, write_reviews
 from test_compare import write_run
 
-from experiment import list_cells, main, read_command, write_report
+from experiment import list_cells, main, read_command
 from suite.common.run_folder import shaping_values
 from suite.common.storage import write_json
 from suite.comparison.grid import read_experiment
@@ -80,11 +80,11 @@ def test_the_settings_are_the_published_ones():
 RATES = {"train_config.learning_rate": [0.001, 0.002]}
 BAD_FILES = [  # (changes of the file, its problems)
     ({"grids": {}, "wandb": {}, "seeds": [1, -1, "two", True], "script": "train.py", "name": "a/b"}, [
-        "7 problems: ", "unknown key grids; did you mean grid?", "unknown key wandb; use name, question, script",
+        "7 problems: ", "unknown key grids: the keys are name, question, script", "unknown key wandb: ",
         "seeds.1 is -1: it must be at least 0", "seeds.2 is two: it must be a valid int",
         "seeds.3 is true: it must be a valid integer", "script is train.py: it must be 'main.py' or",
         "name is a/b: it must match"]),
-    ({"seeds": None}, ["seeds is missing"]),
+    ({"seeds": None}, ["missing key seeds"]),
     ({"grid": {"train_config.epochs": 3, "train_config": {"seed": []}}}, [
         "grid.train_config.epochs is 3: it must be a valid list", "train_config.seed is []: it must have"]),
     ({"published": [{"where": {"train_config.learning_rate": 0.001}, "accuracy": {"them": 90}}]},
@@ -92,17 +92,16 @@ BAD_FILES = [  # (changes of the file, its problems)
     ({"config": "absent.yaml"}, ["absent.yaml: no such file"]),
     ({"grid": None}, ["give the settings either as a grid"]),
     ({"settings": [{}]}, ["give the settings either as a grid"]),
-    ({"grid": RATES | {"train_config.seed": [1], "data_config.split": ["official"]}, "overrides": {"run_name": "mine"},
+    ({"grid": RATES | {"data_config.split": ["official"]},
       "published": [{"where": {"train_config.learning_rate": 0.1}, "accuracy": {"them": 0.9}}]}, [
-          "4 problems: ", "train_config.seed cannot be set for an experiment: list it under `seeds`",
-          "run_name cannot be set", "data_config.split varies: set it under overrides",
+          "2 problems: ", "data_config.split varies: set it under overrides",
           "published: where is {'train_config.learning_rate': '0.1'}, which is of no setting"]),
     ({"grid": {"train_config.epoch": [3]}}, ["unknown key train_config.epoch; did you mean train_config.epochs?"]),
     ({"overrides": {"train_config.epochs": 0}}, ["train_config.epochs is 0"]),
     ({"grid": {"data_config.batch_size": [16, 64], "train_config.effective_batch_size": [64]}},
      ["script main.py takes one micro-batch a step, and batch_size=16, effective_batch_size=64 needs 4"]),
     ({"grid": {"train_config.effective_batch_size": [None, 32]}, "seeds": [1]}, ["runs 1 and 2 are the same"]),
-    ({"grid": RATES, "seeds": [1, 1]}, ["2 problems: runs 1 and 3 are the same (learning_rate=0.001, seed 1; "]),
+    ({"grid": RATES, "seeds": [1, 1]}, ["2 problems: runs 1 and 3 are the same (learning_rate=0.001, seed 1): "]),
 ]
 
 
@@ -125,19 +124,9 @@ def test_settings_can_be_listed_one_by_one(tmp_path):
     assert len({cell.folder for cell in cells}) == 6
 
 
-def test_a_report_without_the_first_setting_names_the_others_by_it(tmp_path, capsys):
-    settings = [{}, {"train_config.learning_rate": 0.1, "train_config.optimizer": "sgd"},
-                {"model_config.pooling": "cls", "data_config.max_len": 32, "train_config.learning_rate": 0.2}]
-    experiment, _ = finished_experiment(tmp_path, grid=None, settings=settings, seeds=[1])
-    experiment.cells[0].is_finished = False
-    write_report(experiment, {})
-    found = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:4]]
-    assert found == ["optimizer sgd, learning_rate 0.1", "pooling cls, len 32, learning_rate 0.2"]
-
-
 @pytest.mark.parametrize(("overrides", "problem"), [
-    (["train_config.learning_rate=0.1"], "train_config.learning_rate varies within the experiment"),
-    (["train_config.seed=5"], "train_config.seed cannot be set"), (["run_name=x"], "run_name cannot be set"),
+    (["train_config.learning_rate=0.1"], "2 problems: runs 1 and 2 are the same"),
+    (["train_config.seed=5"], "2 problems: runs 1 and 3 are the same"),
     (["train_config.epoch=5"], "command line: unknown key train_config.epoch; did you mean train_config.epochs?")])
 def test_a_bad_override_is_refused(tmp_path, overrides, problem):
     with pytest.raises(UserError, match=re.escape(problem)):
@@ -196,16 +185,13 @@ def test_settings_that_do_not_shape_a_result_may_differ(tmp_path):
     assert other.overrides == ["data_config.max_len=32"]
 
 
-def test_the_remaining_time_is_that_of_finished_runs_like_them(tmp_path):
+def test_the_remaining_time_is_that_of_finished_runs(tmp_path):
     experiment, _ = finished_experiment(tmp_path)
     cells = experiment.cells
     cells[2].is_finished = cells[3].is_finished = False
     for cell, seconds in zip(cells, (100.0, 7100.0), strict=False):
         write_json(cell.folder / "metrics.json", {"train": {"seconds": seconds}})
-    assert remaining_time(experiment, cells[2:]) == ", about 2.0 h of training"
-    assert remaining_time(experiment, cells[2:3]) == ", about 2 min of training"
-    cells[0].is_finished = False
-    assert remaining_time(experiment, cells[2:3]) == ", about 2.0 h of training"  # no run of its setting is finished
+    assert remaining_time(experiment, cells[2:]) == ", about 2:00:00 of training"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,11 +229,11 @@ def test_a_run_does_not_wait_for_a_reader_that_has_left(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("end", "reason"), [
     ("os.kill(os.getpid(), signal.SIGTERM)", "ended by SIGTERM"),  # while it was starting: nothing about memory
-    ("os.kill(os.getpid(), signal.SIGKILL)", "killed; the system does that to a process that needs too much memory"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL, as the system ends a process that needs too much"),
     ("sys.exit(143)", "stopped by a signal; its state is saved"), ("sys.exit(3)", "exit code 3"),
     ("print('error: no such file', flush=True); print('more'); sys.exit(2)", "error: no such file")])
 def test_why_a_run_ended(tmp_path, end, reason):
-    assert ended(tmp_path, f"import os, signal, sys; {end}") == reason
+    assert ended(tmp_path, f"import os, signal, sys; {end}").startswith(reason)
 
 
 def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys):

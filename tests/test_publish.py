@@ -201,7 +201,6 @@ def test_a_bag_of_words_is_refused(tmp_path, hub):
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--mode", "publish"], "no repository: name one on the Hub, as OWNER/NAME"),
     (["--mode", "publish", "name"], "name: name one on the Hub, as OWNER/NAME"),
-    (["--mode", "publish", "a/b", "--license", "My Licence"], "give the Hub's short name"),
     (["--mode", "export", "--yes"], "--yes is for --mode publish, not for export: leave it out"),
     (["--mode", "publish", "a/b", "c/d"], "c/d"),
     (["--mode", "publish", ""], "no repository"),

@@ -98,7 +98,6 @@ def test_the_run_s_own_settings_are_read(run):
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--format", "transformers", "--int8"], "--int8 is made of the ONNX"),
-    (["--format", "onnx,onnx"], "each at most once"),
     (["--format", "tflite"], "'tflite' is not one of onnx, transformers"),
 ])
 def test_wrong_options_are_one_line(arguments, expected, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,11 @@ class StopSignals:
 
     def __init__(self):
         self.received: str | None = None
+        self.passed_to: subprocess.Popen | None = None  # a process that gets the signals, too
 
     def _handle(self, number, frame) -> None:
+        if self.passed_to is not None:
+            self.passed_to.send_signal(number)
         name = signal.Signals(number).name
         # Under a launcher, one Ctrl-C arrives twice: from the terminal, and passed on by the launcher.
         if name == "SIGINT" and self.received == "SIGINT" and "LOCAL_RANK" not in os.environ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,19 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from suite.comparison.results import Setting
-from suite.training.evaluation import SPLITS, Calibration
-from suite.training.plots import BLUE, GREY, ORANGE, new_figure, no_formula, save_figures
+from suite.training.evaluation import SPLITS, Calibration, Predictions
+from suite.training.plots import (
+    BLUE,
+    ORANGE,
+    draw_diagonal,
+    new_figure,
+    no_formula,
+    over_epochs,
+    points_of,
+    save_figures,
+)
 
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # distinct for the colour-blind, too
 DASHES = ("-", "--", ":", "-.")  # the next one each time the colours have run out
@@ -38,20 +47,19 @@ def plot_accuracies(summary: dict[str, Any], settings: Sequence[Setting]) -> Fig
     figure = new_figure(settings[0].runs[0].config, f"accuracy on {summary['reviews']:,} {summary['split']} reviews",
                         (9, 1.8 + 0.55 * len(rows) + 0.25 * len(sources)))
     axis = figure.subplots()
-    for place, row in enumerate(rows):
-        mean, (low, high) = row["accuracy"], row["accuracy_ci95"]
-        axis.errorbar(100 * mean, place, xerr=[[100 * (mean - low)], [100 * (high - mean)]], fmt="o", color=BLUE,
-                      markersize=8, capsize=4, linewidth=2,
-                      label=None if place else "mean over seeds, with its 95 % interval")
-        if len(row["seeds"]) > 1:
-            axis.plot(100 * np.array(row["accuracies"]), np.full(len(row["seeds"]), place - 0.18), "|", color=BLUE,
-                      markersize=9, markeredgewidth=1.5, linestyle="none", label=None if place else "one seed")
-        for source, marker in zip(sources, "DsvP^<>X*" * len(sources), strict=False):
-            if source in row["published"]:
-                known = f"published: {source}" in axis.get_legend_handles_labels()[1]
-                axis.plot(100 * row["published"][source], place + 0.2, marker, color=ORANGE, markersize=6,
-                          markerfacecolor="none", linestyle="none", label=None if known else f"published: {source}")
-    axis.set_yticks(range(len(rows)), [no_formula(row["setting"]) for row in rows])
+    places = np.arange(len(rows))
+    means = np.array([row["accuracy"] for row in rows])
+    low, high = np.transpose([row["accuracy_ci95"] for row in rows])
+    axis.errorbar(100 * means, places, xerr=100 * np.stack([means - low, high - means]), fmt="o", color=BLUE,
+                  markersize=8, capsize=4, linewidth=2, label="mean over seeds, with its 95 % interval")
+    seeds = [(100 * accuracy, place - 0.18) for place, row in enumerate(rows) for accuracy in row["accuracies"]]
+    axis.plot(*zip(*seeds, strict=True), "|", color=BLUE, markersize=9, markeredgewidth=1.5, label="one seed")
+    for source, marker in zip(sources, itertools.cycle("DsvP^<>X*")):
+        points = [(100 * row["published"][source], place + 0.2) for place, row in enumerate(rows)
+                  if source in row["published"]]
+        axis.plot(*zip(*points, strict=True), marker, color=ORANGE, markersize=6, markerfacecolor="none",
+                  label=f"published: {source}")
+    axis.set_yticks(places, [no_formula(row["setting"]) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"{summary['split']} accuracy (% of reviews)")
     axis.grid(axis="x", alpha=0.3)
@@ -64,27 +72,19 @@ def plot_curves(settings: Sequence[Setting]) -> Figure:
     figure = new_figure(settings[0].runs[0].config, "learning curves: mean over seeds, and the band between the lowest "
                         "and the highest", (10, 4.4 + 0.2 * len(settings)))
     axes = figure.subplots(1, 2)
-    for axis, key, name in ((axes[0], "train/loss", "training cross-entropy (nats)"),
-                            (axes[1], "valid/accuracy", "validation accuracy (% of reviews)")):
-        scale = 100 if "accuracy" in key else 1
+    for axis, key, scale, name in ((axes[0], "train/loss", 1, "training cross-entropy (nats)"),
+                                   (axes[1], "valid/accuracy", 100, "validation accuracy (% of reviews)")):
         for number, setting in enumerate(settings):
             points: dict[float, list[float]] = {}
             for record in (record for run in setting.runs for record in run.history if key in record):
                 points.setdefault(record["epoch"], []).append(scale * record[key])
-            epochs = sorted(points)
-            style = {"color": COLOURS[number % len(COLOURS)]}
-            axis.fill_between(epochs, [min(points[epoch]) for epoch in epochs],
-                              [max(points[epoch]) for epoch in epochs], alpha=0.15, linewidth=0, **style)
-            if len(epochs) == 1:  # neither a line nor a band of one point is visible
-                axis.plot(epochs * len(points[epochs[0]]), points[epochs[0]], "_", markersize=12, **style)
-            axis.plot(epochs, [np.mean(points[epoch]) for epoch in epochs], label=no_formula(setting.label),
-                      linestyle=DASHES[number // len(COLOURS) % len(DASHES)],
-                      marker="o" if scale == 100 else None, linewidth=1.5, **style)
-        axis.set_xlabel("epoch")
+            epochs, colour = sorted(points), COLOURS[number % len(COLOURS)]
+            lowest, mean, highest = ([of(points[epoch]) for epoch in epochs] for of in (min, np.mean, max))
+            axis.fill_between(epochs, lowest, highest, alpha=0.15, linewidth=0, color=colour)
+            axis.plot(epochs, mean, label=no_formula(setting.label), color=colour, linewidth=1.5,
+                      linestyle=DASHES[number // len(COLOURS) % len(DASHES)], marker="o" if scale == 100 else None)
         axis.set_ylabel(name)
-        axis.set_xlim(left=0)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
+        over_epochs(axis)
     legend_below(figure, axes[1])
     return figure
 
@@ -96,31 +96,21 @@ def plot_reliabilities(settings: Sequence[Setting]) -> Figure:
     first = settings[0].runs[0]
     figure = new_figure(first.config, f"reliability on {len(first.predicted):,} {SPLITS[first.split]} reviews",
                         (3.4 * columns + 0.6, 3.4 * rows + 0.9))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    low = 100 / len(first.label_names)  # no prediction is less confident than an even guess
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, setting in zip(axes.flat, settings, strict=False):
-        axis.plot([low, 100], [low, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-        seeds = [Calibration(run.predictions) for run in setting.runs]
-        for place, bins in enumerate(seeds):
-            filled = bins.counts > 0
-            axis.plot(100 * bins.confidences[filled], 100 * bins.accuracies[filled], color=BLUE, alpha=0.3, linewidth=1,
-                      label=None if place else "one seed")
-        counts = sum(bins.counts for bins in seeds)
-        filled = counts > 0
-        confidences = 100 * sum(bins.counts * bins.confidences for bins in seeds)[filled] / counts[filled]
-        accuracies = 100 * sum(bins.counts * bins.accuracies for bins in seeds)[filled] / counts[filled]
-        axis.plot(confidences, accuracies, color=BLUE, marker="o", markersize=4, label="all seeds")
+        seeds = [run.predictions for run in setting.runs]
+        together = Predictions(*(np.concatenate([getattr(seed, name) for seed in seeds])
+                                 for name in ("ids", "labels", "logits")))
+        draw_diagonal(axis, len(first.label_names))
+        for number, seed in enumerate(seeds):
+            axis.plot(*points_of(Calibration(seed)), color=BLUE, alpha=0.3, linewidth=1,
+                      label=None if number else "one seed")
+        axis.plot(*points_of(Calibration(together)), color=BLUE, marker="o", markersize=4, label="all seeds")
         error = np.mean(setting.figures(first.split, "ece"))
         axis.set_title(f"{no_formula(setting.label)}\nexpected calibration error {100 * error:.1f} points", fontsize=9)
-        axis.grid(alpha=0.3)
-        axis.set_xlim(low, 100)
+        axis.set_xlabel("confidence (%)")
     for axis in axes.flat[len(settings):]:
         axis.set_visible(False)
-    for number, axis in enumerate(axes.flat[:len(settings)]):
-        if number + columns >= len(settings):  # no panel below this one
-            axis.set_xlabel("confidence (%)")
-            axis.tick_params(labelbottom=True)
-        if number % columns == 0:
-            axis.set_ylabel("accuracy (% of reviews)")
+    figure.supylabel("accuracy (% of reviews)", fontsize=10)
     legend_below(figure, axes.flat[0], columns=3)
     return figure

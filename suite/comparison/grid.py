@@ -20,13 +20,13 @@ experiment that is cut short has something of each setting. Nothing here imports
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import itertools
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,8 +37,6 @@ from suite.common.checks import in_plain_words, shown
 from suite.common.run_folder import SAME_TEST, read_metrics, read_saved_config, shaping_values
 from utils import LONGEST_RUN_NAME, Config, UserError, leaves, load_config, read_yaml
 
-PER_CELL = {"train_config.seed": "list it under `seeds`", "run_name": "each run gets a name of its own",
-            "train_config.objective": "an experiment tests classifiers"}
 # The default run_name names these already.
 NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")
 
@@ -130,7 +128,7 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     except ValidationError as error:
         raise _refusal(path, [_problem(found) for found in error.errors()]) from None
     settings = file.all_settings()
-    if problems := _impossible(file, settings, {item.partition("=")[0] for item in overrides}):
+    if problems := _impossible(file, settings):
         raise _refusal(path, problems)
     cells = []
     for seed, setting in itertools.product(file.seeds, settings):
@@ -151,11 +149,13 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))  # most problems are common to all cells
     first: dict[str, Cell] = {}
-    if twins := [(first[cell.result_key], cell) for cell in cells
-                 if first.setdefault(cell.result_key, cell) is not cell]:
-        raise _refusal(path, [f"runs {one.index} and {other.index} are the same ({describe(one.setting)}, seed "
-                              f"{one.seed}; {describe(other.setting)}, seed {other.seed}): leave one out"
-                              for one, other in twins])
+    for cell in cells:
+        twin = first.setdefault(cell.result_key, cell)
+        if twin is not cell:
+            problems.append(f"runs {twin.index} and {cell.index} are the same ({describe(cell.setting)}, seed "
+                            f"{cell.seed}): leave one out")
+    if problems:
+        raise _refusal(path, problems)
     _name_runs(cells)
     shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
     return Experiment(file.name or Path(path).stem, file.question, file.script, cells, file.published, shaping)
@@ -169,28 +169,20 @@ def _refusal(path: str, problems: list[str]) -> UserError:
 def _problem(error: dict[str, Any]) -> str:
     """One of pydantic's errors in words."""
     key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, ExperimentFile.model_fields, n=1)
-        return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else
-                                         f"use {', '.join(ExperimentFile.model_fields)}")
-    if error["type"] == "missing":
-        return f"{key} is missing: the top of suite/comparison/grid.py shows every key"
+    if error["type"] in ("extra_forbidden", "missing"):
+        kind = "unknown key" if error["type"] == "extra_forbidden" else "missing key"
+        return f"{kind} {key}: the keys are {', '.join(ExperimentFile.model_fields)}"
     return f"{key} is {shown(error['input'])}: {in_plain_words(error['msg'])}"
 
 
-def _impossible(file: ExperimentFile, settings: list[dict[str, Any]], given: set[str]) -> list[str]:
-    """What a file of the right shape asks for in vain. `given`: the dotted keys of the command line."""
-    varied = dict.fromkeys(itertools.chain(*settings))
+def _impossible(file: ExperimentFile, settings: list[dict[str, Any]]) -> list[str]:
+    """What a file of the right shape asks for in vain."""
     problems = []
     if bool(file.grid) == bool(file.settings):
         problems.append("give the settings either as a grid, such as grid: {train_config.learning_rate: [5e-5, 1e-4]}, "
                         "or one by one under settings")
-    problems += [f"{key} cannot be set for an experiment: {fix}" for key, fix in PER_CELL.items()
-                 if key in {*varied, *file.overrides, *given}]
-    problems += [f"{key} varies within the experiment: it cannot be replaced on the command line"
-                 for key in varied if key in given]
     problems += [f"{key} varies: set it under overrides, because all runs lie in one folder and are tested on the same "
-                 "reviews" for key in varied if key in (*SAME_TEST, "output_dir")]
+                 "reviews" for key in dict.fromkeys(itertools.chain(*settings)) if key in (*SAME_TEST, "output_dir")]
     problems += [f"published: where is {shown(entry.where)}, which is of no setting" for entry in file.published
                  if not any(entry.where.items() <= setting.items() for setting in settings)]
     return problems
@@ -209,12 +201,11 @@ def _name_runs(cells: list[Cell]) -> None:
     """Give each cell the name of the run folder that holds it already, or else a name that no other run has."""
     names = [_name(cell) for cell in cells]
     for cell, name in zip(cells, names, strict=True):
-        short = name.encode()[:LONGEST_RUN_NAME - 9].decode(errors="ignore")
-        long_name = f"{short}-{hashlib.sha256(cell.result_key.encode()).hexdigest()[:8]}"
-        is_usable = names.count(name) == 1 and len(name.encode()) <= LONGEST_RUN_NAME
-        cell.config.run_name = name if is_usable else long_name
-        if cell.folder.exists() and any(cell.folder.iterdir()):
-            cell.config.run_name = long_name  # the folder belongs to another run, unless find_finished says otherwise
+        cell.config.run_name = name
+        is_taken = names.count(name) > 1 or cell.folder.exists() and any(cell.folder.iterdir())
+        if is_taken or len(name) > LONGEST_RUN_NAME:
+            digest = hashlib.sha256(cell.result_key.encode()).hexdigest()[:8]
+            cell.config.run_name = f"{name[:LONGEST_RUN_NAME - 9]}-{digest}"
     find_finished(cells)
 
 
@@ -222,11 +213,9 @@ def find_finished(cells: list[Cell]) -> None:
     """Look for the cells among the run folders. A cell takes over the name of the folder that has its configuration."""
     found: dict[str, list[tuple[set[str], str]]] = {}  # {result_key: [(parts of its metrics.json, its folder's name)]}
     for path in sorted(Path(cells[0].config.output_dir).glob("*/config.yaml")):
-        try:
-            key = result_key(read_saved_config(path))
-        except UserError:
-            continue  # not a run of this version; if a cell needs its name, the script says so
-        found.setdefault(key, []).append((set(read_metrics(path.parent)), path.parent.name))
+        with suppress(UserError):  # not a run of this version; if a cell needs its name, the script says so
+            found.setdefault(result_key(read_saved_config(path)), []).append(
+                (set(read_metrics(path.parent)), path.parent.name))
     for cell in cells:
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
         if matching := [(needed <= parts, name) for parts, name in found.get(cell.result_key, ())]:
@@ -236,4 +225,4 @@ def find_finished(cells: list[Cell]) -> None:
 
 def _name(cell: Cell) -> str:
     extra = [f"{key.rpartition('.')[2]}={value}" for key, value in cell.setting.items() if key not in NAMED]
-    return "-".join([cell.config.run_name, *(re.sub(r"[^\w.=+-]+", "-", part).strip("-") for part in extra)])
+    return "-".join([cell.config.run_name, *(re.sub(r"[^A-Za-z0-9_.=+-]+", "-", part).strip("-") for part in extra)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from suite.common.figures import show
 from suite.common.pages import render
 from suite.common.run_folder import read_saved_config
 from suite.common.storage import atomic_write, write_json, write_text
-from suite.comparison.results import Result, Setting, group, read_result, read_results, refuse_different_tests, texts
+from suite.comparison.results import Setting, group, read_result, read_results, refuse_different_tests, texts
 from suite.comparison.running import LOGS
 from suite.comparison.significance import compare, sentence
 from suite.comparison.summary import LEGEND, PUBLISHED, counts, hard_reviews, published_table, settings_table, summarize
@@ -26,17 +27,16 @@ MOST_REVIEWS = 5000  # on the page, those that most runs get wrong; a review of 
 
 
 def compare_runs(folders: Sequence[Path], output: Path, title: str, question: str = "", notes: Sequence[str] = (),
-                 published: Mapping[Path, dict[str, float]] | None = None, base: Config | None = None) -> None:
+                 published: Mapping[Path, dict[str, float]] | None = None) -> None:
     """Compare the runs in these folders, print the summary, and write the report into the folder `output`.
 
-    `published`: {run folder: {source: accuracy}}, figures of others to show beside a run's setting. `base`: the
-    configuration of an experiment's first setting. Raises UserError if the runs are not finished or cannot be compared,
-    or if `output` holds other files.
+    `published`: {run folder: {source: accuracy}}, figures of others to show beside a run's setting. Raises UserError if
+    the runs are not finished or cannot be compared, or if `output` holds other files.
     """
     refuse_other_files(output)
     runs = read_results(folders)
     refuse_different_tests(runs)
-    settings = group(runs, base)
+    settings = group(runs)
     for setting in settings:
         setting.published = (published or {}).get(setting.runs[0].folder, {})
     summary = summarize(settings, title, question, notes)
@@ -47,12 +47,10 @@ def compare_runs(folders: Sequence[Path], output: Path, title: str, question: st
 
 def refuse_other_files(folder: Path) -> None:
     """Raises UserError if a report would come among the files of something else."""
-    fix = "name another folder for the report: --output of compare.py, or name in the experiment's file"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: {fix}")
     found = {path.name for path in folder.glob("[!.]*")} - {LOGS}  # an experiment writes them before there is a report
-    if found and SUMMARY not in found:
-        raise UserError(f"{folder} holds other files than a report's, such as {min(found)}: {fix}")
+    if folder.is_file() or found and SUMMARY not in found:
+        raise UserError(f"{folder} holds other things than a report: name another folder, by --output of "
+                        "compare.py or name in the experiment's file")
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -105,19 +103,18 @@ def _write_reviews(path: Path, settings: Sequence[Setting], places: np.ndarray, 
             writer.writerow(row)
 
 
-def _wrong_reviews(settings: Sequence[Setting], texts: dict[int, str]) -> dict[str, Any]:
+def _wrong_reviews(settings: Sequence[Setting], found: dict[int, str]) -> dict[str, Any]:
     """What the page's script shows: the reviews that at least one run gets wrong, first those that most runs do; and
-    how many are left out (`skipped`). `texts`: {id: text}."""
+    how many are left out (`skipped`). `found`: {id: text}."""
     runs = [run for setting in settings for run in setting.runs]
     wrong = np.stack([~run.correct for run in runs])  # (runs, reviews)
     confidence = np.stack([run.predictions.confidence for run in runs])
     times = wrong.sum(axis=0)  # (reviews,) how many runs get it wrong
-    certainty = (wrong * confidence).sum(axis=0) / np.maximum(times, 1)
-    order = np.lexsort((-certainty, -times))[:int((times > 0).sum())]
-    ids, labels = runs[0].predictions.ids, runs[0].predictions.labels
-    rows = [{"id": int(ids[place]), "label": int(labels[place]), "text": texts.get(int(ids[place]), ""),
-             "answers": [[int(run.predicted[place]), round(float(confidence[number, place]), 3)]
-                         for number, run in enumerate(runs)]} for place in order[:MOST_REVIEWS]]
+    order = np.lexsort((-(wrong * confidence).sum(axis=0), -times))[:np.count_nonzero(times)]
+    ids, labels = runs[0].predictions.ids.tolist(), runs[0].predictions.labels.tolist()
+    rows = [{"id": ids[place], "label": labels[place], "text": found.get(ids[place], ""),
+             "answers": [[int(run.predicted[place]), round(float(sure[place]), 3)]
+                         for run, sure in zip(runs, confidence, strict=True)]} for place in order[:MOST_REVIEWS]]
     groups = [{"label": setting.label, "seeds": [run.seed for run in setting.runs]} for setting in settings]
     return {"reviews": {"classes": runs[0].label_names, "rows": rows, "settings": groups},
             "skipped": max(0, len(order) - MOST_REVIEWS)}
@@ -130,29 +127,20 @@ def _wrong_reviews(settings: Sequence[Setting], texts: dict[int, str]) -> dict[s
 def show_baseline(config: Config) -> None:
     """Print what a finished bag of words of the same split gets right, and how the finished run compares with it.
 
-    It is looked for in the other run folders of output_dir.
+    It is looked for in the other run folders of output_dir. Whatever these hold, the run has ended well.
     """
-    if process_rank() > 0:
+    if process_rank() > 0 or not config.train_config.test:
         return
-    try:
-        run = read_result(config.run_folder)
-    except UserError:  # a pretraining run, or one that was not tested
+    run = read_result(config.run_folder)
+    for path in sorted(Path(config.output_dir).glob("*/config.yaml")):
+        with suppress(Exception):
+            if read_saved_config(path).model_config.model_name == BAG_OF_WORDS:
+                words = read_result(path.parent)
+                refuse_different_tests([run, words])
+                break
+    else:
         return
-    folders = sorted(Path(config.output_dir).iterdir())
-    if words := next((found for folder in folders if (found := _bag_of_words(folder, run))), None):
-        [pair] = compare([BAG_OF_WORDS, config.run_name], [words.correct[None], run.correct[None]])
-        say(f"{config.demo_mark}a bag of words on the same reviews, {words.folder}: test accuracy "
-            f"{show(words.metrics['test'], 'accuracy')}, {show(words.metrics['train'], 'seconds')} s of training\n"
-            f"{config.demo_mark}{sentence(pair)}")
-
-
-def _bag_of_words(folder: Path, run: Result) -> Result | None:
-    """The finished bag of words in this folder, if it was tested on the same reviews as `run`."""
-    try:
-        if read_saved_config(folder / "config.yaml").model_config.model_name == BAG_OF_WORDS:
-            found = read_result(folder)
-            refuse_different_tests([run, found])
-            return found
-    except Exception:  # whatever another folder holds, this run has ended well
-        pass
-    return None
+    [pair] = compare([BAG_OF_WORDS, config.run_name], [words.correct[None], run.correct[None]])
+    say(f"{config.demo_mark}a bag of words on the same reviews, {words.folder}: test accuracy "
+        f"{show(words.metrics['test'], 'accuracy')}, {show(words.metrics['train'], 'seconds')} s of training\n"
+        f"{config.demo_mark}{sentence(pair)}")

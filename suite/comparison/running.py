@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from statistics import fmean
+
+from tqdm import tqdm
 
 from suite.common.run_folder import read_metrics
 from suite.common.stopping import EXIT_CODES, SIGNALS
@@ -19,8 +20,6 @@ from utils import PROJECT, say
 
 LOGS = "logs"  # in the report's folder
 WAIT_SECONDS = 2  # between two looks for a run that no other process is working on
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
@@ -61,9 +60,8 @@ def _next_free(pending: Sequence[Cell]) -> Cell | None:
     """The first cell that no other process is working on; waits until there is one. None if a signal asks to stop."""
     is_waiting = False
     while not SIGNALS.received:
-        for cell in pending:
-            if not is_locked(cell.folder):
-                return cell
+        if free := next((cell for cell in pending if not is_locked(cell.folder)), None):
+            return free
         if not is_waiting:
             say(f"{', '.join(str(cell.folder) for cell in pending)}: in use by other processes; waiting")
         is_waiting = True
@@ -85,8 +83,10 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
     # one, and at the second one the script leaves without saving.
     with (open(log, "a", encoding="utf-8") as file,
           subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                           start_new_session=True, preexec_fn=_end_with_parent if LIBC else None) as process,
-          _signals_passed_on(process)):
+                           start_new_session=True) as process):
+        SIGNALS.passed_to = process
+        if SIGNALS.received:  # while the process began
+            process.send_signal(getattr(signal, SIGNALS.received))
         for line in process.stdout:
             file.write(line)
             file.flush()
@@ -94,50 +94,17 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
                 say("    " + line.rstrip())
             if line.strip() and not last.startswith("error:"):
                 last = line.strip()
+    SIGNALS.passed_to = None
     code = process.returncode
-    if code == -signal.SIGKILL:
-        return "killed; the system does that to a process that needs too much memory"
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
+        return f"ended by {signal.Signals(-code).name}" + (
+            ", as the system ends a process that needs too much memory" if code == -signal.SIGKILL else "")
     if code in EXIT_CODES.values():
         return "stopped by a signal; its state is saved"
     return (last or f"exit code {code}") if code else None
 
 
-@contextmanager
-def _signals_passed_on(process: subprocess.Popen):
-    """While the process runs, it gets the signals that this one gets."""
-    def pass_on(number, frame) -> None:
-        SIGNALS.received = signal.Signals(number).name
-        process.send_signal(number)
-
-    numbers = [getattr(signal, name) for name in EXIT_CODES if hasattr(signal, name)]
-    before = {number: signal.signal(number, pass_on) for number in numbers
-              if signal.getsignal(number) != signal.SIG_IGN}  # nohup wants SIGHUP to be ignored
-    if SIGNALS.received:  # since the process began
-        process.send_signal(getattr(signal, SIGNALS.received))
-    try:
-        yield
-        process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_with_parent() -> None:
-    """Called in the new process: when its parent is killed, Linux sends it SIGTERM, so that it saves its state."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def remaining_time(experiment: Experiment, pending: Sequence[Cell]) -> str:
-    """How long the pending cells will train: as long as the finished ones of their setting, or else as all of them."""
-    known = [(cell.setting, read_metrics(cell.folder)["train"]["seconds"])
-             for cell in experiment.cells if cell.is_finished]
-    if not known:
-        return ""
-    left = 0.0
-    for cell in pending:
-        alike = [seconds for setting, seconds in known if setting == cell.setting]
-        left += fmean(alike or [seconds for _, seconds in known])
-    return ", about " + (f"{left / 3600:.1f} h" if left > 5400 else f"{round(left / 60)} min" if left > 90 else
-                         f"{round(left)} s") + " of training"
+    """How long the pending cells will train, if they take as long as the finished ones."""
+    known = [read_metrics(cell.folder)["train"]["seconds"] for cell in experiment.cells if cell.is_finished]
+    return f", about {tqdm.format_interval(len(pending) * fmean(known))} of training" if known else ""

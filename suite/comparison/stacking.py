@@ -7,7 +7,6 @@ confident. The validation figures are cross-fitted: each review is predicted by 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -21,7 +20,6 @@ from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-from data import load_split
 from suite.common.checks import problems_of
 from suite.common.devices import Devices
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
@@ -31,6 +29,7 @@ from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read
 from suite.encoders.bag_of_words import class_logits
 from suite.encoders.loading import STACK
 from suite.inference.classifier import log_odds, member_name
+from suite.reviews.splitting import load_split
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import FittedRun, write_results, write_validation
 from suite.training.states import RunFolder
@@ -50,26 +49,20 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     runs = [read_result(folder) for folder in folders]
     refuse_different_tests(runs)
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError("a run is named twice: name different runs")
-    if around := next((folder for folder in folders if folder.resolve() in output.resolve().parents), None):
-        raise UserError(f"--output: {output} lies in {around}, a run that it combines: choose another place")
     valid = read_valid(runs)
     config = configuration(runs, output)
+    made, devices, names = RunFolder(config), Devices(config), runs[0].label_names
+    made.lock()
     refuse_existing_output(config)
     check_hub(config)
     split = load_split(config)
     say_what_was_cached()
-    RunFolder(runs[0].config).refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
-    names, devices, started = runs[0].label_names, Devices(config), time.perf_counter()
+    made.refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
+    started = time.perf_counter()
     features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels
     crossed = cross_fit(features, labels, names)
-    regression = new_regression().fit(features, labels)
+    regression = LogisticRegression(max_iter=MOST_ITERATIONS).fit(features, labels)
     seconds = time.perf_counter() - started
-
-    made = RunFolder(config)
-    made.lock()
-    refuse_existing_output(config)  # another process may have made it meanwhile
     with room_for(output, sum(path.stat().st_size for model in models for path in model.rglob("*")),
                   fix="make room or choose another --output"):
         made.begin()
@@ -89,7 +82,7 @@ def read_valid(runs: Sequence[Result]) -> list[Predictions]:
     found = []
     for run in runs:
         path = run.folder / VALID_PREDICTIONS
-        names, predictions, _ = read_predictions(path, TRAIN_AGAIN)
+        names, predictions = read_predictions(path, TRAIN_AGAIN)
         first = found[0] if found else predictions
         if names != run.label_names or not (np.array_equal(predictions.ids, first.ids)
                                             and np.array_equal(predictions.labels, first.labels)):
@@ -115,26 +108,21 @@ def configuration(runs: Sequence[Result], output: Path) -> Config:
 def refuse_existing_output(config: Config) -> None:
     """Raises UserError if the output is there, unless it is what the same command left when it was killed."""
     folder = config.run_folder
-    path = folder / "config.yaml"
-    is_empty = folder.is_dir() and all(there.name.startswith(".") for there in folder.iterdir())  # or hardly begun
-    if os.path.lexists(folder) and not is_empty and (
-            not path.is_file() or read_metrics(folder) or differences(path, config)):
+    saved = folder / "config.yaml"
+    if folder.exists() and any(folder.glob("[!.]*")) and (
+            not saved.exists() or read_metrics(folder) or differences(saved, config)):
         raise UserError(f"--output: {folder} exists already: choose another name, or remove it")
-
-
-def new_regression() -> LogisticRegression:
-    return LogisticRegression(max_iter=MOST_ITERATIONS)
 
 
 def cross_fit(features: np.ndarray, labels: np.ndarray, label_names: list[str]) -> np.ndarray:
     """(reviews, classes) logits of the validation reviews, each by weights that were fitted on the other folds."""
     counts = np.bincount(labels, minlength=len(label_names))
     if counts.min() < 2:
-        raise UserError(f"the class {label_names[counts.argmin()]!r} has {counts.min()} validation review(s), but "
-                        "weights need two of each class: give the runs a larger share for validation, "
-                        "data_config.split")
+        raise UserError(f"the class {label_names[counts.argmin()]!r} has {counts.min()} validation review(s), and the "
+                        "fit needs two of each class: train the runs with a larger share of data_config.split")
     folds = StratifiedKFold(min(FOLDS, counts.min()), shuffle=True, random_state=0)
-    scores = cross_val_predict(new_regression(), features, labels, cv=folds, method="decision_function")
+    scores = cross_val_predict(LogisticRegression(max_iter=MOST_ITERATIONS), features, labels, cv=folds,
+                               method="decision_function")
     return class_logits(scores.reshape(len(labels), -1))
 
 

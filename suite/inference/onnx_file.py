@@ -26,8 +26,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from data import load_split
 from suite.inference.classifier import Classifier
+from suite.reviews.splitting import load_split
 from utils import Config, UserError, brief, say
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

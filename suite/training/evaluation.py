@@ -39,12 +39,12 @@ class Predictions:
         """(n, num_labels) float64."""
         return np.exp(log_softmax(self.logits.astype(np.float64), axis=1))
 
-    @property
+    @functools.cached_property
     def predicted(self) -> np.ndarray:
         """(n,) int64: the class with the largest logit."""
         return self.logits.argmax(axis=1)
 
-    @property
+    @functools.cached_property
     def confidence(self) -> np.ndarray:
         """(n,) float64: the probability of the predicted class."""
         return self.probabilities.max(axis=1)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from suite.common.storage import atomic_write
@@ -52,25 +53,40 @@ def no_formula(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def over_epochs(axis: Axes) -> None:
+    axis.set_xlabel("epoch")
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+
+
+def draw_diagonal(axis: Axes, classes: int) -> None:
+    """On it, 80 % of the reviews with confidence 0.8 are right. It begins at an even guess, the least confidence."""
+    axis.plot([100 / classes, 100], [100 / classes, 100], color=GREY, linestyle="--", label="perfectly calibrated")
+    axis.set_xlim(100 / classes, 100)
+    axis.grid(alpha=0.3)
+
+
+def points_of(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
+    """(confidence, accuracy) of each bin that is not empty, in percent."""
+    filled = calibration.counts > 0
+    return 100 * calibration.confidences[filled], 100 * calibration.accuracies[filled]
+
+
 def plot_learning_curves(config: Config, history: list[dict[str, Any]]) -> Figure:
     figure = new_figure(config, f"learning curves\n{config.run_name}", (9, 4))
-    for axis, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), ("nats", None), strict=True):
-        for split, colour, style in (("train", BLUE, {"linewidth": 1}), ("valid", ORANGE, {"marker": "o"})):
-            key = f"{split}/{metric}"
-            points = [(record["epoch"], record[key]) for record in history if key in record]
+    steps = config.log_config.log_every_steps
+    train = "train" + (f", mean of {steps} steps" if steps > 1 else "")
+    for axis, metric, scale, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100),
+                                         ("cross-entropy (nats)", "accuracy (% of reviews)"), strict=True):
+        for key, label, style in ((f"train/{metric}", train, {"color": BLUE, "linewidth": 1}),
+                                  (f"valid/{metric}", "validation", {"color": ORANGE, "marker": "o"})):
+            points = [(record["epoch"], scale * record[key]) for record in history if key in record]
             if points:
-                steps = config.log_config.log_every_steps
-                label = {"train": "train" + (f", mean of {steps} steps" if steps > 1 else ""), "valid": "validation"}
-                axis.plot(*zip(*points, strict=True), color=colour, label=label[split], **style)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(f"cross-entropy ({unit})" if unit else "accuracy (% of reviews)")
-        axis.set_xlim(left=0)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
-        if metric == "accuracy":
-            axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-        if axis.has_data():
-            axis.legend()
+                axis.plot(*zip(*points, strict=True), label=label, **style)
+                axis.legend()
+        axis.set_ylabel(name)
+        over_epochs(axis)
     return figure
 
 
@@ -89,29 +105,25 @@ def plot_confusion_matrix(config: Config, predictions: Predictions, label_names:
 
 
 def plot_reliability(config: Config, predictions: Predictions) -> Figure:
-    """Accuracy against confidence. On the diagonal, 80 % of the reviews with confidence 0.8 are right."""
+    """Accuracy against confidence, above the number of reviews with that confidence."""
     bins = Calibration(predictions)
-    filled = bins.counts > 0
     figure = new_figure(config, f"reliability on {bins.counts.sum():,} test reviews\n{config.run_name}", (5.5, 6))
     axis, histogram = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    low = 100 / predictions.logits.shape[1]  # no prediction is less confident than an even guess
-    axis.plot([low, 100], [low, 100], color=GREY, linestyle="--", label="perfectly calibrated")
-    x, y = 100 * bins.confidences[filled], 100 * bins.accuracies[filled]
-    correct = np.rint(bins.counts * bins.accuracies).astype(int)
-    intervals = 100 * np.array(list(map(wilson_interval, correct[filled], bins.counts[filled])))
-    axis.errorbar(x, y, yerr=[y - intervals[:, 0], intervals[:, 1] - y], color=BLUE, marker="o", elinewidth=1,
-                  capsize=2, label="model, with 95 % intervals\n"
-                  f"(expected calibration error {100 * bins.error:.1f} points)")
+    draw_diagonal(axis, predictions.logits.shape[1])
+    x, y = points_of(bins)
+    counts = bins.counts[bins.counts > 0]
+    correct = np.rint(counts * y / 100).astype(int)
+    low, high = 100 * np.transpose(list(map(wilson_interval, correct, counts)))
+    axis.errorbar(x, y, yerr=[y - low, high - y], color=BLUE, marker="o", elinewidth=1, capsize=2,
+                  label=f"model, with 95 % intervals\n(expected calibration error {100 * bins.error:.1f} points)")
     axis.set_ylabel("accuracy (% of reviews)")
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1.02), frameon=False)
-    axis.grid(alpha=0.3)
     histogram.bar(100 * bins.edges[:-1], bins.counts, width=100 * np.diff(bins.edges), align="edge", color=BLUE,
                   edgecolor="white")
     histogram.set_xlabel("confidence: probability of the predicted class (%)")
+    histogram.set_ylabel("reviews")
     histogram.set_yscale("log")  # most reviews are in the last bin; a linear scale would hide the others
     histogram.set_ylim(bottom=0.8)
     histogram.yaxis.set_major_formatter(ScalarFormatter())
     histogram.yaxis.set_minor_formatter(NullFormatter())
-    histogram.set_ylabel("reviews")
-    histogram.set_xlim(low, 100)
     return figure

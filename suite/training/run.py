@@ -68,10 +68,10 @@ class Run:
         folder = RunFolder(config)
         folder.lock()
         state = folder.state_to_continue()
-        set_seed(config.train_config.seed)
         encoder_config = load_encoder_config(config.model_config)  # refuses other models before reviews are read
         with devices.main_process_first():
             data = cls.prepare_data(config)
+        set_seed(config.train_config.seed)  # after the caches, whose libraries draw random names when they fill them
         refuse_incompatible(config, encoder_config, data.tokenizer, data.splits["train"].tokens, data.fingerprint)
         model = cls.new_model(config, encoder_config, data)
         if config.train_config.gradient_checkpointing:

@@ -6,9 +6,10 @@ files of the run folder are complete all the same.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,7 @@ class Tracker:
         self.run = None
         self.name = next((name for name, tracker in TRACKERS.items() if tracker.is_on(config)), None)
         if self.name and process_rank() == 0:
-            try:
-                self.run = TRACKERS[self.name](config, run_id, job_type)
-            except Exception as error:
-                self._leave_out(error)
+            self.run = self._try(lambda: TRACKERS[self.name](config, run_id, job_type))
 
     @property
     def run_id(self) -> str | None:
@@ -79,28 +77,27 @@ class Tracker:
 
     def log(self, record: dict[str, Any]) -> None:
         """`record`: a line of history.jsonl, and more."""
-        self._try("log", record)
+        if self.run is not None:
+            self._try(lambda: self.run.log(record))
 
     def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
                plots: list[Path]) -> None:
         """The results of the test: summary, misclassified reviews, predictions, plots."""
-        self._try("report", summary, rows[:TABLE_ROWS], predictions, label_names, plots)
-
-    def finish(self, exit_code: int = 0) -> None:
-        self._try("finish", exit_code)
-        self.run = None
-
-    def _try(self, method: str, *arguments: Any) -> None:
         if self.run is not None:
-            try:
-                getattr(self.run, method)(*arguments)
-            except Exception as error:
-                self._leave_out(error)
+            self._try(lambda: self.run.report(summary, rows[:TABLE_ROWS], predictions, label_names, plots))
 
-    def _leave_out(self, error: Exception) -> None:
-        self.run = None
-        say(f"{self.name}: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has "
-            "everything")
+    def finish(self) -> None:
+        if self.run is not None:
+            self._try(lambda: self.run.finish())
+
+    def _try(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            self.run = None
+            say(f"{self.name}: left out of this run ({type(error).__name__}: {brief(error)}); the run folder has "
+                "everything")
+            return None
 
 
 class WandbRun:
@@ -115,30 +112,27 @@ class WandbRun:
         import wandb
 
         mode = _wandb_mode(config)
-        if mode in ("auto", "online") and not _has_login(wandb):
+        if mode != "offline" and not wandb.login(prompt=False, verify=False):
             if mode == "online":
                 say("wandb: no login found (run `wandb login` once); recording offline")
             mode = "offline"
         # Where a server takes the connection and stays silent, wandb.init was seen to wait for 313 s.
-        if mode in ("auto", "online") and not answers(url := wandb.setup().settings.base_url):
+        if mode != "offline" and not answers(url := wandb.setup().settings.base_url):
             say(f"wandb: the server cannot be reached ({url} does not answer); recording offline")
             mode = "offline"
-
-        def start(mode: str) -> Any:
-            return wandb.init(
-                mode=mode, project=config.log_config.wandb_project, name=config.run_name, dir=config.output_dir,
-                id=run_id, resume="allow" if run_id else None, job_type=job_type,
-                config=asdict(config), tags=["DEMO"] if config.is_demo else None,
-                settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
-                                        finish_timeout=TIMEOUT_SECONDS, finish_timeout_raises=False))
-
+        start = functools.partial(
+            wandb.init, project=config.log_config.wandb_project, name=config.run_name, dir=config.output_dir,
+            id=run_id, resume="allow" if run_id else None, job_type=job_type, config=asdict(config),
+            tags=["DEMO"] if config.is_demo else None,
+            settings=wandb.Settings(init_timeout=TIMEOUT_SECONDS, x_graphql_retry_max=3, console="off",
+                                    finish_timeout=TIMEOUT_SECONDS, finish_timeout_raises=False))
         try:
-            self.run = start("online" if mode == "auto" else mode)
+            self.run = start(mode="online" if mode == "auto" else mode)
         except Exception as error:
             if mode == "offline":
                 raise
             say(f"wandb: {type(error).__name__}: {brief(error)}; recording offline")
-            self.run = start("offline")
+            self.run = start(mode="offline")
         self.id = self.run.id
         for name in ("step", "epoch"):
             self.run.define_metric(name, hidden=True)
@@ -160,10 +154,10 @@ class WandbRun:
                 y_true=predictions.labels.tolist(), preds=predictions.predicted.tolist(), class_names=label_names),
             **{f"plots/{path.stem}": wandb.Image(str(path)) for path in plots}})
 
-    def finish(self, exit_code: int) -> None:
+    def finish(self) -> None:
         """Close the run; an offline one prints the command that uploads it later."""
         offline, folder = self.run.settings.mode == "offline", Path(self.run.dir).parent
-        self.run.finish(exit_code=exit_code)
+        self.run.finish()
         if offline:
             say(f"wandb: recorded offline; upload it with: wandb sync {folder}")
 
@@ -171,13 +165,6 @@ class WandbRun:
 def _wandb_mode(config: Config) -> str:
     mode = config.log_config.wandb_mode
     return os.environ.get("WANDB_MODE") or mode if mode == "auto" else mode  # wandb's own variable
-
-
-def _has_login(wandb: Any) -> bool:
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except Exception:
-        return False
 
 
 TRACKERS = {"wandb": WandbRun}  # another one has the same methods, and an entry here
