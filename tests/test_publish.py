@@ -10,7 +10,6 @@ import pytest
 from conftest import PROJECT, content_of, expect, run_here, run_script, train_here, write_reviews
 from upload_hub import TOKEN, upload_hub
 
-from suite.common import cli
 from suite.common.pages import escaped
 from suite.common.storage import seal
 from suite.encoders.loading import load_model
@@ -196,24 +195,6 @@ def test_a_bag_of_words_is_refused(tmp_path, hub):
                  "data_config.text_column=review", "data_config.label_column=verdict", "log_config.wandb_mode=disabled")
     train_here(*arguments, mode="baseline")
     refused(publish(tmp_path / "words", yes=True), "holds a bag-of-words model", "publish an encoder")
-
-
-@pytest.mark.parametrize(("arguments", "expected"), [
-    (["--mode", "publish"], "no repository: name one on the Hub, as OWNER/NAME"),
-    (["--mode", "publish", "name"], "name: name one on the Hub, as OWNER/NAME"),
-    (["--mode", "export", "--yes"], "--yes is for --mode publish, not for export: leave it out"),
-    (["--mode", "publish", "a/b", "c/d"], "c/d"),
-    (["--mode", "publish", ""], "no repository"),
-    (["--mode", "export", "--output", ""], "give the name of a file or folder"),
-    (["--mode", "export", "--format", ""], "'' is not one of onnx, transformers"),
-])
-def test_wrong_options_are_one_line(arguments, expected, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["main.py", *arguments])
-    with pytest.raises(SystemExit) as left:
-        cli.read_command("", accumulates=False)
-    assert left.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert expected in line
 
 
 @pytest.mark.long

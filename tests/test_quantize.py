@@ -94,15 +94,3 @@ def test_the_run_s_own_settings_are_read(run):
         assert (config.data_config.text_column, config.data_config.split) == ("review", [0.4, 0.45, 0.15])
     with pytest.raises(UserError, match="--int8 is checked on the validation reviews of the model's run"):
         cli.config_for("export", "config.yaml", [], str(run[1].parent), int8=True)
-
-
-@pytest.mark.parametrize(("arguments", "expected"), [
-    (["--format", "transformers", "--int8"], "--int8 is made of the ONNX"),
-    (["--format", "tflite"], "'tflite' is not one of onnx, transformers"),
-])
-def test_wrong_options_are_one_line(arguments, expected, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["main.py", "--mode", "export", *arguments])
-    with pytest.raises(SystemExit):
-        cli.read_command("", accumulates=False)
-    [line] = capsys.readouterr().err.splitlines()
-    assert expected in line
