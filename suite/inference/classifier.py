@@ -128,11 +128,6 @@ class Classifier(Labeller):
     def gives_tokens(self, text: str) -> bool:
         return bool(self.encode.prefix or self.encode.suffix or self.encode.windows([text])[0][0])
 
-    def refuse_unknown_words(self, tokens: np.ndarray) -> None:
-        """Raises UserError if these tokens, of several reviews, show that the tokenizer does not know their words."""
-        refuse_unknown_words("--model", str(self.folder), self.tokenizer, tokens)
-        self.knows_words = True
-
     def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64. Reviews of similar lengths share a batch, so a batch depends on the texts alone."""
         of_texts = self.encode.windows(texts)
@@ -140,8 +135,9 @@ class Classifier(Labeller):
         offsets, first_windows = (np.cumsum([0, *map(len, parts)]) for parts in (windows, of_texts))
         tokens = np.fromiter(itertools.chain.from_iterable(windows), np.int64, offsets[-1])
         if not self.knows_words:
-            self.refuse_unknown_words(tokens)
+            refuse_unknown_words("--model", str(self.folder), self.tokenizer, tokens)
             compare_with_file(self.tokenizer, str(self.folder), "--model", texts[:COMPARED_TEXTS])
+            self.knows_words = True
         rows = np.arange(len(texts))
         reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id,
                               first_windows=first_windows)
