@@ -10,13 +10,14 @@ effective batch size alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +28,9 @@ from suite.common.hub import cached
 from suite.common.stopping import EXIT_CODES
 from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
-from suite.reviews.classes import Reviews, load_reviews, name_rows
+from suite.reviews.classes import name_rows
 from suite.reviews.sampling import StepSampler, evaluation_batches
-from suite.reviews.splitting import refuse_contradictions, split_reviews, text_digests
+from suite.reviews.splitting import load_split
 from utils import Config, DataConfig, UserError, num_processes, process_rank, say
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class IMDBDataset(torch.utils.data.Dataset):
         first_windows = np.arange(len(offsets)) if first_windows is None else first_windows
         self.tokens, self.offsets, self.labels, self.ids, self.texts = tokens, offsets, labels, ids, texts
         self.first_windows, self.windows = first_windows[rows], first_windows[rows + 1] - first_windows[rows]
-        self.lengths = self.window_lengths(self.first_windows)  # (n,) of each review's first window, its longest
+        self.lengths = self.window_lengths(self.first_windows)  # (n,) tokens of each review's first window, its longest
         self.pad_token_id, self.has_token_types = pad_token_id, has_token_types
         self.class_weights = class_weights
 
@@ -181,84 +182,36 @@ class Encode:
         """The name of the cached result: the same for the same reviews, tokenizer and lengths, in any process."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items())
-        parts = (digests.tobytes(), vocabulary, self.prefix, self.suffix, self.room, self.truncation)
-        if self.truncation == "windows":
-            parts += (self.max_windows,)
+        parts = (digests.tobytes(), vocabulary, self.prefix, self.suffix, self.room, self.truncation, self.max_windows)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def tokenize(table: Dataset, encode: Encode, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All tokens (total,) int32, the offsets of the windows in them (windows + 1,), and those of the reviews in the
-    windows (rows + 1,), from the library's cache."""
+def tokenize(table: Dataset, rows: np.ndarray, digests: np.ndarray, encode: Encode, parts: list[Part]
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All tokens (total,) int32 of these `rows` (n,) of `table`, the offsets of the windows in them (windows + 1,), and
+    those of the rows in the windows (n + 1,), from the library's cache.
+
+    `digests`: of all rows of the table; `parts`: what it was pooled from. Raises UserError, which counts them, for
+    texts without a token: a tokenizer that puts none around a text can leave nothing of it.
+    """
     from datasets import Features, List, Value  # here, because labelling does not need it
 
-    fingerprint = encode.fingerprint(digests)
+    table, fingerprint = table.select(rows), encode.fingerprint(digests[rows])
     tokenized = cached(f"windows-{fingerprint}", lambda folder: table.map(
         encode, batched=True, remove_columns=table.column_names, desc="tokenizing", new_fingerprint=fingerprint,
         features=Features({"input_ids": List(Value("int32")), "lengths": List(Value("int32"))}),
         cache_file_name=str(folder / "tokens.arrow")))
     tokens, lengths = (tokenized.data.column(name).combine_chunks() for name in ("input_ids", "lengths"))
     offsets = np.concatenate([[0], lengths.values.to_numpy().cumsum(dtype=np.int64)])
-    return tokens.values.to_numpy(), offsets, lengths.offsets.to_numpy().astype(np.int64)
-
-
-def refuse_no_tokens(lengths: np.ndarray, rows: np.ndarray, parts: list[Part]) -> None:
-    """Raises UserError, which counts them, for texts without a token: a tokenizer that puts none around a text can
-    leave nothing of it. `lengths` (n,): the tokens of each text; `rows` (n,): its row in the pooled `parts`."""
-    if len(empty := rows[lengths == 0]):
+    if len(empty := rows[np.diff(tokens.offsets) == 0]):
         other = "or take a model whose tokenizer puts tokens such as [CLS] around a text"
         raise UserError(name_rows(parts, empty, f"gives no token: remove it, {other}",
                                   f"give no token: remove them, {other}"))
-
-
-def balanced_weights(labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """(num_labels,) weights inversely proportional to the shares of the classes in `labels` (n,). Their sum over all
-    reviews is n."""
-    return len(labels) / (num_labels * np.bincount(labels, minlength=num_labels).astype(np.float64))
+    return tokens.values.to_numpy(), offsets, lengths.offsets.to_numpy().astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three splits, and their loaders
-
-
-@dataclass
-class Split:
-    reviews: Reviews
-    digests: np.ndarray  # (rows,) of 16 bytes, see `text_digests`
-    ids_of: dict[str, np.ndarray]  # {"train", "valid", "test": rows of `reviews`, ascending}
-    fingerprint: str  # of the reviews, their labels and the split
-
-    @property
-    def held_out(self) -> np.ndarray:
-        """(valid and test reviews,) the digests of their texts."""
-        return self.digests[np.concatenate([self.ids_of["valid"], self.ids_of["test"]])]
-
-    @property
-    def label_names(self) -> list[str]:
-        return self.reviews.label_names
-
-    def text(self, review_id: int) -> str:
-        """The review whose `id` this is."""
-        return self.reviews.table[int(review_id)]["text"]
-
-    def texts_and_labels(self, name: str) -> tuple[list[str], np.ndarray]:
-        """The reviews of one of the three splits, in the order of their ids."""
-        ids = self.ids_of[name]
-        return list(self.reviews.table.select(ids)["text"]), self.reviews.labels[ids]
-
-
-def load_split(config: Config) -> Split:
-    """Load, clean and split the reviews. No tokenizer is needed."""
-    data_config = config.data_config
-    reviews = load_reviews(data_config, config.model_config.num_labels)
-    digests = text_digests(reviews.table)
-    refuse_contradictions(digests, reviews)
-    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names)
-    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()))
-
-
-def fingerprint(*parts: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+# All of a run's data
 
 
 @dataclass
@@ -266,8 +219,8 @@ class PreparedData:
     splits: dict[str, IMDBDataset]
     tokenizer: PreTrainedTokenizerBase
     label_names: list[str]
-    fingerprint: str  # that of the Split
-    held_out: np.ndarray  # that of the Split
+    fingerprint: str  # of the reviews, their labels and the split
+    held_out: np.ndarray  # (valid and test reviews,) of 16 bytes: the digests of their texts
     digests: np.ndarray  # (texts,) of 16 bytes: of what is trained on here, and of what the model was trained on before
 
     def text(self, review_id: int) -> str:
@@ -281,7 +234,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     `trained_model`: the folder whose tokenizer is used; None means the encoder of the configuration.
     """
     data_config, split = config.data_config, load_split(config)
-    reviews, digests, ids_of = split.reviews, split.digests, split.ids_of
+    reviews, ids_of = split.reviews, split.ids_of
     for part in reviews.unlabelled:
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     seen = split.digests[ids_of["train"]]
@@ -291,43 +244,24 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
                                    texts=reviews.table[:COMPARED_TEXTS]["text"])
     else:
         tokenizer = load_tokenizer(trained_model)  # it was saved with its rule for line breaks
-    used = np.sort(np.concatenate(list(ids_of.values())))  # with a limit, only these rows are tokenized
     encode = Encode(tokenizer, data_config.max_len, data_config.truncation, data_config.max_windows)
     if trained_model is None and config.model_config.pooling == "cls" and not encode.prefix:
         raise UserError(f"model_config.pooling is cls, but the tokenizer of {config.model_config.model_name} puts no "
                         "token before a text, and the first word would stand for it: set model_config.pooling=mean")
-    tokens, offsets, first_windows = tokenize(reviews.table.select(used), encode, digests[used])
-    refuse_no_tokens(np.diff(offsets)[first_windows[:-1]], used, reviews.parts)
-    has_token_types = "token_type_ids" in tokenizer.model_input_names
+    used = np.sort(np.concatenate(list(ids_of.values())))  # with a limit, only these rows are tokenized
+    tokens, offsets, first_windows = tokenize(reviews.table, used, split.digests, encode, reviews.parts)
     class_weights = None
-    if config.train_config.class_weights == "balanced":
-        class_weights = balanced_weights(reviews.labels[ids_of["train"]], len(reviews.label_names))
+    if config.train_config.class_weights == "balanced":  # their sum over all training reviews is the number of these
+        counts = np.bincount(reviews.labels[ids_of["train"]], minlength=len(reviews.label_names))
+        class_weights = counts.sum() / (len(counts) * counts)
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
-                                tokenizer.pad_token_id, has_token_types, reviews.table, first_windows, class_weights)
-              for name, ids in ids_of.items()}
+                                tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, reviews.table,
+                                first_windows, class_weights) for name, ids in ids_of.items()}
     return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out, seen)
 
 
-class Steps(torch.utils.data.Dataset):
-    """The optimizer steps of an epoch, made when a loader asks for them."""
-
-    def __init__(self, dataset: IMDBDataset, sampler: StepSampler, epoch: int):
-        self.dataset, self.sampler, self.epoch = dataset, sampler, epoch
-        self.rows = sampler.effective_batches(epoch)
-
-    def __getitem__(self, number: int) -> Step:
-        rows = self.rows[number]
-        return self.dataset.step(rows, self.sampler.micro_batches(rows), (self.sampler.seed, self.epoch, number))
-
-
-class Batches(torch.utils.data.Dataset):
-    """The padded batches of a split, made when a loader asks for them."""
-
-    def __init__(self, dataset: IMDBDataset, batches: list[np.ndarray]):
-        self.dataset, self.batches = dataset, batches
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        return self.dataset.batch(self.batches[number])
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
 
 
 def new_sampler(data: PreparedData, config: Config, pass_tokens: float = math.inf) -> StepSampler:
@@ -340,21 +274,28 @@ def new_sampler(data: PreparedData, config: Config, pass_tokens: float = math.in
 def train_loader(data: PreparedData, sampler: StepSampler, epoch: int, config: Config, device: torch.device,
                  first_step: int = 0) -> DataLoader:
     """Yields each `Step` of the epoch from `first_step` on."""
-    steps = Steps(data.splits["train"], sampler, epoch)
-    return _loader(steps, range(first_step, len(sampler)), config, device)
+    steps = list(enumerate(sampler.effective_batches(epoch)))[first_step:]
+    return _loader(steps, functools.partial(_step, data.splits["train"], sampler, epoch), config, device)
+
+
+def _step(dataset: IMDBDataset, sampler: StepSampler, epoch: int, step: tuple[int, np.ndarray]) -> Step:
+    number, rows = step
+    return dataset.step(rows, sampler.micro_batches(rows), (sampler.seed, epoch, number))
 
 
 def evaluation_loader(data: PreparedData, split: str, config: Config, device: torch.device,
                       pass_tokens: float = math.inf) -> DataLoader:
-    """Yields this process's share of a split in padded batches. `pass_tokens`: what one more pass costs, in tokens."""
+    """Yields this process's share of a split in padded batches. Its `dataset` is the reviews of each batch.
+    `pass_tokens`: what one more pass costs, in tokens."""
     dataset, windows = data.splits[split], eval_batch_size(config.data_config, device, config.data_config.max_len)
     batches = evaluation_batches(dataset.lengths, windows, process_rank(), num_processes(), pass_tokens,
                                  dataset.windows)
-    return _loader(Batches(dataset, batches), range(len(batches)), config, device)
+    return _loader(batches, dataset.batch, config, device)
 
 
-def _loader(dataset: Steps | Batches, numbers: range, config: Config, device: torch.device) -> DataLoader:
-    return DataLoader(dataset, sampler=numbers, batch_size=None, num_workers=config.data_config.num_workers,
+def _loader(parts: list, make: Callable[[Any], Any], config: Config, device: torch.device) -> DataLoader:
+    """Yields `make(part)` of each part, in their order; the workers make them ahead."""
+    return DataLoader(parts, batch_size=None, collate_fn=make, num_workers=config.data_config.num_workers,
                       pin_memory=device.type == "cuda", worker_init_fn=_ignore_signals,
                       generator=torch.Generator())  # its own: the loader must not advance the generator of dropout
 

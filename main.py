@@ -4,7 +4,7 @@
     python main.py --config config.yaml --mode train                    BERT on IMDB: train, validate, test
     python main.py model_config.model_name=answerdotai/ModernBERT-base  another encoder
     python main.py train_config.epochs=3 data_config.max_len=256        any key of config.yaml, see docs/settings.md
-    python main.py --mode pretrain                                      masked words first, without labels; then:
+    python main.py --mode pretrain                                      learn masked words first, without labels; then:
     python main.py model_config.model_name=checkpoints/pretrain-bert-base-uncased-len128-bs64-seed42/best
     python main.py --mode test                                          evaluate the best model of that run again
     python main.py --mode predict --text "A wonderful film."            label a review with that model
@@ -87,7 +87,7 @@ def train_step(run: Run, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
 def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) -> Predictions:
     """The model's logits on every review of a split, each exactly once. Raises StopRequested between batches."""
     model.eval()
-    reviews = sum(map(len, loader.dataset.batches))
+    reviews = sum(map(len, loader.dataset))
     ids, labels, logits = compute_logits(model, watched(loader, devices, name), reviews, devices)
     model.train()
     counted = ids >= 0  # -1: a review that is there only to keep the processes in step

@@ -74,8 +74,8 @@ def _three_shares(split: Any) -> list[float] | str:
 
 def _name_of_a_folder(name: str) -> str:
     if not re.fullmatch(rf"[\w=+-][\w.=+ -]{{,{LONGEST_RUN_NAME - 1}}}", name):
-        raise ValueError(f"use up to {LONGEST_RUN_NAME} letters, digits and . _ - = + for a folder's name, which does "
-                         "not begin with a dot")
+        raise ValueError(f"a folder's name has up to {LONGEST_RUN_NAME} letters, digits and . _ - = +, and does not "
+                         "begin with a dot")
     return name
 
 
@@ -94,19 +94,16 @@ class ModelConfig:
     pretrained: bool = setting(True, "false: the same architecture with random weights")
     num_labels: int = setting(2, "number of classes", ge=2, le=100_000)
     pooling: Literal["cls", "mean"] = setting(
-        "cls", "what represents a review: `cls`, the first token's hidden state, or `mean`, the mean over its tokens "
-        "without padding")
+        "cls", "what represents a review: the first token's hidden state, or the mean over its tokens without padding")
     dropout_rate: float = setting(0.1, "dropout before the classification head", ge=0, lt=1)
-    encoder_dropout: float | None = setting(
-        None, "dropout everywhere in the encoder; null: the encoder's own rates", ge=0, lt=1)
+    encoder_dropout: float | None = setting(None, "dropout in the encoder; null: the encoder's own rates", ge=0, lt=1)
 
 
 @dataclass(config=CHECKED)
 class DataConfig:
     dataset: PathText = setting("stanfordnlp/imdb",
                                 "Hub id, local folder, or a .csv, .tsv, .jsonl, .json or .parquet file")
-    subset: str | None = setting(
-        None, "which configuration, or subset, of a dataset that has several; null: its own default")
+    subset: str | None = setting(None, "which configuration of a dataset that has several; null: its own default")
     text_column: str = setting("text", "column that holds the review")
     label_column: str = setting("label", "column that holds the class: numbers, which are ordered by their size, or "
                                 "names, by their Unicode code points")
@@ -120,13 +117,11 @@ class DataConfig:
     truncation: Literal["head", "tail", "head_tail", "windows"] = setting(
         "head", "what is read of a review longer than max_len: its head, its tail, half from each end, or all of it "
         "in windows whose logits are averaged")
-    max_windows: int = setting(4, "with truncation=windows, the most windows of a review; of a longer one, half of "
-                               "them are from each end", ge=1, le=1024)
-    line_breaks: Literal["keep", "space"] = setting(
-        "keep", "how `<br />` in a text is read: as it is written, or as a space")
-    batch_size: Count = setting(64, "reviews per forward pass on one device, or their windows: the micro-batch")
-    eval_batch_size: Count = setting(256, "reviews per forward pass in evaluation and prediction, or their windows; at "
-                                     "most 8,192 tokens on a CPU", shapes_result=False)
+    max_windows: int = setting(4, "most windows of a review; of a longer one, half are from each end", ge=1, le=1024)
+    line_breaks: Literal["keep", "space"] = setting("keep", "how `<br />` is read: as it is written, or as a space")
+    batch_size: Count = setting(64, "reviews, or their windows, per forward pass on one device: the micro-batch")
+    eval_batch_size: Count = setting(256, "the same in evaluation and prediction; at most 8,192 tokens on a CPU",
+                                     shapes_result=False)
     num_workers: int = setting(0, "processes that prepare batches; without them, a batch takes 0.15 ms",
                                shapes_result=False, ge=0, le=256)
 
@@ -135,7 +130,7 @@ class DataConfig:
 class TrainConfig:
     seed: Seed = setting(42, "seed of the head's weights, dropout and review order")
     objective: Literal["classification", "masked_lm"] = setting(
-        "classification", "what is learned, classes or masked words; `--mode pretrain` sets it")
+        "classification", "classes or masked words; `--mode pretrain` sets it")
     epochs: Count = setting(5, "passes over the training reviews")
     max_steps: Count | None = setting(None, "end after this many optimizer steps, if not before")
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
@@ -143,10 +138,8 @@ class TrainConfig:
     learning_rate: float = setting(5e-5, "learning rate after the warm-up", gt=0, le=1e30)
     weight_decay: float = setting(0.0, "weight decay, on all weights except biases and norms", ge=0)
     class_weights: Literal["balanced"] | None = setting(
-        None, "`balanced`: a review's weight in the loss is inversely proportional to its class's share of training; "
-        "null: all count the same")
-    scheduler: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "how the learning rate changes with the optimizer steps after the warm-up")
+        None, "`balanced`: a review's weight in the loss is inversely proportional to its class's share of training")
+    scheduler: Literal["constant", "linear", "cosine"] = setting("constant", "the learning rate after the warm-up")
     warmup_ratio: float = setting(0.0, "share of the optimizer steps that warm up from 0", ge=0, le=1)
     max_grad_norm: float | None = setting(None, "clip each step's gradient to this L2 norm; null: never", gt=0)
     gradient_accumulation_steps: Count = setting(
@@ -162,8 +155,8 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "compute layers twice, which takes less memory", shapes_result=False)
     early_stopping_patience: Count | None = setting(None, "stop after so many epochs without a better metric")
     best_metric: Literal["accuracy", "loss"] = setting("accuracy", "validation metric that chooses the best epoch")
-    test: bool = setting(True, "measure the best model on the test split at the end; false: for runs that choose "
-                         "settings, which compare.py compares on validation", shapes_result=False)
+    test: bool = setting(True, "test the best model at the end; false: for runs that choose settings, which compare.py "
+                         "compares on validation", shapes_result=False)
     resume: Literal["auto", "never", "must"] = setting(
         "auto", "auto: continue the same run where it stopped; never: start it again; must: fail if there is nothing "
         "to continue", shapes_result=False)
@@ -178,15 +171,13 @@ class LogConfig:
     wandb_project: str = setting("imdb-sentiment", "name of the project on wandb", shapes_result=False)
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = setting(
         "auto", "auto: online if there is a login, else offline", shapes_result=False)
-    log_every_steps: Count = setting(10, "optimizer steps between two training records; without a terminal, about ten "
-                                     "of them are printed in an epoch")
+    log_every_steps: Count = setting(10, "optimizer steps between two training records")
 
 
 @dataclass(config=CHECKED)
 class Config:
     run_name: RunName | None = setting(
-        None, "name of the run folder; null: `<model>-len<max_len>-bs<effective batch>-seed<seed>`, after `pretrain-` "
-        "for a pretraining run", shapes_result=False)
+        None, "name of the run folder; null: made of the model and settings", shapes_result=False)
     output_dir: PathText = setting("checkpoints", "folder that holds the run folders", shapes_result=False)
     model_config: ModelConfig = Field(default_factory=ModelConfig)
     data_config: DataConfig = Field(default_factory=DataConfig)
@@ -226,10 +217,6 @@ def config_fields() -> dict[str, FieldInfo]:
 
 def shapes_result(field: FieldInfo) -> bool:
     return field.json_schema_extra["shapes_result"]
-
-
-def takes_null(field: FieldInfo) -> bool:
-    return type(None) in get_args(field.annotation)
 
 
 def settings_table() -> str:
@@ -334,7 +321,8 @@ def _read_override(item: str) -> list[tuple[str, Any]]:
         raise UserError(f"command line: {shown(item)} is not an override; write section.key=value, for example "
                         "train_config.epochs=3")
     value: Any = text
-    if text in ("", "null", "~") and key in (known := config_fields()) and takes_null(known[key]):
+    field = config_fields().get(key)
+    if text in ("", "null", "~") and field and type(None) in get_args(field.annotation):
         value = None
     elif text.startswith(("[", "{", "'", '"')):
         with suppress(ValueError, yaml.YAMLError):  # as in the name of a file: [final].csv

@@ -17,13 +17,14 @@ import torch
 from scipy.special import softmax
 from transformers import pipeline
 
-from data import load_split, pad
+from data import pad
 from suite.common.devices import Devices
 from suite.common.hub import quiet_libraries
 from suite.common.run_folder import read_saved_config
 from suite.inference.classifier import Classifier
 from suite.inference.export import INT8, ONNX
 from suite.inference.onnx_file import OnnxModel, probabilities_of
+from suite.reviews.splitting import load_split
 from utils import Config, TrainConfig
 
 REVIEWS, BATCH = 500, 32

@@ -15,6 +15,7 @@ is measured again, and a busy machine gets no verdict.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -35,19 +36,16 @@ from suite.common.devices import Devices
 from suite.common.hub import quiet_libraries
 from suite.encoders.loading import load_model
 from suite.inference.classifier import Classifier
-from suite.inference.labelling import Job, read_chunks
+from suite.inference.labelling import Job
+from suite.reviews.rows import read_rows
 from utils import Config
 
 PARTS, BATCH_SIZES, TRIED = 5, (1, 8, 16, 32, 64), 512
 
 
 def read_texts(path: str, column: str, rows: int) -> list[str]:
-    texts = []
-    for chunk in read_chunks(path, column, []):
-        texts += [row.text for row in chunk if row.problem is None]
-        if len(texts) >= rows:
-            break
-    return texts[:rows]
+    texts = (row.values[column] for row in read_rows(path, [column]) if not row.problem)
+    return list(itertools.islice((text for text in texts if text.strip()), rows))
 
 
 def timed(call) -> tuple[float, list]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from data import IMDBDataset, Steps
+from data import IMDBDataset
 from main import train_step
 from main_accumulation import AcceleratedDevices
 from model import EncoderForClassification
@@ -57,8 +57,8 @@ def train_steps(model, optimizer, devices, dataset, effective_batch: int, micro_
     run = SimpleNamespace(model=model, optimizer=optimizer, devices=devices, class_weights=class_weights,
                           scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
                           config=Config(train_config=TrainConfig(max_grad_norm=max_grad_norm)))
-    epoch = Steps(dataset, sampler, 0)
-    return sum(torch.stack(train_step(run, epoch[number])) for number in range(len(sampler))[:steps])
+    return sum(torch.stack(train_step(run, dataset.step(rows, sampler.micro_batches(rows), seed=(0,))))
+               for rows in sampler.effective_batches(0)[:steps])
 
 
 def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:

@@ -42,6 +42,8 @@ class Forked:
         self.args, self._folder = arguments, tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name, "output")
         self._error = Path(self._folder.name, "output" if merged else "error")
+        for path in (self._output, self._error):
+            path.touch()  # a kill may be quicker than the process
         self._process = CONTEXT.Process(target=become, args=(list(arguments), environment, self._output, self._error))
         with contextlib.chdir(PROJECT):  # where the server, which the first process starts, finds `suite`
             self._process.start()
@@ -82,7 +84,7 @@ def become(arguments: list[str], environment: dict[str, str], output: Path, erro
     os.environ.update(environment)
     os.chdir(PROJECT)
     for number, path in ((1, output), (2, error)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     multiprocessing.set_start_method(None, force=True)  # data loaders start their processes as Python does by default
     sys.argv, sys.path[:0] = arguments, [str(Path(arguments[0]).resolve().parent)]
     code = 1

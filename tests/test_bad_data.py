@@ -157,18 +157,6 @@ def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides):
     assert max(dataset.lengths.max() for dataset in prepared.splits.values()) == 32
 
 
-@pytest.mark.parametrize("drop", ["true", "false"])
-def test_copies_count_towards_the_limit(tmp_path, overrides, drop):
-    (tmp_path / "twice.csv").write_text(HEADED + GOOD + GOOD)
-    config = load_config(PROJECT / "config.yaml", [
-        *overrides, f"data_config.dataset={tmp_path / 'twice.csv'}", "data_config.limit=30",
-        f"data_config.drop_duplicates={drop}"])
-    prepared = data.prepare_data(config)
-    assert sum(len(dataset) for dataset in prepared.splits.values()) == 30
-    texts = [{dataset.text(i) for i in dataset.ids} for dataset in prepared.splits.values()]
-    assert len(set.union(*texts)) == sum(map(len, texts))
-
-
 def test_a_bug_in_the_reader_of_a_file_keeps_its_traceback(reviews_file, monkeypatch):
     monkeypatch.setattr(sources, "as_text", lambda value: value.bug())
     with pytest.raises(Exception, match="generating the dataset") as caught:

@@ -43,10 +43,6 @@ def of_config(config):
     return lambda folder: config.save_pretrained(folder / "encoder")
 
 
-def other_shape(folder: Path):
-    shutil.copy(folder / "whole/model.safetensors", encoder(folder, hidden_size=16))
-
-
 def no_padding(folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(PROJECT / "demo/bert")
     tokenizer.pad_token = None
@@ -76,11 +72,13 @@ def words(change):
 
 
 def weights(change, name: str = "layer.1.output.dense.bias", shards: bool = False, **index: str):
-    """`change` made to a tensor; `shards`: in two files, with an index, which names the files `index` as well."""
+    """`change` made to a tensor (None: it is lost); `shards`: in two files, with an index, which names the files
+    `index` as well."""
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         place = next(key for key in tensors if key.endswith(name))
-        tensors[place] = change(tensors[place])
+        tensors |= {place: change(tensors.pop(place))}
+        tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
         if not shards:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
             return
@@ -90,6 +88,16 @@ def weights(change, name: str = "layer.1.output.dense.bias", shards: bool = Fals
             save_file({key: tensors[key] for key in files if files[key] == half}, folder / half, {"format": "pt"})
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files | index}))
     return spoil
+
+
+def own_code(folder: Path) -> None:
+    relabelled(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"})
+    (folder / "mine.py").write_text("1 / 0")
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "weights.bin")
+    (folder / "weights.bin").rename(folder / "model.safetensors")
 
 
 def one(value: float):
@@ -104,16 +112,13 @@ TINY = {"vocab_size": 2500, "bos_token_id": 2, "eos_token_id": 3}
 BAD_MODELS = [
     ("no folder", lambda folder: None, "cannot be reached and"),  # taken for a Hub name, and the tests are offline
     ("an empty folder", lambda folder: (folder / "encoder").mkdir(), "{}/config.json"),
-    ("no weights", encoder, "{} holds no weights in safetensors"),
     ("a pickle for weights", lambda folder: torch.save({}, encoder(folder) / "pytorch_model.bin"),
      "{} holds no weights in safetensors"),
-    ("weights of another shape", other_shape, "the weights in {} are not of the model in its config.json"),
     ("no padding token", no_padding, "{} has no padding token"),
     ("GPT-2", of_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, **TINY)), "{} is a gpt2 model, not a text encoder"),
     ("T5", of_config(T5Config(d_model=8, num_layers=1, num_heads=2, **TINY)), "{} is a t5 model, not a text encoder"),
     ("ViT", of_config(ViTConfig(num_hidden_layers=1)), "{} is a vit model, not a text encoder"),
     ("heads that do not divide", spoiled(values(num_attention_heads=5)), "not a multiple"),
-    ("an unknown architecture", lambda folder: encoder(folder, model_type="nonsense"), "'nonsense', is none of"),
     ("no JSON", lambda folder: (encoder(folder) / "config.json").write_text("{"), "{} cannot be loaded"),
     ("no tokenizer", lambda folder: encoder(folder, tokenizer=False), "its tokenizer has no words"),
     ("half a tokenizer", lambda folder: os.truncate(encoder(folder) / "tokenizer.json", 900), "{} cannot be loaded"),
@@ -122,11 +127,18 @@ BAD_MODELS = [
     ("more words than the encoder's", spoiled(words(lambda known: known | {"film": 99999})), "{} gives token 99999"),
 ]
 SPOILED = [
-    ("nan in a tensor", weights(one(float("nan"))), "do not give finite logits"),
+    ("a nan in a tensor", weights(one(float("nan"))), "are finite: "),
+    ("a nan in one word's embedding", weights(one(float("nan")), "word_embeddings.weight"), "word_embeddings.weight"),
     ("finite weights, infinite logits", weights(lambda tensor: torch.full_like(tensor, 3e38)), "give finite logits"),
     ("a missing shard", weights(one(0), shards=True, x="part-7.safetensors"), "part-7.safetensors"),
     ("a pickled shard", weights(one(0), shards=True, x="part.bin"), "no pickle is loaded"),
-    ("half the weights", lambda folder: os.truncate(folder / "model.safetensors", 9000), ""),
+    ("half a file", lambda folder: os.truncate(folder / "model.safetensors", 9000), ""),
+    ("no weights", lambda folder: (folder / "model.safetensors").unlink(), "no "),
+    ("no config.json", lambda folder: (folder / "config.json").unlink(), "config.json"),
+    ("a pickle of that name", pickled, "cannot be loaded"),
+    ("a weight less", weights(lambda tensor: None), "layer.1.output.dense.bias"),
+    ("a weight of another shape", weights(lambda tensor: tensor[:9].clone()), "layer.1.output.dense.bias is [9]"),
+    ("code of its own", own_code, "code from a model's folder is not run"),
     ("an adapter", lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json"),
 ]
 CLASSIFIERS = [  # an encoder has no classes, and its words are compared with the reviews that it is trained on

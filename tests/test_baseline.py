@@ -12,11 +12,11 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from data import load_split
 from suite.common.run_folder import read_saved_config
 from suite.comparison import report
 from suite.comparison.results import group, read_result
 from suite.encoders.bag_of_words import load_bag_of_words
+from suite.reviews.splitting import load_split
 from suite.training import baseline
 
 ENCODER = ("model_config.pooling=mean", "data_config.max_len=32", "data_config.batch_size=16", "train_config.epochs=1",

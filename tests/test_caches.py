@@ -44,7 +44,8 @@ def prepare(tmp_path, overrides, monkeypatch):
 
     def prepared(dataset: Path) -> tuple[list, list, list]:
         split = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, f"data_config.dataset={dataset}"]))
-        tokens, *_ = data.tokenize(split.reviews.table, LengthsOfWords(), split.digests)
+        rows = np.arange(len(split.digests))
+        tokens, *_ = data.tokenize(split.reviews.table, rows, split.digests, LengthsOfWords(), [])
         return split.reviews.table["text"][:], split.reviews.labels.tolist(), tokens.tolist()
 
     return prepared
@@ -122,12 +123,12 @@ def test_the_full_disk_of_the_cache_is_named(tmp_path, reviews_file, overrides, 
     result = run_here(*overrides)
     assert result.returncode == 2
     assert f"error: {tmp_path / 'cache'}" in result.stderr
-    assert "its disk is full" in result.stderr
+    assert "no room to write" in result.stderr
     assert "set HF_HOME to another disk" in result.stderr
 
 
 def test_the_full_disk_of_downloaded_models_is_named():
-    with pytest.raises(UserError, match=r"hub: its disk is full.* set HF_HOME"), explained("model_name", "owner/model"):
+    with pytest.raises(UserError, match=r"hub: no room to write.* set HF_HOME"), explained("model_name", "owner/model"):
         full()
 
 

@@ -11,60 +11,54 @@ from conftest import PROJECT, SHARED
 from transformers import AutoTokenizer
 
 import data
-from suite.reviews import splitting
-from suite.reviews.sampling import StepSampler, cut
+from suite.reviews import sampling, splitting
+from suite.reviews.sampling import StepSampler
 from utils import DataConfig, UserError, load_config
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def config(overrides):
-    return load_config(PROJECT / "config.yaml", overrides)
+def configured(overrides):
+    """configured(*more overrides): the configuration of a run of seconds."""
+    return lambda *more: load_config(PROJECT / "config.yaml", [*overrides, *more])
+
+
+@pytest.fixture
+def config(configured):
+    return configured()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits
 
 
-def test_the_split_is_8_1_1_stratified_complete_and_that_of_its_seed_alone(overrides, config, encoder_folder):
-    splits = data.prepare_data(config).splits
+def test_the_split_is_8_1_1_stratified_complete_and_that_of_its_seed_alone(configured, encoder_folder):
+    splits = data.prepare_data(configured()).splits
     assert {name: len(dataset) for name, dataset in splits.items()} == {"train": 160, "valid": 20, "test": 20}
     assert sorted(np.concatenate([dataset.ids for dataset in splits.values()])) == list(range(200))
     assert all(dataset.labels.mean() == 0.5 for dataset in splits.values())
 
     def ids_with(*changes: str) -> dict[str, list[int]]:
-        ids_of = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, *changes])).ids_of
-        return {name: ids.tolist() for name, ids in ids_of.items()}
+        return {name: ids.tolist() for name, ids in data.load_split(configured(*changes)).ids_of.items()}
 
     expected = {name: dataset.ids.tolist() for name, dataset in splits.items()}
     assert ids_with("train_config.seed=7", "data_config.batch_size=3", "data_config.max_len=9",
                     f"model_config.model_name={encoder_folder('modernbert')}") == expected
     assert ids_with("data_config.split_seed=1") != expected
+    assert [len(ids) for ids in ids_with("data_config.limit=50").values()] == [40, 5, 5]
 
 
-def test_the_demo_s_split_is_the_one_of_the_published_figures():
-    split = data.load_split(load_config(PROJECT / "demo.yaml"))
-    assert split.fingerprint == "2770d3f5bf505cc0cd515097439015db97b9a6343dd7b398bf6ee59200f0a041"
-
-
-def test_no_text_stands_in_two_splits_and_duplicates_are_counted(overrides, reviews_file, capsys):
+@pytest.mark.parametrize(("drop", "limit", "rows"), [
+    ("true", "null", 200), ("false", "null", 250), ("true", 30, 30), ("false", 30, 30)])
+def test_no_text_stands_in_two_splits_and_duplicates_are_counted(configured, reviews_file, capsys, drop, limit, rows):
     lines = reviews_file.read_text().splitlines()
     reviews_file.write_text("\n".join(lines + lines[1:101:2]) + "\n")  # 50 of them twice
-    for drop in ("true", "false"):
-        config = load_config(PROJECT / "config.yaml", [*overrides, f"data_config.drop_duplicates={drop}"])
-        prepared = data.prepare_data(config)
-        texts = {name: {dataset.text(i) for i in dataset.ids} for name, dataset in prepared.splits.items()}
-        assert not texts["train"] & (texts["valid"] | texts["test"])
-        assert not texts["valid"] & texts["test"]
-        rows = sum(len(dataset) for dataset in prepared.splits.values())
-        assert rows == (200 if drop == "true" else 250)
-        assert "50 exact duplicates" in capsys.readouterr().out
-
-
-def test_limit_keeps_the_shares(overrides):
-    config = load_config(PROJECT / "config.yaml", [*overrides, "data_config.limit=50"])
-    assert [len(ids) for ids in data.load_split(config).ids_of.values()] == [40, 5, 5]
+    split = data.load_split(configured(f"data_config.drop_duplicates={drop}", f"data_config.limit={limit}"))
+    texts = [{split.text(i) for i in ids} for ids in split.ids_of.values()]
+    assert len(set.union(*texts)) == sum(map(len, texts))
+    assert sum(map(len, split.ids_of.values())) == rows
+    assert "50 exact duplicates" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,22 +78,20 @@ def dataset_folder(tmp_path):
     return folder
 
 
-def test_the_unlabelled_split_is_never_used(dataset_folder, overrides, capsys):
-    columns = ["data_config.text_column=text", "data_config.label_column=label"]
-    config = load_config(PROJECT / "config.yaml", [*overrides, *columns, f"data_config.dataset={dataset_folder}"])
-    prepared = data.prepare_data(config)
-    assert sum(len(dataset) for dataset in prepared.splits.values()) == 100
-    for dataset in prepared.splits.values():
-        assert all(int(dataset.text(i).split()[1]) < 2000 for i in dataset.ids)
+COLUMNS = ["data_config.text_column=text", "data_config.label_column=label"]
+
+
+def test_the_unlabelled_split_is_never_used(dataset_folder, configured, capsys):
+    splits = data.prepare_data(configured(*COLUMNS, f"data_config.dataset={dataset_folder}")).splits
+    numbers = [int(dataset.text(i).split()[1]) for dataset in splits.values() for i in dataset.ids]
+    assert sorted(numbers) == [*range(60), *range(1000, 1040)]
     assert "the split unsupervised has no labels and is not used (30 rows)" in capsys.readouterr().out
 
 
-def test_the_official_test_split(dataset_folder, overrides):
-    columns = ["data_config.text_column=text", "data_config.label_column=label", "data_config.split=official"]
-    config = load_config(PROJECT / "config.yaml", [*overrides, *columns, f"data_config.dataset={dataset_folder}"])
-    splits = data.prepare_data(config).splits
-    assert {name: len(dataset) for name, dataset in splits.items()} == {"train": 54, "valid": 6, "test": 40}
-    assert {int(splits["test"].text(i).split()[1]) // 1000 for i in splits["test"].ids} == {1}
+def test_the_official_test_split(dataset_folder, configured):
+    split = data.load_split(configured(*COLUMNS, f"data_config.dataset={dataset_folder}", "data_config.split=official"))
+    assert {name: len(ids) for name, ids in split.ids_of.items()} == {"train": 54, "valid": 6, "test": 40}
+    assert {int(split.text(i).split()[1]) // 1000 for i in split.ids_of["test"]} == {1}
 
 
 @pytest.mark.parametrize("drop", [True, False])
@@ -108,7 +100,7 @@ def test_the_official_test_split_stays_whole_and_is_not_trained_on(drop, capsys)
     texts = [*range(30), *range(5), *range(25, 45), 44]
     digests = np.array([f"{text:016d}".encode() for text in texts], dtype="V16")
     labels, names = np.array(texts) % 2, np.array(["train"] * 35 + ["test"] * 21)
-    splits = data.split_reviews(digests, labels, names, DataConfig(split="official", drop_duplicates=drop))
+    splits = splitting.split_reviews(digests, labels, names, DataConfig(split="official", drop_duplicates=drop))
     assert splits["test"].tolist() == list(range(35, 56))
     trained = [texts[row] for row in [*splits["train"], *splits["valid"]]]
     assert sorted(set(trained)) == list(range(25))
@@ -121,23 +113,19 @@ def test_the_official_test_split_stays_whole_and_is_not_trained_on(drop, capsys)
 # Tokens
 
 
-def test_head_truncation_is_the_tokenizers_own(encoder_folder):
-    for name in ("bert", "modernbert"):
-        tokenizer = AutoTokenizer.from_pretrained(encoder_folder(name))
-        texts = ["A gripping film.", "word " * 100, "x"]
-        expected = tokenizer(texts, truncation=True, max_length=12)["input_ids"]
-        assert data.Encode(tokenizer, 12, "head")({"text": texts})["input_ids"] == expected
-
-
-def test_tail_and_head_tail(encoder_folder):
-    tokenizer = AutoTokenizer.from_pretrained(encoder_folder("bert"))
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_texts_are_cut_at_either_end_or_in_the_middle(encoder_folder, name):
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(name))
     text = " ".join("the film was dull but the end is good and not bad at all".split() * 3)
-    whole = tokenizer(text)["input_ids"]
-    tail = data.Encode(tokenizer, 11, "tail")({"text": [text]})["input_ids"][0]
-    assert tail == [whole[0], *whole[-10:-1], whole[-1]]
-    both = data.Encode(tokenizer, 11, "head_tail")({"text": [text]})["input_ids"][0]
-    assert both == [*whole[:5], *whole[-6:]]
-    assert data.Encode(tokenizer, 500, "tail")({"text": [text]})["input_ids"][0] == whole
+    whole, texts = tokenizer(text)["input_ids"], ["A gripping film.", text, "x"]
+
+    def cut(truncation: str, max_len: int = 11) -> list[list[int]]:
+        return data.Encode(tokenizer, max_len, truncation)({"text": texts})["input_ids"]
+
+    assert cut("head") == tokenizer(texts, truncation=True, max_length=11)["input_ids"]
+    assert cut("tail")[1] == [whole[0], *whole[-10:-1], whole[-1]]
+    assert cut("head_tail")[1] == [*whole[:5], *whole[-6:]]
+    assert cut("tail", 500)[1] == whole
 
 
 def test_tokens_are_cached(config, monkeypatch):
@@ -168,9 +156,8 @@ def test_batches_are_the_reviews_padded_to_their_longest(config):
     assert sorted(seen) == sorted(dataset.ids.tolist())
 
 
-def test_token_type_ids_only_where_the_encoder_takes_them(overrides, encoder_folder):
-    encoder = f"model_config.model_name={encoder_folder('modernbert')}"
-    config = load_config(PROJECT / "config.yaml", [*overrides, encoder])
+def test_token_type_ids_only_where_the_encoder_takes_them(configured, encoder_folder):
+    config = configured(f"model_config.model_name={encoder_folder('modernbert')}")
     assert "token_type_ids" not in next(iter(data.evaluation_loader(data.prepare_data(config), "valid", config, CPU)))
 
 
@@ -211,28 +198,26 @@ def test_an_effective_batch_is_cut_where_that_saves_most():
     def work(groups):
         return sum(len(group) * lengths[group].max() + 25 for group in groups)
 
-    found = [round_[0] for round_ in cut(np.arange(9), lengths, 4, 1, pass_tokens=25)]
+    found = [round_[0] for round_ in sampling.cut(np.arange(9), lengths, 4, 1, pass_tokens=25)]
     order = np.argsort(-lengths)
     every_cut = (np.split(order, [place for place in range(1, 9) if mask >> place & 1]) for mask in range(0, 512, 2))
     cheapest = min((groups for groups in every_cut if max(map(len, groups)) <= 4), key=work)
     assert work(found) == work(cheapest)
     assert work(found) < work(np.array_split(order, 3))
-    assert len(cut(np.arange(9), np.full(9, 7), 4, 1, pass_tokens=25)) == 3  # nothing to save
+    assert len(sampling.cut(np.arange(9), np.full(9, 7), 4, 1, pass_tokens=25)) == 3  # nothing to save
 
 
 def test_a_process_without_a_review_gets_one_that_does_not_count(config):
     dataset = data.prepare_data(config).splits["train"]
-    [round_] = cut(np.array([4]), dataset.lengths, 16, 3)
+    [round_] = sampling.cut(np.array([4]), dataset.lengths, 16, 3)
     batches = list(map(dataset.batch, round_))
     assert [batch["labels"].item() == data.IGNORED for batch in batches] == [False, True, True]
     assert [batch["id"].item() for batch in batches][1:] == [-1, -1]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real reviews")
-def test_imdb_has_418_duplicates_and_no_leak(overrides, capsys):
-    settings = [f"data_config.dataset={SHARED / 'data/imdb'}", "data_config.text_column=text",
-                "data_config.label_column=label"]
-    split = data.load_split(load_config(PROJECT / "config.yaml", [*overrides, *settings]))
+def test_imdb_has_418_duplicates_and_no_leak(configured, capsys):
+    split = data.load_split(configured(*COLUMNS, f"data_config.dataset={SHARED / 'data/imdb'}"))
     assert "418 exact duplicates dropped" in capsys.readouterr().out
     assert {name: len(ids) for name, ids in split.ids_of.items()} == {"train": 39666, "valid": 4958, "test": 4958}
     texts = split.reviews.table["text"][:]
@@ -251,4 +236,4 @@ def test_an_official_split_with_a_class_that_is_not_trained_on_is_refused():
     digests = np.array([bytes([row]) * 16 for row in range(60)], dtype="V16")
     names, labels = np.where(np.arange(60) < 40, "train", "test"), np.where(np.arange(60) < 50, 0, 1)
     with pytest.raises(UserError, match="no row to train on has the class 1"):
-        data.split_reviews(digests, labels, names, DataConfig(split="official"))
+        splitting.split_reviews(digests, labels, names, DataConfig(split="official"))

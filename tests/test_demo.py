@@ -9,7 +9,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from data import load_split
+from suite.reviews.splitting import load_split
 from utils import load_config
 
 DEMO = PROJECT / "demo"

@@ -126,7 +126,7 @@ def test_a_full_disk_is_named_by_the_output(bert, tmp_path, monkeypatch):
 def test_what_cannot_be_exported_is_one_line(bert, tmp_path, monkeypatch, problem):
     if problem == "exists":
         (tmp_path / "model-export").mkdir()
-        expected = "model-export exists already: remove it, or choose another folder with --output"
+        expected = "--output: .*model-export exists already: choose another name, or remove it"
     elif problem == "no packages":
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
         expected = "--mode export needs onnxruntime: pip install -r requirements-onnx.txt"

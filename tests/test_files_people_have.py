@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -15,8 +16,7 @@ import pyarrow.parquet
 import pytest
 from conftest import PROJECT, expect, run_here
 
-import data
-from suite.reviews import rows
+from suite.reviews import rows, splitting
 from suite.reviews.classes import load_reviews
 from utils import ROW_FILES, DataConfig, UserError, file_kind, load_config
 
@@ -56,11 +56,15 @@ def reviews_of(path, num_labels: int = 2, **settings):
     return load_reviews(DataConfig(dataset=str(path), **settings), num_labels)
 
 
-def refusal(path, num_labels: int = 2, **settings) -> str:
+def split_of(path, num_labels: int = 2, **settings) -> splitting.Split:
+    return splitting.load_split(load_config(PROJECT / "config.yaml", [
+        f"data_config.dataset={path}", f"model_config.num_labels={num_labels}",
+        *(f"data_config.{key}={value}" for key, value in settings.items())]))
+
+
+def refusal(*arguments, **settings) -> str:
     with pytest.raises(UserError) as caught:
-        data.load_split(load_config(PROJECT / "config.yaml", [
-            f"data_config.dataset={path}", f"model_config.num_labels={num_labels}",
-            *(f"data_config.{key}={value}" for key, value in settings.items())]))
+        split_of(*arguments, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -69,8 +73,20 @@ def labelled(texts: list[str], labels: list) -> list[dict]:
     return [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
 
 
-def classes(*names: str) -> datasets.Features:
-    return datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))})
+def films(count: int, labels: Sequence = (0, 1), name: str = "film") -> list[dict]:
+    """So many rows, whose labels come again and again."""
+    return [{"text": f"{name} {row}", "label": labels[row % len(labels)]} for row in range(count)]
+
+
+def declaring(names: list[str], records: list[dict]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(records, datasets.Features({
+        "text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}))
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    (tmp_path / "many").mkdir()
+    return tmp_path / "many"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,8 +104,8 @@ def test_one_table_names_the_kinds_and_what_reads_them():
 
 @pytest.mark.parametrize(("name", "is_folder"), [  # in a folder, the library wants small letters
     (name, is_folder) for name in NAMES for is_folder in (False, True) if not (is_folder and name == "R.CSV")])
-def test_a_file_and_a_folder_of_it_give_the_texts_that_are_in_it(tmp_path, name, is_folder):
-    path = write(tmp_path / "many" / name, RECORDS)
+def test_a_file_and_a_folder_of_it_give_the_texts_that_are_in_it(many, name, is_folder):
+    path = write(many / name, RECORDS)
     reviews = reviews_of(path.parent if is_folder else path)
     assert reviews.table["text"][:] == [record["text"] for record in RECORDS]
     assert [reviews.label_names[label] for label in reviews.labels] == [record["label"] for record in RECORDS]
@@ -108,22 +124,21 @@ def test_prediction_reads_what_training_reads(tmp_path, name):
     pa.array([0.0, 1.0]), pa.array([0, 1]).cast(pa.decimal128(19, 0)), pa.array([0, 1], pa.uint8()),
     pa.array(["0", "1"], pa.large_string()),
     pa.array(["0", "1"]).dictionary_encode()], ids=lambda labels: str(labels.type))
-def test_types_of_a_table(tmp_path, labels):
-    (tmp_path / "many").mkdir()
+def test_types_of_a_table(many, labels):
     labels = labels.take(pa.array([0, 1] * 20))
     texts = pa.array([f"film {number}" for number in range(40)], pa.string_view())
-    pyarrow.parquet.write_table(pa.table({"text": texts, "label": labels}), tmp_path / "many" / "train.parquet")
-    for path in (tmp_path / "many", tmp_path / "many" / "train.parquet"):
+    pyarrow.parquet.write_table(pa.table({"text": texts, "label": labels}), many / "train.parquet")
+    for path in (many, many / "train.parquet"):
         reviews = reviews_of(path)
         assert reviews.table["text"][:] == texts.to_pylist()
         assert reviews.labels.tolist() == [0, 1] * 20
         assert reviews.label_names == ["0", "1"]
 
 
-def test_json_numbers_and_texts_in_one_column_stay_what_they_are(tmp_path):
+def test_json_numbers_and_texts_in_one_column_stay_what_they_are(many):
     texts = [0, "1", 2, "007", "null", 1.5, "2020-01-02", *(f"film {number}" for number in range(13))]
-    write(tmp_path / "many" / "train.json", labelled(texts, [0, 1] * 10))
-    assert reviews_of(tmp_path / "many").table["text"][:] == [str(text) for text in texts]
+    write(many / "train.json", labelled(texts, [0, 1] * 10))
+    assert reviews_of(many).table["text"][:] == [str(text) for text in texts]
 
 
 @pytest.fixture
@@ -149,9 +164,8 @@ def test_a_folder_with_a_text_file_for_each_review(acl_imdb, capsys):
     for text, label in zip(reviews.table["text"], reviews.labels, strict=True):
         assert text.startswith(f"a {reviews.label_names[label]} film, number ")
     assert "3 .txt files that lie in no class's folder are not read" in capsys.readouterr().out
-    assert {name: len(ids) for name, ids in data.load_split(load_config(PROJECT / "config.yaml", [
-        f"data_config.dataset={acl_imdb}", "data_config.split=official"])).ids_of.items()} == {
-            "train": 36, "valid": 4, "test": 40}
+    sizes = {name: len(ids) for name, ids in split_of(acl_imdb, split="official").ids_of.items()}
+    assert sizes == {"train": 36, "valid": 4, "test": 40}
     (acl_imdb / "test" / "neg" / "105_7.txt").write_text(" ")
     assert f"{acl_imdb}/test/neg/105_7.txt has no text" in refusal(acl_imdb)
     assert "put the texts of each class into a folder" in refusal(acl_imdb / "test" / "neg")
@@ -172,9 +186,7 @@ def test_files_that_change_their_folder_change_their_label(acl_imdb):
 
 @pytest.mark.parametrize("is_dict", [True, False])
 def test_a_saved_dataset_is_read_without_the_caches_beside_it(tmp_path, is_dict):
-    tables = {split: datasets.Dataset.from_dict(
-        {"text": [f"Film {split} {row}" for row in range(40)], "label": [0, 1] * 20}, features=classes("bad", "good"))
-        for split in ("train", "test")}
+    tables = {split: declaring(["bad", "good"], films(40, name=f"Film {split}")) for split in ("train", "test")}
     (datasets.DatasetDict(tables) if is_dict else tables["train"]).save_to_disk(str(tmp_path / "saved"))
     saved = datasets.load_from_disk(str(tmp_path / "saved"))
     saved.map(lambda row: {"text": row["text"].lower()})
@@ -187,32 +199,30 @@ def test_a_saved_dataset_is_read_without_the_caches_beside_it(tmp_path, is_dict)
 
 
 @pytest.mark.parametrize("validation", ["val", "dev", "valid", "validation"])
-def test_the_official_validation_rows_are_not_trained_on_whatever_their_split_is_called(tmp_path, validation, capsys):
+def test_the_official_validation_rows_are_not_trained_on_whatever_their_split_is_called(many, validation, capsys):
     for split, count in (("train", 40), (validation, 20), ("test", 20), ("extra", 10)):
-        write(tmp_path / "many" / f"{split}.csv",
-              labelled([f"{split} {number}" for number in range(count)], [0, 1] * (count // 2)))
-    (tmp_path / "many" / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
+        write(many / f"{split}.csv", films(count, name=split))
+    (many / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
         f"  - split: {split}\n    path: {split}.csv\n" for split in ("train", validation, "test", "extra")) + "---\n")
-    split = data.load_split(load_config(PROJECT / "config.yaml", [
-        f"data_config.dataset={tmp_path / 'many'}", "data_config.split=official"]))
+    split = split_of(many, split="official")
     assert {name: {split.text(row).split()[0] for row in ids} for name, ids in split.ids_of.items()} == {
         "train": {"train"}, "valid": {validation}, "test": {"test"}}
     assert "the split extra is none of train, validation, test" in capsys.readouterr().out
 
 
-def test_files_that_belong_to_no_split_are_named(tmp_path, capsys):
+def test_files_that_belong_to_no_split_are_named(many, capsys):
     for name in ("train.csv", "test.csv", "heldout.csv"):
-        write(tmp_path / "many" / name, labelled([f"{name} {row}" for row in range(20)], [0, 1] * 10))
-    assert len(reviews_of(tmp_path / "many").table) == 40
+        write(many / name, films(20, name=name))
+    assert len(reviews_of(many).table) == 40
     assert (f"files whose names tell none of the splits train, test are not read (1, such as "
-            f"{tmp_path / 'many' / 'heldout.csv'})") in capsys.readouterr().out
+            f"{many / 'heldout.csv'})") in capsys.readouterr().out
 
 
-def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(tmp_path):
-    write(tmp_path / "many" / "train-00000-of-00002.parquet", labelled([f"a{row}" for row in range(20)], [0, 1] * 10))
-    write(tmp_path / "many" / "train-00001-of-00002.parquet", [
+def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(many):
+    write(many / "train-00000-of-00002.parquet", films(20, name="a"))
+    write(many / "train-00001-of-00002.parquet", [
         {"text": f"b{row}", "lang": "en", "label": row % 2, "__index_level_0__": row} for row in range(20)])
-    assert len(reviews_of(tmp_path / "many").table) == 40
+    assert len(reviews_of(many).table) == 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +233,7 @@ def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(tmp_path)
     [0, 4], [-1, 1], [-1, 0, 1], [1, 2, 3, 4, 7, 8, 9, 10], [0.5, 1, 10], ["no", "yes"],
     ["1e3", "on"], ["--1", "9" * 5000]])
 def test_as_many_values_as_classes_are_the_classes(tmp_path, values):
-    path = write(tmp_path / "r.csv", labelled([f"film {row}" for row in range(20 * len(values))], values * 20))
+    path = write(tmp_path / "r.csv", films(20 * len(values), values))
     for given in (2, 5, 8):
         if given != len(values):
             assert f"set model_config.num_labels={len(values)}" in refusal(path, given)
@@ -232,51 +242,47 @@ def test_as_many_values_as_classes_are_the_classes(tmp_path, values):
     assert reviews.labels.tolist() == list(range(len(values))) * 20
 
 
-def test_one_number_written_in_several_ways_is_one_class(tmp_path):
-    write(tmp_path / "many" / "train.csv", labelled([f"a{row}" for row in range(40)], ["0", "1"] * 20))
-    write(tmp_path / "many" / "test.csv", labelled([f"b{row}" for row in range(40)], ["0.0", "1.0", "01", "00"] * 10))
-    reviews = reviews_of(tmp_path / "many")
+def test_one_number_written_in_several_ways_is_one_class(many):
+    write(many / "train.csv", films(40, ["0", "1"], name="a"))
+    write(many / "test.csv", films(40, ["0.0", "1.0", "01", "00"], name="b"))
+    reviews = reviews_of(many)
     assert reviews.label_names == ["0", "1"]
     assert reviews.labels.tolist() == [0, 1] * 20 + [0, 1, 1, 0] * 10
 
 
 @pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.parquet"])
-def test_a_declared_name_comes_before_a_declared_number(tmp_path, name):
+def test_a_declared_name_comes_before_a_declared_number(many, name):
     """The classes are called 1, 2 and 3. A text is a name; a number counts the classes from 0."""
-    (tmp_path / "many").mkdir()
     numbers = [0, 1, 2] if name == "r.parquet" else [1, 2, 3]
     values = [str(number) if name == "r.jsonl" else number for number in numbers]
-    write(tmp_path / "many" / name, labelled([f"film {row}" for row in range(60)], values * 20))
-    (tmp_path / "many" / "README.md").write_text(
+    write(many / name, films(60, values))
+    (many / "README.md").write_text(
         "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
         "      class_label: {names: {'0': '1', '1': '2', '2': '3'}}\n---\n")
-    reviews = reviews_of(tmp_path / "many", 3)
+    reviews = reviews_of(many, 3)
     assert reviews.label_names == ["1", "2", "3"]
     assert reviews.labels.tolist() == [0, 1, 2] * 20
 
 
-def test_minus_one_is_a_class_wherever_it_stands_unless_a_split_holds_nothing_else(tmp_path, capsys):
+def test_minus_one_is_a_class_wherever_it_stands_unless_a_split_holds_nothing_else(tmp_path, many, capsys):
     for shard, label in enumerate((-1, 0, 1)):  # sorted by label, as some programs write them
-        write(tmp_path / "many" / f"train-{shard:05}-of-00003.csv",
-              labelled([f"{label} {row}" for row in range(20)], [label] * 20))
-    assert reviews_of(tmp_path / "many", 3).label_names == ["-1", "0", "1"]
-    path = write(tmp_path / "r.csv", labelled([f"film {row}" for row in range(20)], [-2, -1] * 10))
+        write(many / f"train-{shard:05}-of-00003.csv", films(20, [label], name=label))
+    assert reviews_of(many, 3).label_names == ["-1", "0", "1"]
+    path = write(tmp_path / "r.csv", films(20, [-2, -1]))
     assert reviews_of(path).label_names == ["-2", "-1"]
-    write(tmp_path / "secret" / "train.csv", labelled([f"a{row}" for row in range(20)], [0, 1] * 10))
-    write(tmp_path / "secret" / "test.csv", labelled([f"b{row}" for row in range(20)], [-1] * 20))
+    write(tmp_path / "secret" / "train.csv", films(20, name="a"))
+    write(tmp_path / "secret" / "test.csv", films(20, [-1], name="b"))
     reviews = reviews_of(tmp_path / "secret")
     assert (len(reviews.table), [part.split for part in reviews.unlabelled]) == (20, ["test"])
 
 
 @pytest.mark.parametrize("rows_of_classes", [[0, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]])
-def test_declared_classes_without_rows_are_left_out_with_one_line(tmp_path, capsys, rows_of_classes):
+def test_declared_classes_without_rows_are_left_out_with_one_line(many, capsys, rows_of_classes):
     names, left = ["joy", "anger", "fear", "calm"], [label for label in range(4) if rows_of_classes[label]]
-    (tmp_path / "many").mkdir()
-    datasets.Dataset.from_dict({"text": [f"film {row}" for row in range(20 * len(left))], "label": left * 20},
-                               features=classes(*names)).to_parquet(str(tmp_path / "many" / "train.parquet"))
-    assert f"set model_config.num_labels={len(left)}" in refusal(tmp_path / "many", 4)
+    declaring(names, films(20 * len(left), left)).to_parquet(str(many / "train.parquet"))
+    assert f"set model_config.num_labels={len(left)}" in refusal(many, 4)
     capsys.readouterr()
-    for path in (tmp_path / "many", tmp_path / "many" / "train.parquet"):  # its names are declared in the file itself
+    for path in (many, many / "train.parquet"):  # its names are declared in the file itself
         reviews = reviews_of(path, len(left))
         assert reviews.label_names == [names[label] for label in left]
         assert reviews.labels.tolist() == list(range(len(left))) * 20
@@ -285,24 +291,19 @@ def test_declared_classes_without_rows_are_left_out_with_one_line(tmp_path, caps
         assert all((name in line) == (label not in left) for label, name in enumerate(names))
 
 
-def test_files_that_declare_other_classes_do_not_share_their_numbers(tmp_path):
-    (tmp_path / "many").mkdir()
+def test_files_that_declare_other_classes_do_not_share_their_numbers(many):
     for split, names in (("train", ["bad", "good"]), ("test", ["good", "bad"])):
-        datasets.Dataset.from_dict(
-            {"text": [f"{split} {row}" for row in range(20)], "label": [0, 1] * 10},
-            features=classes(*names)).to_parquet(str(tmp_path / "many" / f"{split}.parquet"))
-    assert "one number would mean two classes" in refusal(tmp_path / "many")
+        declaring(names, films(20, name=split)).to_parquet(str(many / f"{split}.parquet"))
+    assert "one number would mean two classes" in refusal(many)
 
 
-def test_a_class_that_is_only_trained_on_is_no_obstacle_to_an_official_split(tmp_path):
-    write(tmp_path / "many" / "train.csv", labelled(
-        [f"a{row}" for row in range(42)], ["bad", "good"] * 20 + ["so"] * 2))
-    write(tmp_path / "many" / "validation.csv", labelled([f"b{row}" for row in range(20)], ["bad", "good"] * 10))
-    write(tmp_path / "many" / "test.csv", labelled([f"c{row}" for row in range(20)], ["bad", "good"] * 10))
-    config = [f"data_config.dataset={tmp_path / 'many'}", "model_config.num_labels=3"]
-    split = data.load_split(load_config(PROJECT / "config.yaml", [*config, "data_config.split=official"]))
+def test_a_class_that_is_only_trained_on_is_no_obstacle_to_an_official_split(many):
+    write(many / "train.csv", films(40, ["bad", "good"], name="a") + films(2, ["so"], name="so"))
+    write(many / "validation.csv", films(20, ["bad", "good"], name="b"))
+    write(many / "test.csv", films(20, ["bad", "good"], name="c"))
+    split = split_of(many, 3, split="official")
     assert {name: len(ids) for name, ids in split.ids_of.items()} == {"train": 42, "valid": 20, "test": 20}
-    assert "the class 'so' has too few different texts (2)" in refusal(tmp_path / "many", 3)
+    assert "the class 'so' has too few different texts (2)" in refusal(many, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def test_contradictions_are_counted(tmp_path):
 
 @pytest.mark.parametrize(("column", "words"), [("text", "have no text"), ("label", "have no label")])
 def test_missing_values_are_counted(tmp_path, column, words):
-    records = labelled([f"film {row}" for row in range(300)], [0, 1] * 150)
+    records = films(300)
     for row in range(3, 300, 7):
         records[row][column] = " "
     path = write(tmp_path / "r.csv", records)
@@ -332,12 +333,10 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path):
     assert "9 more cannot be read, such as row 14, 23, 32" in message
 
 
-def test_unknown_labels_are_counted(tmp_path):
-    (tmp_path / "many").mkdir()
-    datasets.Dataset.from_dict({"text": [f"film {row}" for row in range(40)], "label": [0, 1, -1, 1] * 10},
-                               features=classes("bad", "good")).to_parquet(str(tmp_path / "many" / "train.parquet"))
+def test_unknown_labels_are_counted(many):
+    declaring(["bad", "good"], films(40, [0, 1, -1, 1])).to_parquet(str(many / "train.parquet"))
     assert "rows 3, 7, 11 and 7 more have labels such as '-1', and the dataset declares the classes bad, good" in (
-        refusal(tmp_path / "many"))
+        refusal(many))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,27 +401,27 @@ def test_columns_of_the_same_name_matter_only_if_they_are_asked_for(tmp_path):
 
 
 def test_what_rows_of_json_leave_out_is_missing(tmp_path):
-    records = labelled([f"film {row}" for row in range(40)], [0, 1] * 20)
+    records = films(40)
     del records[5]["text"], records[8]["text"]
     path = write(tmp_path / "r.jsonl", records)
     assert f"{path}: rows 6, 9 have no text" in refusal(path)
     assert "no column 'body'; found text, label: set data_config.text_column" in refusal(path, text_column="body")
 
 
-def test_a_configuration_is_chosen_by_a_key_and_the_message_lists_them(tmp_path):
+def test_a_configuration_is_chosen_by_a_key_and_the_message_lists_them(many):
     for name in ("movies", "books"):
-        write(tmp_path / "many" / f"{name}.csv", labelled([f"{name} {row}" for row in range(40)], [0, 1] * 20))
-    (tmp_path / "many" / "README.md").write_text("---\nconfigs:\n" + "".join(
+        write(many / f"{name}.csv", films(40, name=name))
+    (many / "README.md").write_text("---\nconfigs:\n" + "".join(
         f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("movies", "books")) + "---\n")
     for subset in ("null", "music"):
-        assert "set data_config.subset to one of movies, books" in refusal(tmp_path / "many", subset=subset)
-    assert reviews_of(tmp_path / "many", subset="books").table[0]["text"] == "books 0"
+        assert "set data_config.subset to one of movies, books" in refusal(many, subset=subset)
+    assert reviews_of(many, subset="books").table[0]["text"] == "books 0"
 
 
-def test_a_competition_s_test_file_has_no_labels_and_the_message_names_the_other(tmp_path):
-    write(tmp_path / "many" / "train.csv", labelled([f"film {row}" for row in range(40)], [0, 1] * 20))
-    write(tmp_path / "many" / "test.csv", [{"id": row, "text": f"film {row}"} for row in range(9)])
-    assert f"data_config.dataset={tmp_path / 'many' / 'train.csv'}" in refusal(tmp_path / "many")
+def test_a_competition_s_test_file_has_no_labels_and_the_message_names_the_other(many):
+    write(many / "train.csv", films(40))
+    write(many / "test.csv", [{"id": row, "text": f"film {row}"} for row in range(9)])
+    assert f"data_config.dataset={many / 'train.csv'}" in refusal(many)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

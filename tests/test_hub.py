@@ -148,10 +148,3 @@ def test_without_the_hub_one_line_says_the_ways_on(tmp_path, monkeypatch):
     assert result.stderr.count("\n") == 1
     assert all(way in result.stderr for way in ("connect to the internet", "local folder", "demo.yaml"))
     assert not any(tmp_path.glob("*/metrics.json"))
-
-
-def test_a_server_that_refuses_is_one_that_answers(hub):
-    assert hub_of_suite.answers(huggingface_hub.constants.ENDPOINT)  # with 404
-    hub.shutdown()
-    hub.server_close()
-    assert not hub_of_suite.answers(huggingface_hub.constants.ENDPOINT)

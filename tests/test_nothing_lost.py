@@ -14,12 +14,6 @@ from suite.common.storage import replace_folder, restore
 from suite.comparison.report import compare_runs
 
 
-def everything(folder: Path) -> dict:
-    """The files, and the kind of all that is there."""
-    kinds = {str(path.relative_to(folder)): os.lstat(path).st_mode for path in folder.rglob("*")}
-    return {"files": content_of(folder), "kinds": kinds}
-
-
 @pytest.mark.parametrize("call", range(4))
 def test_killed_at_any_point_of_replacing_the_best_model(tmp_path, monkeypatch, call):
     folder, calls = tmp_path / "best", []
@@ -75,12 +69,12 @@ def thesis(folder: Path) -> None:
 def test_a_report_replaces_nothing_but_a_report(two_runs, tmp_path, capsys, make):
     output = tmp_path / "report"
     make(output)
-    before = everything(tmp_path)
+    before = content_of(tmp_path)
     with pytest.raises(SystemExit) as left:
         cli.run(lambda: compare_runs(two_runs, output, "a comparison"))
     assert left.value.code == 2
     assert f"error: {output} " in capsys.readouterr().err
-    assert everything(tmp_path) == before
+    assert content_of(tmp_path) == before
 
 
 def test_a_report_replaces_an_earlier_one_even_a_half_written_one(two_runs, tmp_path, monkeypatch):

@@ -64,27 +64,22 @@ def contradictions(config: Any, processes: int) -> dict[str, str]:
 
     `processes`: the number of processes that were launched.
     """
-    problems = {}
     data, model, train = config.data_config, config.model_config, config.train_config
-    if data.text_column == data.label_column:
-        problems["data_config.label_column"] = (
-            f"data_config.text_column and data_config.label_column are both {data.text_column!r}: name two columns")
-    if train.mixed_precision == "fp16" and train.device == "cpu":
-        problems["train_config.mixed_precision"] = (
-            "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no")
-    if train.gradient_checkpointing and train.compile:
-        problems["train_config.gradient_checkpointing"] = (
+    problems = {  # or something false, where nothing is wrong
+        "data_config.label_column": data.text_column == data.label_column and (
+            f"data_config.text_column and data_config.label_column are both {data.text_column!r}: name two columns"),
+        "train_config.mixed_precision": train.mixed_precision == "fp16" and train.device == "cpu" and (
+            "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no"),
+        "train_config.gradient_checkpointing": train.gradient_checkpointing and train.compile and (
             "train_config.gradient_checkpointing and train_config.compile are both true, but compiled layers would not "
-            "give the same bits: set one of them to false")
-    if problem := _batch_problem(data.batch_size, train, processes):
-        problems["train_config.effective_batch_size"] = problem
-    if train.auto_micro_batch and processes > 1:
-        problems["train_config.auto_micro_batch"] = (
+            "give the same bits: set one of them to false"),
+        "train_config.effective_batch_size": _batch_problem(data.batch_size, train, processes),
+        "train_config.auto_micro_batch": train.auto_micro_batch and processes > 1 and (
             f"train_config.auto_micro_batch is true, but {processes} processes cannot agree on a new micro-batch "
-            "in the middle of a step: set a smaller data_config.batch_size")
-    if problem := too_long(data.max_len, model.model_name, max_positions(model.model_name)):
-        problems["data_config.max_len"] = problem
-    return problems
+            "in the middle of a step: set a smaller data_config.batch_size"),
+        "data_config.max_len": too_long(data.max_len, model.model_name, max_positions(model.model_name)),
+    }
+    return {key: problem for key, problem in problems.items() if problem}
 
 
 def too_long(max_len: int, model_name: str, longest: int | None) -> str | None:
@@ -118,21 +113,15 @@ def _batch_problem(micro_batch: int, train: Any, processes: int) -> str | None:
 
 def max_positions(model_name: str) -> int | None:
     """`position_limit` of the encoder in a local folder or in the Hub's cache; None if it is in neither."""
-    path = Path(model_name) / "config.json"
-    if not Path(model_name).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.utils import HFValidationError
-        try:
-            path = try_to_load_from_cache(model_name, "config.json")
-        except HFValidationError:
-            return None
-        if not isinstance(path, str):
-            return None
+    from huggingface_hub import try_to_load_from_cache
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        path = Path(model_name, "config.json")
+        if not path.parent.is_dir():
+            path = Path(try_to_load_from_cache(model_name, "config.json"))
+        values = json.loads(path.read_text(encoding="utf-8"))
         return position_limit(values.get("encoder", values))  # this suite's classifiers have their encoder's in theirs
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # loading the model will say what is wrong with the folder
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # loading the model will say what is wrong
 
 
 def position_limit(encoder: dict[str, Any]) -> int | None:

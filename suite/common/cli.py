@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import importlib
 import os
+import pkgutil
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from suite.common.launcher import refuse_lost_processes
-from suite.common.run_folder import (
-    is_encoder,
-    is_same_place,
-    read_saved_config,
-    run_of,
-    shaping_values,
-    without_encoder,
-)
+from suite.common.run_folder import config_for, refuse_accumulation
 from suite.common.storage import refuse_existing, room_for
-from utils import BAG_OF_WORDS, INPUTS, ROW_FILES, Config, UserError, file_kind, load_config, num_processes, printable
+from utils import ROW_FILES, Config, UserError, file_kind, num_processes, printable
 
 if TYPE_CHECKING:
     from suite.common.devices import Devices  # torch is imported later
@@ -32,8 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("onnx", "transformers")  # of --mode export
 
 
-@dataclass(frozen=True)
-class Mode:
+class Mode(NamedTuple):
     """What `--mode NAME` does."""
 
     does: str
@@ -59,32 +52,6 @@ def option(modes: str, help: str, default: Any = None, **of_parser: Any) -> Any:
     return field(default=default, metadata={"modes": modes.split(", "), "help": f"{modes}: {help}", **of_parser})
 
 
-def _folder(text: str) -> str:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder: {text}")
-    return text
-
-
-def _review(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty: give a review")
-    return text
-
-
-def _formats(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in FORMATS or names.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(FORMATS)}, each at most once")
-    return names
-
-
-def _licence(text: str) -> str:
-    if not re.fullmatch("[a-z0-9][a-z0-9.-]*", text):
-        raise argparse.ArgumentTypeError(f"{text}: give the Hub's short name of one, such as apache-2.0 or mit")
-    return text
-
-
 @dataclass
 class Command:
     """What a command line asks for."""
@@ -92,20 +59,20 @@ class Command:
     mode: str
     config: Config
     model: str | None = option("predict, export, explain, publish", "a trained model, or its run (default: the best "
-                               "one of the run)", metavar="FOLDER", type=_folder)
-    text: str | None = option("predict, explain", "one review", metavar="TEXT", type=_review)
+                               "one of the run)", metavar="FOLDER")
+    text: str | None = option("predict, explain", "one review", metavar="TEXT")
     input: str | None = option("predict", "reviews in a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one review "
                                "per line), in a folder of .txt files (one review each), or - for lines from standard "
                                "input", metavar="FILE")
     output: str | None = option("predict, export, explain", "for each in turn: a .csv or .jsonl file, or .parquet if "
                                 "the input is one (default: standard output); a folder; an .html file", metavar="FILE")
     formats: tuple[str, ...] = option("export", "one or both of them, with a comma between (default: onnx)",
-                                      FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}", type=_formats)
+                                      FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
+                                      type=lambda text: tuple(text.split(",")))
     int8: bool = option("export", "the ONNX in 8 bits, too", False, action="store_true")
     yes: bool = option("publish", "send to the Hub what is listed without it", False, action="store_true")
     public: bool = option("publish", "for everybody (default: private)", False, action="store_true")
-    license: str | None = option("publish", "the licence, such as apache-2.0 (default: none)", metavar="NAME",
-                                 type=_licence)
+    license: str | None = option("publish", "the licence, such as apache-2.0 (default: none)", metavar="NAME")
     repo: str = ""  # OWNER/NAME on the Hub, for --mode publish
 
 
@@ -135,7 +102,7 @@ def read_command(description: str, accumulates: bool) -> Command:
             refuse_accumulation(given.mode, config)
     except UserError as error:
         leave(error)
-    options = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) not in (None, "-")}
+    options = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) is not None}
     return Command(given.mode, config, repo=given.repo, **options)
 
 
@@ -149,62 +116,69 @@ def new_parser(description: str, **arguments: Any) -> argparse.ArgumentParser:
 
 def parse(description: str) -> argparse.Namespace:
     """The options of the command line, and all `section.key=value` in the order in which they were given."""
-    parser = new_parser(description, epilog="modes:\n" + "\n".join(f"  {name:10}{mode.does}" for name, mode in
-                                                                   MODES.items()))
+    modes = "\n".join(f"  {name:10}{mode.does}" for name, mode in MODES.items())
+    parser = new_parser(description, epilog=f"modes:\n{modes}")
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="configuration (default: config.yaml)")
     parser.add_argument("--mode", default="train", choices=MODES, help="default: train")
     for name, how in OPTIONS.items():
-        how = {key: value for key, value in how.items() if key != "modes"}
-        parser.add_argument(f"--{how.pop('flag', name)}", dest=name, default=None, **how)
+        of_parser = {key: value for key, value in how.items() if key not in ("modes", "flag")}
+        parser.add_argument(f"--{how.get('flag', name)}", dest=name, default=None, **of_parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="replaces a value of the configuration; docs/settings.md lists them all")
     given, unknown = parser.parse_known_intermixed_args()
     given.overrides = [*unknown, *given.overrides]
-    names = [item for item in given.overrides if "=" not in item and not item.startswith("-")]
-    given.repo = names[0] if given.mode == "publish" and names else ""
-    if given.repo:
-        given.overrides.remove(given.repo)
+    given.repo = ""
+    if given.mode == "publish":
+        given.repo = next((item for item in given.overrides if "=" not in item and not item.startswith("-")), "")
+        given.overrides = [item for item in given.overrides if item != given.repo]
+    if given.mode == "predict" and given.output == "-":
+        given.output = None  # standard output, as without it
     return given
 
 
 def check_options(given: argparse.Namespace) -> None:
     """Raises UserError for options that cannot work in this mode or together, before anything is loaded."""
+    mode, output = given.mode, given.output
     for name, how in OPTIONS.items():
-        if getattr(given, name) is not None and given.mode not in how["modes"]:
-            hint = "name the run with run_name=" if name == "model" else "leave it out"
-            raise UserError(f"--{how.get('flag', name)} is for --mode {', '.join(how['modes'])}, not for {given.mode}: "
-                            f"{hint}")
+        if getattr(given, name) is not None and mode not in how["modes"]:
+            raise UserError(f"--{how.get('flag', name)} is for --mode {', '.join(how['modes'])}, not for {mode}: "
+                            + ("name the run with run_name=" if name == "model" else "leave it out"))
+    if given.model is not None and not Path(given.model).is_dir():
+        raise UserError(f"--model: no such folder: {given.model}")
+    if given.text is not None and not given.text.strip():
+        raise UserError("--text: it is empty: give a review")
+    if wrong := set(given.formats or ()) - set(FORMATS):
+        raise UserError(f"--format: {min(wrong)!r} is not one of {', '.join(FORMATS)}")
     if given.int8 and given.formats and "onnx" not in given.formats:
         raise UserError("--int8 is made of the ONNX: give --format onnx,transformers for both")
-    if given.mode == "publish" and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given.repo, re.ASCII):
+    if mode == "publish" and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given.repo, re.ASCII):
         raise UserError(f"--mode publish: {given.repo or 'no repository'}: name one on the Hub, as OWNER/NAME")
-    if given.mode == "predict":
+    if mode == "predict":
         if (given.text is None) == (given.input is None):
             raise UserError('--mode predict: give either --text "..." or --input FILE')
-        if given.input is not None:
-            check_files(given.input, given.output)
-        elif given.output is not None:
+        if given.text is not None and output is not None:
             raise UserError("--output is for the rows of --input FILE: leave it out, the label of --text is printed")
-    elif given.output is not None:
-        if given.output in ("", "-") and not (given.mode == "explain" and given.text):
-            raise UserError(f"--output {given.output!r}: give the name of a file or folder")
-        refuse_existing(given.output)
-        if given.mode == "explain" and Path(given.output).suffix != ".html":
-            raise UserError(f"--output: {given.output}: the file must end in .html")
+        if given.input is not None:
+            check_files(given.input, output)
+    elif output is not None:
+        if output in ("", "-"):
+            raise UserError(f"--output {output!r}: give the name of a file or folder")
+        if mode == "explain" and Path(output).suffix != ".html":
+            raise UserError(f"--output: {output}: the file must end in .html")
+        refuse_existing(output)
 
 
 def check_files(source: str, output: str | None) -> None:
-    """Raises UserError if the rows of `source` cannot be labelled into `output`; - is standard input and output."""
-    kind = file_kind(source)
-    if source != "-":
-        if Path(source).is_dir():
-            if not any(file_kind(path) == ".txt" for path in Path(source).rglob("*")):
-                raise UserError(f"--input: {source} is a folder without .txt files: name one file in it")
-        elif not Path(source).is_file():
-            raise UserError(f"--input: no such file: {source}")
-        elif not kind:
-            raise UserError(f"--input: {source}: a file must end in {', '.join(ROW_FILES)}, or one of them and .gz")
-    if output in (None, "-"):
+    """Raises UserError if the rows of `source`, or of standard input (-), cannot be labelled into `output`."""
+    kind, path = file_kind(source), Path(source)
+    if path.is_dir():
+        if not any(file_kind(file) == ".txt" for file in path.rglob("*")):
+            raise UserError(f"--input: {source} is a folder without .txt files: name one file in it")
+    elif source != "-" and not path.is_file():
+        raise UserError(f"--input: no such file: {source}")
+    elif source != "-" and not kind:
+        raise UserError(f"--input: {source}: a file must end in {', '.join(ROW_FILES)}, or one of them and .gz")
+    if output is None:
         if num_processes() > 1:
             raise UserError("--output: several processes cannot share standard output: give a file")
         return
@@ -215,67 +189,6 @@ def check_files(source: str, output: str | None) -> None:
         refuse_existing(output, output + ".rejected.csv")
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
-
-
-def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str | None = None,
-               int8: bool = False) -> Config:
-    """The configuration of a command: that of `path` with the overrides applied.
-
-    `--mode baseline` takes only what shapes a bag of words. `--mode test` takes the one that the run has saved, so
-    nobody has to repeat what the run was trained with. Overrides still apply; the test itself refuses those that
-    contradict the run, and so does the check of `int8`, which reads the run's reviews. `--mode predict` takes the text
-    column of the run, or of the run folder `model`.
-    """
-    if mode == "baseline":
-        if num_processes() > 1:
-            raise UserError("--mode baseline is the work of one process: start it with python main.py --mode baseline")
-        named = load_config(path, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"])
-        return without_encoder(named, BAG_OF_WORDS)
-    if mode == "pretrain":
-        config = load_config(path, [*overrides, "train_config.objective=masked_lm", "train_config.test=false"],
-                             {"--mode pretrain": {"train_config.best_metric": "loss"}})
-    else:
-        config = load_config(path, overrides)
-    if mode == "train" and config.pretrains:
-        raise UserError("train_config.objective is 'masked_lm': leave it out and give --mode pretrain, which sets it")
-    if mode in ("train", "pretrain") and not is_encoder(config):
-        raise UserError(f"model_config.model_name={config.model_config.model_name} does not name an encoder: make a "
-                        "bag of words with --mode baseline, a stack with ensemble.py")
-    saved = (Path(model) if model else config.run_folder) / "config.yaml"
-    given = {item.partition("=")[0] for item in overrides}
-    if mode == "predict" and saved.exists() and "data_config.text_column" not in given:
-        config.data_config.text_column = read_saved_config(saved).data_config.text_column
-    if int8 and model and not saved.exists() and (run := run_of(Path(model))):
-        saved = run / "config.yaml"
-    if int8 and not saved.exists():
-        raise UserError(f"--int8 is checked on the validation reviews of the model's run, and {saved} is missing: name "
-                        "the run, or its best model")
-    if not (mode == "test" or int8) or not saved.exists():
-        return config
-    # A relative path may have been found from another folder. Then what the given configuration says is looked at.
-    kept = read_saved_config(saved)
-    before, there = shaping_values(kept), shaping_values(config)
-    gone = {key: there[key] for key in INPUTS
-            if not os.path.exists(before[key]) and is_same_place(before[key], there[key])}
-    # The run's batch may not suit the number of processes that test it, and need not, because they take no optimizer
-    # step. The model card still names the batch that the run was trained with.
-    config = load_config(saved, overrides, {str(path): gone | {
-        "output_dir": config.output_dir, "run_name": config.run_name, "train_config.auto_micro_batch": False,
-        "train_config.effective_batch_size": None, "train_config.gradient_accumulation_steps": 1}})
-    if "train_config.effective_batch_size" not in given:
-        config.train_config.effective_batch_size = kept.train_config.effective_batch_size
-    return config
-
-
-def refuse_accumulation(mode: str, config: Config) -> None:
-    """Raises UserError if the command needs main_accumulation.py."""
-    steps, effective = config.train_config.gradient_accumulation_steps, config.train_config.effective_batch_size
-    if num_processes() > 1:
-        raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py with "
-                        "the same arguments, or unset WORLD_SIZE")
-    if mode in ("train", "pretrain") and steps > 1:
-        raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): main.py "
-                        "trains on one micro-batch a step; run main_accumulation.py with the same arguments")
 
 
 def start(command: Command, devices_class: type[Devices], own_modes: dict[str, Callable]) -> None:
@@ -289,11 +202,7 @@ def start(command: Command, devices_class: type[Devices], own_modes: dict[str, C
     quiet_libraries()
     make_deterministic()
     devices = devices_class(config)
-    if mode.function is None:
-        work = own_modes[command.mode]
-    else:
-        module, _, name = mode.function.partition(":")
-        work = getattr(importlib.import_module(module), name)
+    work = own_modes.get(command.mode) or pkgutil.resolve_name(mode.function)
     if mode.writes_run:
         with room_for(config.run_folder):
             work(config, devices)
@@ -327,34 +236,38 @@ def run(work: Callable[[], None]) -> None:
     if num_processes() > 1:
         atexit.register(leave_without_finalization)  # registered first, so called last
     try:
-        work()
+        with foreseen_errors():
+            work()
         code = 0
+    except SystemExit as stop:
+        code = stop.code
+        raise
+
+
+@contextmanager
+def foreseen_errors():
+    """Turns the errors that a user can mend into one line and an exit code. Others keep their traceback."""
+    try:
+        yield
     except UserError as error:
-        code = 2
         leave(error)
     except BrokenPipeError:  # leave as SIGPIPE would
         drop_output()
-        code = 141
-        raise SystemExit(code) from None
+        raise SystemExit(141) from None
     except OSError as error:
         if error.filename is None:
             raise
-        code = 2
         leave(UserError(f"{error.filename}: {error.strerror}: correct that, and give the same command again; what "
                         "was saved before is intact"))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        code = 2
         leave(UserError("out of memory: set a smaller data_config.batch_size (main_accumulation.py keeps the effective "
                         "batch by train_config.effective_batch_size), data_config.eval_batch_size or "
                         "data_config.max_len"))
     except FloatingPointError as error:  # the training diverged, the program did not fail: the message is enough
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
-    except SystemExit as stop:
-        code = stop.code
-        raise
 
 
 def drop_output() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-# On the command line of the launcher's process, its words divided by NUL: what stands before its options
+# The words before the options of `accelerate launch`, in the command line of its process, divided by NUL
 LAUNCH = re.compile(r"(^|[\0/])(accelerate\0launch|accelerate-launch|accelerate[.]commands[.]launch"
                     r"|accelerate[.]commands[.]accelerate_cli\0launch)\0")
 
@@ -31,8 +31,8 @@ def refuse_lost_processes() -> None:
     asked, started = asked_processes(words), num_processes()
     if asked not in (None, started):
         raise UserError(f"accelerate launch was asked for {asked} processes and has started {started}: give it "
-                        "--multi_gpu, which starts them on CPUs, too (leave out --cpu), or start them with torchrun "
-                        "--nproc_per_node; --num_processes counts those of all machines, as many on each")
+                        "--multi_gpu, which starts them on CPUs, too (leave out --cpu); --num_processes counts those "
+                        "of all machines")
 
 
 def asked_processes(words: list[str]) -> int | None:
@@ -74,6 +74,7 @@ def refuse_other_settings(accelerator: Accelerator, device: torch.device) -> Non
 
     state = accelerator.state
     fsdp, deepspeed = getattr(state, "fsdp_plugin", None), state.deepspeed_plugin
+    wrapping = "use DDP, launch/fsdp2.yaml or launch/deepspeed.yaml instead"
     settings = {  # the variable: what has become of it, what the loop relies on, what to do instead
         # Accelerate's `backward` would divide by it; train_step has already divided by the effective batch.
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (accelerator.gradient_accumulation_steps, 1,
@@ -81,14 +82,11 @@ def refuse_other_settings(accelerator: Accelerator, device: torch.device) -> Non
         "ACCELERATE_DYNAMO_BACKEND": (state.dynamo_plugin.backend, DynamoBackend.NO,
                                       "use train_config.compile=true instead"),
         "ACCELERATE_FP8_BACKEND": (accelerator.fp8_backend, "NO", "use train_config.mixed_precision=bf16 instead"),
-        "ACCELERATE_TORCH_DEVICE": (os.environ.get("ACCELERATE_TORCH_DEVICE"), None, "use train_config.device instead, "
-                                    "and CUDA_VISIBLE_DEVICES for one of several GPUs"),
+        "ACCELERATE_TORCH_DEVICE": (os.environ.get("ACCELERATE_TORCH_DEVICE"), None, "use train_config.device instead"),
         "ACCELERATE_USE_CPU": (is_true("ACCELERATE_USE_CPU") and device.type != "cpu", False,
-                               "use train_config.device=cpu, or unset it"),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": (accelerator.parallelism_config, None,
-                                              "use DDP, launch/fsdp2.yaml or launch/deepspeed.yaml instead"),
-        "ACCELERATE_USE_MEGATRON_LM": (accelerator.distributed_type == DistributedType.MEGATRON_LM, False,
-                                       "use DDP, launch/fsdp2.yaml or launch/deepspeed.yaml instead"),
+                               "use train_config.device=cpu"),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": (accelerator.parallelism_config, None, wrapping),
+        "ACCELERATE_USE_MEGATRON_LM": (accelerator.distributed_type == DistributedType.MEGATRON_LM, False, wrapping),
     }
     if fsdp is not None:
         settings |= {
@@ -100,13 +98,13 @@ def refuse_other_settings(accelerator: Accelerator, device: torch.device) -> Non
                                      "use SHARDED_STATE_DICT, or a run with SGD cannot be continued"),
         }
     if deepspeed is not None:
+        lacks_weights = deepspeed.zero_stage == 3 and not deepspeed.zero3_save_16bit_model
         settings |= {
             # It may hold anything: other steps, another precision, another optimizer.
             "ACCELERATE_DEEPSPEED_CONFIG_FILE": (os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), None,
                                                  "use launch/deepspeed.yaml instead"),
-            "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (
-                deepspeed.zero_stage == 3 and not deepspeed.zero3_save_16bit_model, False,
-                "use true, or ZeRO 3 cannot save the best model"),
+            "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": (lacks_weights, False,
+                                                            "use true, or ZeRO 3 cannot save the best model"),
         }
     wrong = [f"{variable}={os.environ.get(variable, '')}: {fix}"
              for variable, (found, right, fix) in settings.items() if found != right]

@@ -1,4 +1,5 @@
-"""Reads and writes those files of a run folder that need no torch: configuration, metrics, history, mistakes."""
+"""The configuration of a command, and those files of a run folder that need no torch: the saved configuration, metrics,
+history, mistakes."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import csv
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from utils import (
     UserError,
     config_fields,
     leaves,
+    load_config,
+    num_processes,
     read_yaml,
     shapes_result,
 )
@@ -146,3 +150,77 @@ def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, s
             return list(itertools.islice(csv.DictReader(file), most))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {how_to_write_again(run_folder)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The configuration of a command
+
+
+def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str | None = None,
+               int8: bool = False) -> Config:
+    """The configuration of a command: that of `path` with the overrides applied, as its mode needs it.
+
+    `--mode baseline` takes only what shapes a bag of words. `--mode predict` takes the text column of the run, or of
+    the run folder `model`. `--mode test`, and an export whose `int8` is checked, take all that the run has saved.
+    """
+    if mode == "baseline":
+        if num_processes() > 1:
+            raise UserError("--mode baseline is the work of one process: start it with python main.py --mode baseline")
+        named = load_config(path, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"])
+        return without_encoder(named, BAG_OF_WORDS)
+    if mode == "pretrain":
+        config = load_config(path, [*overrides, "train_config.objective=masked_lm", "train_config.test=false"],
+                             {"--mode pretrain": {"train_config.best_metric": "loss"}})
+    else:
+        config = load_config(path, overrides)
+    if mode == "train" and config.pretrains:
+        raise UserError("train_config.objective is 'masked_lm': leave it out and give --mode pretrain, which sets it")
+    if mode in ("train", "pretrain") and not is_encoder(config):
+        raise UserError(f"model_config.model_name={config.model_config.model_name} does not name an encoder: make a "
+                        "bag of words with --mode baseline, a stack with ensemble.py")
+    run = Path(model) if model else config.run_folder
+    if mode == "predict" and (run / "config.yaml").exists() and not _replaces(overrides, "data_config.text_column"):
+        config.data_config.text_column = read_saved_config(run / "config.yaml").data_config.text_column
+    if int8:
+        run = run_of(run) or run
+        if not (run / "config.yaml").exists():
+            raise UserError(f"--int8 is checked on the validation reviews of the model's run, and {run}/config.yaml is "
+                            "missing: name the run, or its best model")
+    if int8 or mode == "test" and (run / "config.yaml").exists():
+        return _config_of_run(run / "config.yaml", path, overrides, config)
+    return config
+
+
+def _config_of_run(saved: Path, path: str | Path, overrides: Sequence[str], config: Config) -> Config:
+    """The configuration `saved` by a run, with the overrides applied: nobody has to repeat what it was trained with.
+
+    What uses it refuses overrides that contradict the run. `config`: that of `path` with the overrides applied.
+    """
+    kept = read_saved_config(saved)
+    before, there = shaping_values(kept), shaping_values(config)
+    # A relative path may have been found from another folder. Then what the given configuration says is looked at.
+    gone = {key: there[key] for key in INPUTS
+            if not os.path.exists(before[key]) and is_same_place(before[key], there[key])}
+    # The run's batch may not suit the number of processes that test it, and need not, because they take no optimizer
+    # step. The model card still names the batch that the run was trained with.
+    config = load_config(saved, overrides, {str(path): gone | {
+        "output_dir": config.output_dir, "run_name": config.run_name, "train_config.auto_micro_batch": False,
+        "train_config.effective_batch_size": None, "train_config.gradient_accumulation_steps": 1}})
+    if not _replaces(overrides, "train_config.effective_batch_size"):
+        config.train_config.effective_batch_size = kept.train_config.effective_batch_size
+    return config
+
+
+def _replaces(overrides: Sequence[str], key: str) -> bool:
+    return any(item.startswith(f"{key}=") for item in overrides)
+
+
+def refuse_accumulation(mode: str, config: Config) -> None:
+    """Raises UserError if the command needs main_accumulation.py."""
+    steps, effective = config.train_config.gradient_accumulation_steps, config.train_config.effective_batch_size
+    if num_processes() > 1:
+        raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py with "
+                        "the same arguments, or unset WORLD_SIZE")
+    if mode in ("train", "pretrain") and steps > 1:
+        raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): main.py "
+                        "trains on one micro-batch a step; run main_accumulation.py with the same arguments")

@@ -48,22 +48,16 @@ def atomic_write(path: str | Path, mode: str = "w"):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # the name that its reader knows
         raise
 
 
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder survive a power cut. Does nothing on Windows, where a folder cannot be opened."""
-    try:
+    if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
         os.fsync(descriptor)
-    finally:
         os.close(descriptor)
 
 
@@ -211,25 +205,23 @@ def room_for(folder: Path, needed: float = MEGABYTE, fix: str = "make room or se
         raise _no_room(folder, needed, fix) from error
 
 
-def _says_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL
-    from_rust = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers and safetensors only give it as text
-    return from_rust is not None and int(from_rust[1]) in FULL
-
-
 def _no_room(folder: Path, needed: float, fix: str) -> UserError:
-    problem = "its disk is full, or a quota or ulimit -f is reached"
-    if needed:
-        problem = (f"no room to write {max(needed / MEGABYTE, 1):,.0f} MB ({_free(folder) / MEGABYTE:,.0f} MB are "
-                   "free; a quota or ulimit -f may allow less)")
-    return UserError(f"{folder}: {problem}. What was saved before is intact. Before you give the same command again, "
-                     f"{fix}")
+    size = f" {max(needed / MEGABYTE, 1):,.0f} MB" if needed else ""
+    return UserError(f"{folder}: no room to write{size} ({_free(folder) / MEGABYTE:,.0f} MB are free; a quota or "
+                     "ulimit -f may allow less). What was saved before is intact. Before you give the same command "
+                     f"again, {fix}")
 
 
 def _free(folder: Path) -> int:
     folder = folder.absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    from_rust = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers and safetensors only give it as text
+    return from_rust is not None and int(from_rust[1]) in FULL
 
 
 def chain(error: BaseException | None):

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-from data import load_split
 from suite.common.checks import problems_of
 from suite.common.devices import Devices
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
@@ -30,6 +29,7 @@ from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read
 from suite.encoders.bag_of_words import class_logits
 from suite.encoders.loading import STACK
 from suite.inference.classifier import log_odds, member_name
+from suite.reviews.splitting import load_split
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import FittedRun, write_results, write_validation
 from suite.training.states import RunFolder

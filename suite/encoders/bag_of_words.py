@@ -64,21 +64,17 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
         ) -> tuple[BagOfWords, int]:
     """The bag of words that these reviews, with labels (reviews,) int64, teach; and the iterations of the solver.
 
-    Raises UserError if they are too few.
+    Raises UserError if they have too few words.
     """
     from sklearn.linear_model import LogisticRegression
 
     vectorizer = new_vectorizer(WORDS, min_df=MIN_REVIEWS)
     regression = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=MOST_ITERATIONS)
-    if lacking := set(range(len(label_names))) - set(labels.tolist()):
-        raise UserError(f"no training review has the class {label_names[min(lacking)]!r}: add some, or raise "
-                        "data_config.limit")
     try:
         features = vectorizer.fit_transform(_read(texts, line_breaks))
     except ValueError:
         raise UserError(f"no word of two letters or more stands in {MIN_REVIEWS} of the {len(texts):,} training "
-                        "reviews, so a bag of words has nothing to learn from: raise data_config.limit or add rows"
-                        ) from None
+                        "reviews: raise data_config.limit or add rows") from None
     regression.fit(features, labels)
     config = {"model_type": BAG_OF_WORDS, "id2label": {str(i): name for i, name in enumerate(label_names)},
               "words": WORDS, "line_breaks": line_breaks, "data_fingerprint": data_fingerprint}

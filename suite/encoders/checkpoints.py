@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -97,15 +96,24 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def load_weights(kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """(the model `name`, built by an Auto class of transformers, its report of missing, unexpected and mismatched
-    weights)."""
+def load_weights(key: str, kind: type, name: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
+    """(the model `name`, which `key` gives, built by an Auto class of transformers, the weights that it lacks).
+
+    Raises UserError if the weights are of other shapes, or some of the encoder's stay unread.
+    """
     index = file_of(name, f"{WEIGHTS}.index.json")
     if index and not all(file.endswith(".safetensors") for file in read_json(index)["weight_map"].values()):
         raise ValueError(f"{Path(index).name} names files that are no safetensors, and no pickle is loaded")
     # float32, whatever the checkpoint was stored in: Adam's small updates vanish in half precision.
-    return kind.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                                ignore_mismatched_sizes=True, output_loading_info=True)
+    model, report = kind.from_pretrained(
+        name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+        ignore_mismatched_sizes=True, output_loading_info=True)
+    if mismatched := sorted(report["mismatched_keys"]):
+        weight, stored, expected = mismatched[0]
+        raise UserError(f"{key}: the weights in {name} are not of the model in its config.json ({weight} is "
+                        f"{list(stored)} instead of {list(expected)}): take a model whose files belong together")
+    refuse_unread(key, name, model, report["unexpected_keys"])
+    return model, sorted(report["missing_keys"])
 
 
 def refuse_unread(key: str, name: str, model: PreTrainedModel, unread: Iterable[str]) -> None:
@@ -137,8 +145,12 @@ def _unnumbered(weight: str) -> str:
 
 @torch.no_grad()
 def try_forward_pass(model: nn.Module, shape: tuple[int, int], **inputs: torch.Tensor) -> None:
-    """Raises ValueError if two tokens do not give finite logits of this shape, and whatever the architecture raises if
-    the values of its config.json do not work together."""
+    """Raises ValueError if a weight is not finite, or two tokens do not give finite logits of this shape, and whatever
+    the architecture raises if the values of its config.json do not work together."""
+    # A nan in one word's embedding would show in no text but those with this word, whose probabilities would be nan.
+    if broken := [name for name, weights in model.named_parameters()
+                  if not weights.sum().isfinite() and not weights.isfinite().all()]:  # a sum takes a tenth of the time
+        raise ValueError(f"not all numbers in its weights are finite: {broken[0]}")
     was_training, tokens = model.training, torch.ones(1, 2, dtype=torch.int64)
     logits = model.eval()(input_ids=tokens, attention_mask=tokens, **inputs).logits
     model.train(was_training)

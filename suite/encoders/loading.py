@@ -33,7 +33,6 @@ from suite.encoders.checkpoints import (
     load_weights,
     own_classifier,
     read_config,
-    refuse_unread,
     try_forward_pass,
     weight_files,
 )
@@ -70,16 +69,11 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
         kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     if is_decoder or not hasattr(config, "vocab_size"):
         raise UserError(f"{key}: {name} is a {kind} model, not a text encoder: {EXAMPLES}")
-    if model_config.encoder_dropout is not None:
-        set_encoder_dropout(config, model_config.encoder_dropout)
+    if model_config.encoder_dropout is not None:  # of every place, whatever the architecture calls them
+        for rate, value in config.to_dict().items():
+            if "dropout" in rate and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(config, rate, model_config.encoder_dropout)
     return config
-
-
-def set_encoder_dropout(encoder_config: PreTrainedConfig, rate: float) -> None:
-    """Set every dropout rate of an encoder's configuration, whatever its architecture calls them."""
-    for name, value in encoder_config.to_dict().items():
-        if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(encoder_config, name, rate)
 
 
 def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
@@ -131,15 +125,9 @@ def load_checkpoint(kind: type, name: str, config: PreTrainedConfig) -> tuple[Pr
     if Path(name).is_dir() and not weight_files(Path(name)):
         raise UserError(f"{key}: {name} holds no weights in safetensors: take a model that does, or train this one "
                         "from scratch with model_config.pretrained=false")
-    model, report = load_weights(kind, name, config)
-    if mismatched := sorted(report["mismatched_keys"]):
-        weight, stored, expected = mismatched[0]
-        raise UserError(f"{key}: the weights in {name} are not of the model in its config.json ({weight} is "
-                        f"{list(stored)} instead of {list(expected)}): take a model whose files belong together")
-    refuse_unread(key, name, model, report["unexpected_keys"])
+    model, lacking = load_weights(key, kind, name, config)
     # A missing weight would be drawn at random and train to a number that nobody can explain.
     of_encoder = "" if model.base_model is model else f"{model.base_model_prefix}."
-    lacking = sorted(report["missing_keys"])
     if missing := [weight for weight in lacking if weight.startswith(of_encoder) and not weight.startswith("pooler.")]:
         raise UserError(f"{key}: {name} lacks {len(missing)} weights of its architecture ({missing[0]}, ...): take a "
                         "complete model, or model_config.pretrained=false")
@@ -193,13 +181,12 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
     """What the Hugging Face ecosystem expects of a model folder: tokenizer, code, config.json, and the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    values = read_json(path)
+    values = read_json(folder / "tokenizer_config.json")
     values["truncation_side"] = "left" if config.truncation == "tail" else "right"
     values["model_max_length"] = config.max_len or values.get("model_max_length")
     if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(path, values)
+    write_json(folder / "tokenizer_config.json", values)
     shutil.copyfile(PROJECT / "model.py", folder / "model.py")
     write_json(folder / "config.json", config.to_dict() | {
         "architectures": [EncoderForClassification.__name__], "dtype": "float32",
@@ -236,9 +223,8 @@ def load_model(folder: str | Path) -> nn.Module:
             raise UserError(f"{folder}: it predicts masked words and has no classes: fine-tune it first, with "
                             f"model_config.model_name={folder}")
         refuse_other_tasks(config)
-        model, report = load_weights(AutoModelForSequenceClassification, str(folder), config)
-        refuse_unread("--model", str(folder), model, report["unexpected_keys"])
-        if lacking := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
+        model, lacking = load_weights("--model", AutoModelForSequenceClassification, str(folder), config)
+        if lacking:
             raise UserError(f"{folder / WEIGHTS}: no weights for {lacking[0]}: take a trained classifier, not an "
                             "encoder")
         try_forward_pass(model, (1, config.num_labels))

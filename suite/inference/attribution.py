@@ -11,6 +11,7 @@ all of them at once, to their mean logits. Everything is computed in float32.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,34 +74,34 @@ class Explanation:
 
 def attribute(classifier: Classifier, text: str) -> Explanation:
     """Explain the class that the classifier predicts for a text, which is truncated as in training."""
-    encode, model = classifier.encode, classifier.model.requires_grad_(False)
-    encoded = classifier.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    windows = truncate(list(range(len(tokens))), encode.room, encode.truncation, encode.max_windows)
+    encode, tokenizer, device = classifier.encode, classifier.tokenizer, classifier.devices.device
+    model = classifier.model.requires_grad_(False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets, word_ids = encoded["offset_mapping"], encoded.word_ids()
+    windows = truncate(list(range(len(offsets))), encode.room, encode.truncation, encode.max_windows)
     kept = list(itertools.chain.from_iterable(windows))
-    cut = sorted(set(range(len(tokens))) - set(kept))  # one stretch without gaps
-    padding = classifier.tokenizer.pad_token_id
+    cut = sorted(set(range(len(offsets))) - set(kept))  # one stretch without gaps
+    input_ids, mask = (part.to(device) for part in pad(encode.windows([text])[0], tokenizer.pad_token_id))
+    baseline = [encode.prefix + [tokenizer.pad_token_id] * len(window) + encode.suffix for window in windows]
+    baseline = pad(baseline, tokenizer.pad_token_id)[0].to(device)
 
-    def with_special_tokens(contents: list[list[int]]) -> list[torch.Tensor]:
-        """Token ids and their mask, (windows, tokens)."""
-        return [part.to(classifier.devices.device)
-                for part in pad([encode.prefix + content + encode.suffix for content in contents], padding)]
+    def logits(copies: int) -> torch.Tensor:
+        """(copies, num_labels): the means over the windows of as many copies of the review."""
+        masks = None if mask.all() else mask.repeat(copies, 1)
+        of_windows = model(input_ids.repeat(copies, 1), attention_mask=masks).logits
+        return mean_over_windows(of_windows, torch.full((copies,), len(input_ids), device=device))
 
-    input_ids, mask = with_special_tokens([[tokens[place] for place in window] for window in windows])
-    baseline, _ = with_special_tokens([[padding] * len(window) for window in windows])
-    inputs = Windows(model, input_ids, None if mask.all() else mask)
     with torch.no_grad():
-        probabilities = inputs.logits()[0].softmax(dim=0)
+        probabilities = logits(1)[0].softmax(dim=0)
     predicted = int(probabilities.argmax())
-    of_tokens, (baseline_score, score), is_complete = integrated_gradients(inputs, baseline, predicted)
-    of_content = itertools.chain.from_iterable(
-        values[len(encode.prefix):len(encode.prefix) + len(window)]
-        for values, window in zip(of_tokens, windows, strict=True))
-    word_ids = encoded.word_ids()
+    of_tokens, (baseline_score, score), is_complete = integrated_gradients(model, logits, input_ids, baseline,
+                                                                           predicted)
+    of_content = [value for values, window in zip(of_tokens, windows, strict=True)
+                  for value in values[len(encode.prefix):len(encode.prefix) + len(window)]]
     # With its window and the side of the cut: a word that was cut in the middle counts as two words.
     ids = [(word_ids[place], number, bool(cut) and place > cut[0])
            for number, window in enumerate(windows) for place in window]
-    words = merge(text, [offsets[place] for place in kept], ids, list(of_content))
+    words = merge(text, [offsets[place] for place in kept], ids, of_content)
     return Explanation(text, classifier.label_names[predicted], float(probabilities[predicted]), words,
                        (offsets[cut[0]][0], offsets[cut[-1]][1]) if cut else None, baseline_score, score, is_complete)
 
@@ -119,26 +120,13 @@ def merge(text: str, offsets: list[tuple[int, int]], word_ids: list, attribution
     return words
 
 
-@dataclass
-class Windows:
-    """A review as the model reads it: `input_ids` and `mask`, (windows, tokens) int64; None where nothing is padded."""
-
-    model: nn.Module
-    input_ids: torch.Tensor
-    mask: torch.Tensor | None
-
-    def logits(self, copies: int = 1) -> torch.Tensor:
-        """(copies, num_labels): the means over the windows of as many copies of the review."""
-        repeated = {name: part.repeat(copies, 1) for name, part in
-                    (("input_ids", self.input_ids), ("attention_mask", self.mask)) if part is not None}
-        windows = torch.full((copies,), len(self.input_ids), device=self.input_ids.device)
-        return mean_over_windows(self.model(**repeated).logits, windows)
-
-
-def integrated_gradients(review: Windows, baseline: torch.Tensor, predicted: int
+def integrated_gradients(model: nn.Module, logits: Callable[[int], torch.Tensor], input_ids: torch.Tensor,
+                         baseline: torch.Tensor, predicted: int
                          ) -> tuple[list[list[float]], tuple[float, float], bool]:
     """(attribution of each token of each window, (score of `baseline`, score of the review), whether the attributions
-    add up to the difference within TOLERANCE). `baseline`: (windows, tokens) int64; the others are logits.
+    add up to the difference within TOLERANCE). The scores are in logits.
+
+    `input_ids`, `baseline`: (windows, tokens) int64. `logits`: see `attribute`.
 
     The path starts after the embeddings' layer norm. Before the norm it could start at zeros, DeBERTa's embedding of
     padding; there the norm would make nearly the whole change happen in the first steps. Both ends of the path have
@@ -146,7 +134,6 @@ def integrated_gradients(review: Windows, baseline: torch.Tensor, predicted: int
     """
     from captum.attr import IntegratedGradients  # takes half a second, because it imports matplotlib
 
-    model, input_ids = review.model, review.input_ids
     encoder = getattr(model, "encoder", model.base_model)
     words = encoder.get_input_embeddings()
     layer = getattr(encoder, "embeddings", words)  # word and position embeddings, and their layer norm
@@ -156,15 +143,15 @@ def integrated_gradients(review: Windows, baseline: torch.Tensor, predicted: int
         replacement, seen = words(ids), []
         with (words.register_forward_hook(lambda *_: replacement),
               layer.register_forward_hook(lambda *call: seen.append(call[-1]))):
-            review.logits()
+            logits(1)
         return seen[0].unsqueeze(0)
 
     def score(embeddings: torch.Tensor) -> torch.Tensor:
         """(batch, windows, tokens, width) -> (batch,): the predicted class's logit minus the mean of the others'."""
         with layer.register_forward_hook(lambda *_: embeddings.flatten(0, 1)):
-            logits = review.logits(len(embeddings))
-        own = logits[:, predicted]
-        return own - (logits.sum(dim=1) - own) / max(1, logits.shape[1] - 1)
+            of_classes = logits(len(embeddings))
+        own = of_classes[:, predicted]
+        return own - (of_classes.sum(dim=1) - own) / max(1, of_classes.shape[1] - 1)
 
     with torch.no_grad():
         start, end = embed(baseline), embed(input_ids)

@@ -75,8 +75,7 @@ def show(heading: str, explanation: Explanation) -> None:
     else:
         say("words that speak for it (+) and against it (-), as shares of all that is attributed:")
         say(as_plain_text(explanation))
-    for remark in remarks(explanation):
-        say(remark)
+    say("\n".join(remarks(explanation)) + "\n")
 
 
 def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, Explanation]]) -> None:
@@ -89,42 +88,35 @@ def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, 
 def explain(command: Command, devices: Devices) -> None:
     """Explain `command.text`, or the most confident mistakes of the run.
 
-    Raises UserError if there is no model, if its tokenizer cannot tell where its tokens stand in a text, or if there is
-    no usable misclassified.csv.
+    Raises UserError if there is no model, or no misclassified.csv.
     """
-    config, text, output = command.config, command.text, command.output and Path(command.output)
+    config, output = command.config, command.output and Path(command.output)
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {output.absolute().parent}")
     folder = chosen_model(command)
-    if text is not None:
-        rows, title = [{"text": text}], "What the decision rests on"
+    if command.text is not None:
+        reviews, title = [("", command.text)], "What the decision rests on"
     else:
-        rows, title = read_mistakes(config.run_folder, MISTAKES), f"{config.run_name}: its most confident mistakes"
+        reviews = [(f"review {row['id']}: labelled {printable(row['label'])}, ", row["text"])
+                   for row in read_mistakes(config.run_folder, MISTAKES)]
+        title = f"{config.run_name}: its most confident mistakes"
         output = output or config.run_folder / "misclassified.html"
-    if not rows:
+    if not reviews:
         raise UserError(f"{config.run_folder} has no misclassified reviews, which is good news: explain one review "
                         "with --text")
     if not devices.is_main:
         return
     classifier = Classifier(folder, config, devices)
-    if not classifier.tokenizer.is_fast:
-        raise UserError(f"{folder}: its tokenizer cannot tell where a token stands in the text: save it as "
-                        "tokenizer.json")
-    tokens = classifier.encode({"text": [row["text"] for row in rows]})["input_ids"]
+    tokens = classifier.encode({"text": [text for _, text in reviews]})["input_ids"]
     classifier.refuse_unknown_words(np.concatenate(tokens))
     with room_for(output.parent, fix="make room or choose another --output") if output else nullcontext():
-        reviews = []
-        for row in tqdm(rows, desc="explain", unit="review", leave=False, dynamic_ncols=True,
-                        disable=text is not None or not sys.stderr.isatty()):
-            explanation = attribute(classifier, row["text"])
-            heading = f"predicted {printable(explanation.predicted)} ({explanation.probability:.4f})"
-            if text is None:
-                heading = f"review {row['id']}: labelled {printable(row['label'])}, {heading}"
-            reviews.append((heading, explanation))
-        for heading, explanation in reviews[:SHOWN_MISTAKES]:
+        explained = []
+        for before, text in tqdm(reviews, desc="explain", unit="review", leave=False, dynamic_ncols=True, disable=None):
+            explanation = attribute(classifier, text)
+            heading = f"{before}predicted {printable(explanation.predicted)} ({explanation.probability:.4f})"
+            explained.append((heading, explanation))
+        for heading, explanation in explained[:SHOWN_MISTAKES]:
             show(heading, explanation)
-            if text is None:
-                say("")
         if output:
-            write_page(output, title, f"{config.demo_mark}Model: {folder}", reviews)
+            write_page(output, title, f"{config.demo_mark}Model: {folder}", explained)
             say(f"as a page: {output}")

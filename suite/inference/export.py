@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,19 +34,12 @@ from model import EncoderForClassification
 from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.pages import TRUNCATION_NOTES, write_export_card
-from suite.common.storage import new_folder, room_for, write_json
+from suite.common.storage import new_folder, refuse_existing, room_for, write_json
 from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
 from suite.inference.classifier import Classifier, chosen_model
-from suite.inference.onnx_file import (
-    OnnxModel,
-    Validation,
-    load_validation,
-    refuse_missing_packages,
-    write_int8,
-    write_onnx,
-)
+from suite.inference.onnx_file import OnnxModel, load_validation, refuse_missing_packages, write_int8, write_onnx
 from utils import PROJECT, UserError, say
 
 ONNX, INT8 = Path("onnx", "model.onnx"), Path("onnx", "model_quantized.onnx")  # where transformers.js looks for them
@@ -65,15 +57,16 @@ def export(command: Command, devices: Devices) -> None:
     """
     if "onnx" in command.formats:
         refuse_missing_packages()
-    folder = chosen_model(command)
-    target = output_folder(command)
     if not devices.is_main:
         return
+    folder, target = chosen_model(command), output_folder(command)
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     classifier = Classifier(folder, command.config, devices)
     classifier.model.cpu()
     if "transformers" in command.formats and (problem := problem_of(classifier.model)):
         raise UserError(f"{folder}: {problem}; or export it with --format onnx")
-    validation = load_validation(command.config, classifier) if command.int8 else None
+    validation = load_validation(command.config, classifier) if command.int8 else ()
     size = sum(path.stat().st_size for path in weight_files(folder)) * (len(command.formats) + command.int8)
     with room_for(target.parent, size, fix="make room or choose another --output"):
         new_folder(target, lambda partial: write_export(partial, folder, classifier, command.formats, validation))
@@ -83,23 +76,21 @@ def export(command: Command, devices: Devices) -> None:
 
 
 def output_folder(command: Command) -> Path:
-    """Where the exported model goes. Raises UserError if that exists."""
+    """Where the exported model goes."""
     if command.output:
-        target = Path(command.output)
-    elif command.model:
-        target = Path(command.model).resolve()
-        target = target.with_name(target.name + "-export")
-    else:
-        target = command.config.run_folder / "export"
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists already: remove it, or choose another folder with --output")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+        return Path(command.output)
+    if command.model:
+        model = Path(command.model).resolve()
+        return model.with_name(model.name + "-export")
+    return command.config.run_folder / "export"
 
 
 def write_export(folder: Path, source: Path, classifier: Classifier, formats: tuple[str, ...],
-                 validation: Validation | None) -> None:
-    """Write the files of an export into `folder`, and check each model in it."""
+                 validation: tuple[list[str], np.ndarray] | tuple[()]) -> None:
+    """Write the files of an export into `folder`, and check each model in it.
+
+    `validation`: texts and labels (n,) on which the model in 8 bits is checked; (): there is to be none.
+    """
     checks: dict[str, str] = {}
     tokenizer, encode = classifier.tokenizer, classifier.encode
     for name in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -117,8 +108,8 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: tu
         (folder / ONNX).parent.mkdir()
         write_onnx(classifier.model, folder / ONNX)
         checks[str(ONNX)] = check(classifier.model, OnnxModel(folder / ONNX, classifier.model.config), encode)
-    if validation is not None:
-        checks[str(INT8)] = write_int8(folder / ONNX, folder / INT8, classifier, validation)
+    if validation:
+        checks[str(INT8)] = write_int8(folder / ONNX, folder / INT8, classifier, *validation)
     for name, result in checks.items():
         say(f"checked: {name}: {result}")
     if note := TRUNCATION_NOTES.get(encode.truncation):
@@ -140,12 +131,8 @@ def write_config(folder: Path, classifier: Classifier) -> None:
 
 def modernbert_keys(values: dict[str, Any]) -> dict[str, Any]:
     """Under their old names, which text-embeddings-inference needs: ModernBERT's rotary bases and its layers' order."""
-    layers = values["layer_types"]
-    is_global = [place for place, kind in enumerate(layers) if kind == "full_attention"]
-    every = is_global[1] if len(is_global) > 1 else len(layers)
-    if is_global != list(range(0, len(layers), every)):
-        return {}  # no such number describes these layers
     bases = {kind: values["rope_parameters"][kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")}
+    every = [*values["layer_types"], "full_attention"].index("full_attention", 1)  # the first layer is a global one
     return {"global_attn_every_n_layers": every, "global_rope_theta": bases["full_attention"],
             "local_rope_theta": bases["sliding_attention"]}
 

@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,51 +51,40 @@ from suite.reviews.sampling import CHUNK_ROWS
 from utils import Config, UserError, file_kind, num_processes, process_rank, say
 
 SHOWN = 3  # broken rows that are printed; the file of rejected rows has all of them
-PART_DIGITS = 8  # of the number of a chunk in its file's name
 
 
-def text_column_of(path: str, column: str) -> str:
-    """The column that holds the texts: `column`, unless the input is of a kind whose columns have fixed names."""
-    return "text" if path == "-" or os.path.isdir(path) or file_kind(path) == ".txt" else column
+def read_chunks(path: str, column: str, classifier: Labeller) -> Iterator[list[Row]]:
+    """The rows of a file, or of standard input for `-`, CHUNK_ROWS at a time. A row that cannot be labelled is broken.
 
-
-def read_chunks(path: str, column: str, added: list[str], gives_tokens: Callable[[str], bool] = bool
-                ) -> Iterator[list[Row]]:
-    """The rows of a file, or of standard input for `-`, CHUNK_ROWS at a time. A row without a usable text is broken, as
-    is one whose text does not `gives_tokens`.
-
-    Raises UserError if there is no text column, or if a column has the name of one that will be `added`.
+    Raises UserError if there is no text column, or if a column has the name of one that will be added.
     """
-    column = text_column_of(path, column)
-    if path == "-":
-        rows, columns = read_rows("-.txt", file=sys.stdin.buffer), ["text"]
-    else:
-        rows, columns = read_rows(path, [column]), columns_of(path, [column])
+    path, file = ("-.txt", sys.stdin.buffer) if path == "-" else (path, None)
+    if os.path.isdir(path) or file_kind(path) == ".txt":
+        column = "text"
+    rows, columns = read_rows(path, [column], file=file), columns_of(path, [column])
     if columns and column not in columns:
         raise UserError(f"{path}: no column {column!r}; found {listed(columns)}: set data_config.text_column")
-    if taken := set(added) & set(columns):
+    if taken := set(columns) & set(classifier.added):
         raise UserError(f"{path}: it has a column {min(taken)!r} already: rename or remove it")
-    rows = (checked(row, column, added, gives_tokens) for row in rows)
     while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+        for row in chunk:
+            if row.problem is None and (problem := problem_with(row, column, classifier)):
+                row.problem, row.content = problem, json.dumps(row.values, default=str)
         yield chunk
 
 
-def checked(row: Row, column: str, added: list[str], gives_tokens: Callable[[str], bool]) -> Row:
-    """The row with its text, or a broken row that says why it cannot be labelled."""
-    if row.problem:
-        return row
-    problem = column_problem(row, (column,))
-    if problem is None:
-        row.text = as_text(row.values[column]) or ""
-        if not row.text.strip():
-            problem = f"row {row.number} has no text: fill it or remove the row"
-        elif not gives_tokens(row.text):
-            problem = f"row {row.number} has a text of which the model's tokenizer makes no token: change or remove it"
-    if taken := row.values.keys() & added:
-        problem = f"row {row.number} has a column {min(taken)!r} already: rename or remove it"
-    if problem:
-        return Row(row.number, row.position, problem=problem, content=json.dumps(row.values, default=str))
-    return row
+def problem_with(row: Row, column: str, classifier: Labeller) -> str | None:
+    """Why a row cannot be labelled; None if it can, and then it has its text."""
+    if problem := column_problem(row, (column,)):
+        return problem
+    if taken := row.values.keys() & classifier.added:
+        return f"row {row.number} has a column {min(taken)!r} already: rename or remove it"
+    row.text = as_text(row.values[column]) or ""
+    if not row.text.strip():
+        return f"row {row.number} has no text: fill it or remove the row"
+    if not classifier.gives_tokens(row.text):
+        return f"row {row.number} has a text of which the model's tokenizer makes no token: change or remove it"
+    return None
 
 
 def label(classifier: Labeller, chunk: list[Row]) -> list[dict[str, Any]]:
@@ -111,18 +100,20 @@ class Job:
     def __init__(self, path: str, output: Path, classifier: Labeller, config: Config):
         """`path` is the input, - for standard input."""
         self.output, self.classifier, self.devices = output, classifier, classifier.devices
+        self.column = config.data_config.text_column
         self.folder = output.with_name(output.name + ".parts")
         self.rejected = output.with_name(output.name + ".rejected.csv")
-        self.description_file = self.folder / "job.json"
         self.joined, self.joined_rejected = self.folder / f"output{output.suffix}", self.folder / "rejected.csv"
+        self.part_kind = ".parquet" if output.suffix == ".parquet" else ".jsonl"
         self.from_stdin = path == "-"
         self.source = str(self.folder / "input.txt") if self.from_stdin else path
-        self.column = text_column_of(path, config.data_config.text_column)
 
     def run(self) -> None:
         is_main = self.devices.is_main
         with room_for(self.output.parent, fix="make room or choose another --output"):
             if self.open():
+                if is_main:
+                    self.finish()
                 say(f"{self.output} is done")
                 return
             done = set(self.parts())
@@ -152,46 +143,43 @@ class Job:
     def open(self) -> bool:
         """Let the main process take the folder for this job; if it fails, all processes leave.
 
-        Returns whether the job was done but for the last renames, which have been made now.
+        Returns whether a killed process has joined all parts, so that only renames are left to do.
         """
-        problem, is_done = None, False
+        problem = None
         if self.devices.is_main:
             try:
-                is_done = self.take_folder()
+                self.take_folder()
             except Exception as error:  # raised below, when the other processes know
                 problem = error
         if self.devices.any(problem is not None):
             raise problem or SystemExit(2)
-        return self.devices.any(is_done)
+        return self.devices.any(self.devices.is_main and self.joined.exists())
 
-    def take_folder(self) -> bool:
+    def take_folder(self) -> None:
         """Raises UserError if the folder is in use or holds parts of another job, or if there is an output already."""
         lock(self.folder, "choose another --output", inside=".job.lock")
         self.folder.mkdir(exist_ok=True)  # `lock` has made it, except where there are no locks
-        before = read_json(self.description_file) if self.description_file.exists() else {}
-        is_joined = before.pop("joined", False)
         if self.from_stdin:
             with atomic_write(self.source, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
-        self.description = self.describe()
-        differing = [key for key, value in self.description.items() if before.get(key) != value]
-        if is_joined and not differing:
-            self.finish()
-            return True
-        try:
-            refuse_existing(self.output, self.rejected)  # again: they may have been written since the command began
-        except UserError:
-            if not before:  # a kill after the last file was removed has left the folder of a job that was done
-                self.remove()
-            raise
+        path, description = self.folder / "job.json", self.describe()
+        before = read_json(path) if path.exists() else {}
+        differing = [key for key, value in description.items() if before.get(key) != value]
         if self.from_stdin and differing == ["content"]:  # a new job: the texts that were piped in before are gone
-            for path in self.parts().values():
-                path.unlink()
-        if differing and self.parts():
+            for old in (self.joined, *self.parts().values()):
+                old.unlink(missing_ok=True)
+        is_begun = self.joined.exists() or self.parts()
+        if differing and is_begun:
             raise UserError(f"{self.folder} holds the rows of an interrupted job with another {', '.join(differing)}: "
                             "give its command again, choose another --output, or remove this folder")
-        write_json(self.description_file, self.description)
-        return False
+        if not self.joined.exists():
+            try:
+                refuse_existing(self.output, self.rejected)  # again: they may be newer than the command
+            except UserError:
+                if not is_begun:  # a kill has left the folder of a job that was done
+                    self.remove()
+                raise
+        write_json(path, description)
 
     def describe(self) -> dict[str, Any]:
         """Everything that the labels depend on."""
@@ -203,16 +191,7 @@ class Job:
 
     def parts(self) -> dict[int, Path]:
         """{number of a chunk, from 1: the file of its labelled rows}."""
-        kind = ".parquet" if self.output.suffix == ".parquet" else ".jsonl"
-        return {int(path.stem): path for path in self.folder.glob(f"*{kind}") if path.stem.isdigit()}
-
-    def remove(self) -> None:
-        """Remove what the job has written. What says which job it was goes last, and then the folder."""
-        for pattern in ("[0-9]" * PART_DIGITS + "*", ".*", "input.txt", "rejected.csv", "output.*", "job.json"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-        with contextlib.suppress(OSError):  # somebody has put something into it
-            self.folder.rmdir()
+        return {int(path.stem): path for path in self.folder.glob(f"[0-9]*{self.part_kind}")}
 
     def label_chunks(self, done: set[int]) -> tuple[Counter, dict[str, None]]:
         """Label the chunks that are not `done`, in which the processes take turns, and write all broken rows aside.
@@ -222,36 +201,34 @@ class Job:
         """
         counts, turns = Counter(), itertools.cycle(range(num_processes()))
         columns = dict.fromkeys(columns_of(self.source, [self.column]))
-        chunks = read_chunks(self.source, self.column, self.classifier.added, self.classifier.gives_tokens)
         with (tqdm(desc="predict", total=size_of(self.source), unit_scale=True, dynamic_ncols=True,
                    unit="row" if file_kind(self.source) == ".parquet" else "B",
-                   disable=process_rank() > 0 or not sys.stderr.isatty()) as bar,
+                   disable=process_rank() > 0 or None) as bar,
               atomic_write(self.joined_rejected) if self.devices.is_main else open(os.devnull, "w") as file):
             rejected = csv.writer(file)
             rejected.writerow(["row", "problem", "content"])
-            for number, chunk in enumerate(chunks, start=1):
+            for number, chunk in enumerate(read_chunks(self.source, self.column, self.classifier), start=1):
                 broken = [row for row in chunk if row.problem]
                 rejected.writerows([row.number, row.problem, row.content] for row in broken)
                 for row in broken[:max(0, SHOWN - counts["broken"])]:
                     say(f"skipped: {row.problem}")
                 counts.update(chunks=1, rows=len(chunk), broken=len(broken))
-                for row in chunk:  # one of a .jsonl file can have columns of its own
-                    columns |= dict.fromkeys(row.values)
+                for row in chunk:
+                    if not row.problem:  # one of a .jsonl file can have columns of its own
+                        columns |= dict.fromkeys(row.values)
                 if number not in done:
                     if next(turns) == process_rank():
-                        self.write_part(number, label(self.classifier, chunk), chunk)
+                        self.write_part(number, chunk)
                     counts.update(labelled=len(chunk))
                 bar.update(chunk[-1].position - bar.n)
                 if SIGNALS.received:
                     raise SystemExit(SIGNALS.exit_code)
         return counts, columns
 
-    def write_part(self, number: int, labelled: list[dict[str, Any]], chunk: list[Row]) -> None:
-        """`labelled`: the values of the chunk's whole rows, with what is predicted for them."""
-        is_parquet = self.output.suffix == ".parquet"
-        name = f"{number:0{PART_DIGITS}d}{'.parquet' if is_parquet else '.jsonl'}"
-        with atomic_write(self.folder / name, "wb") as file:
-            if is_parquet:
+    def write_part(self, number: int, chunk: list[Row]) -> None:
+        labelled = label(self.classifier, chunk)
+        with atomic_write(self.folder / f"{number:08}{self.part_kind}", "wb") as file:
+            if self.part_kind == ".parquet":
                 pyarrow.parquet.write_table(self.table(labelled, chunk), file)
             else:
                 file.writelines(f"{json.dumps(values, ensure_ascii=False, default=str)}\n".encode()
@@ -260,12 +237,9 @@ class Job:
     def table(self, labelled: list[dict[str, Any]], chunk: list[Row]) -> pa.Table:
         """The whole rows of a .parquet input as Arrow has read them, with the added columns behind theirs."""
         own, added = self.schemas()
-        places = enumerate(row.source for row in chunk if not row.problem)
-        slices = []  # of rows without a broken one between them: slices work with every type, which `take` does not
-        for _, rows in itertools.groupby(places, lambda place: (id(place[1][0]), place[1][1] - place[0])):
-            (_, (batch, first)), *others = rows
-            slices.append(batch.slice(first, 1 + len(others)).replace_schema_metadata())
-        table = pa.Table.from_batches(slices, own)
+        # Slices work with every type, which `take` does not.
+        rows = [batch.slice(place, 1) for batch, place in (row.source for row in chunk if not row.problem)]
+        table = pa.Table.from_batches(rows, own).combine_chunks()
         for field in added:
             table = table.append_column(field, pa.array([values[field.name] for values in labelled], field.type))
         return table
@@ -277,7 +251,9 @@ class Job:
                                for name in self.classifier.added])
 
     def join(self, counts: Counter, columns: dict[str, None]) -> None:
-        """Join the parts in their order. Once job.json says that they are joined, only renames are left to do."""
+        """Join the parts in their order. Once the joined file is there, only renames are left to do."""
+        if not counts["broken"]:
+            self.joined_rejected.unlink()
         parts, kind = self.parts(), self.output.suffix
         files = [parts[number] for number in range(1, counts["chunks"] + 1)]
         with atomic_write(self.joined, "w" if kind == ".csv" else "wb") as output:
@@ -293,19 +269,26 @@ class Job:
                 for file in files:
                     with open(file, encoding="utf-8") as lines:
                         writer.writerows(cells(json.loads(line)) for line in lines)
-        if not counts["broken"]:
-            self.joined_rejected.unlink()
-        write_json(self.description_file, self.description | {"joined": True})
 
     def finish(self) -> None:
         """Give the joined files their names, those that a killed process has not placed, and remove the folder."""
         unplaced = [(path, place) for path, place in ((self.joined_rejected, self.rejected), (self.joined, self.output))
                     if path.exists()]
         refuse_existing(*(place for _, place in unplaced))
+        for part in self.parts().values():  # first: a folder without parts is not needed where the output exists
+            part.unlink()
         for path, place in unplaced:
             os.replace(path, place)
         sync_folder(self.output.parent)
         self.remove()
+
+    def remove(self) -> None:
+        """Remove what the job has written, except for parts, and then the folder."""
+        for pattern in (".*", "input.txt", "rejected.csv", "output.*", "job.json"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        with contextlib.suppress(OSError):  # somebody has put something into it
+            self.folder.rmdir()
 
 
 def sum_of_files(folder: Path, paths: Iterable[Path]) -> str:

@@ -17,7 +17,6 @@ import logging
 import tempfile
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from data import load_split
-from model import EncoderForClassification
 from suite.inference.classifier import Classifier
+from suite.reviews.splitting import load_split
 from utils import Config, UserError, brief, say
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -50,6 +48,8 @@ def write_onnx(model: nn.Module, path: Path) -> None:
 
     The weights are in the same file, unless it would exceed the 2 GB that protobuf allows.
     """
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass  # onnxscript brings it
+
     input_ids = torch.ones(2, 8, dtype=torch.int64)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     axes = {0: "batch", 1: "tokens"}
@@ -63,48 +63,34 @@ def write_onnx(model: nn.Module, path: Path) -> None:
             raise UserError(f"torch {torch.__version__} cannot export a {kind} model "
                             f"({brief(error.__cause__ or error)}): use it in PyTorch, or train another "
                             "encoder") from error
-        forget_traces(program.model.graph)
+        # It says of each node's origin: lines of code, with paths of this machine.
+        ClearMetadataAndDocStringPass()(program.model)
         program.save(path)
-
-
-def forget_traces(graph: Any) -> None:
-    """Remove what the exporter says of each node's origin: lines of code, with paths of this machine."""
-    graph.metadata_props.clear()
-    for node in graph.all_nodes():
-        node.metadata_props.clear()
-        for value in (*node.inputs, *node.outputs):
-            if value is not None:
-                value.metadata_props.clear()
 
 
 @contextmanager
 def quiet():
     """Hide the exporter's remarks about its own deprecations and about operators that are not used here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-def session(path: Path) -> Any:
-    """An onnxruntime.InferenceSession on the CPU, with as many threads as torch."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class OnnxModel(nn.Module):
-    """The file `path`, called like the model it was made from, whose configuration is `config`."""
+    """The file `path` in ONNX Runtime on the CPU, called like the model it was made from, whose configuration is
+    `config`."""
 
     def __init__(self, path: Path, config: PreTrainedConfig):
+        import onnxruntime
+
         super().__init__()
-        self.session, self.config = session(path), config
+        self.config, options = config, onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors only
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SequenceClassifierOutput:
         """`logits` (batch, num_labels) float32."""
@@ -118,14 +104,9 @@ class OnnxModel(nn.Module):
 # In 8 bits
 
 
-@dataclass
-class Validation:
-    texts: list[str]
-    labels: np.ndarray  # (n,) int64
-
-
-def load_validation(config: Config, classifier: Classifier) -> Validation:
-    """The first of the run's validation reviews. Raises UserError if these are too few, or not the model's own."""
+def load_validation(config: Config, classifier: Classifier) -> tuple[list[str], np.ndarray]:
+    """The first of the run's validation reviews, and their labels (n,) int64. Raises UserError if these are too few, or
+    not the model's own."""
     say(f"--int8: reading the validation reviews of {config.data_config.dataset}")
     split = load_split(config)
     if classifier.data_fingerprint != split.fingerprint:
@@ -135,24 +116,20 @@ def load_validation(config: Config, classifier: Classifier) -> Validation:
     if len(texts) < FEWEST:
         raise UserError(f"--int8 is checked on at least {FEWEST} validation reviews, and this run has {len(texts):,}: "
                         "export without --int8, or train with a larger data_config.split or data_config.limit")
-    if split.label_names != classifier.label_names:
-        raise UserError(f"{config.data_config.dataset} has the classes {split.label_names}, {classifier.folder} was "
-                        f"trained on {classifier.label_names}: give the data of its run")
-    return Validation(texts[:MOST], labels[:MOST])
+    return texts[:MOST], labels[:MOST]
 
 
-def write_int8(source: Path, target: Path, classifier: Classifier, validation: Validation) -> str:
-    """Quantize the ONNX file `source` and compare both; returns what the comparison found.
+def write_int8(source: Path, target: Path, classifier: Classifier, texts: list[str], labels: np.ndarray) -> str:
+    """Quantize the ONNX file `source` and compare both on validation reviews; returns what the comparison found.
 
     Raises UserError if it loses more than the guard allows.
     """
     quantize(source, target, classifier.model)
     in_float, in_int8 = (OnnxModel(path, classifier.model.config) for path in (source, target))
-    expected = probabilities_of(in_float, classifier, validation.texts)
-    found = probabilities_of(in_int8, classifier, validation.texts)
-    alone = np.concatenate([probabilities_of(in_int8, classifier, [text]) for text in validation.texts[:ALONE]])
+    expected, found = (probabilities_of(model, classifier, texts) for model in (in_float, in_int8))
+    alone = np.concatenate([probabilities_of(in_int8, classifier, [text]) for text in texts[:ALONE]])
     same = (found.argmax(axis=1) == expected.argmax(axis=1)).mean()
-    before, after = ((values.argmax(axis=1) == validation.labels).mean() for values in (expected, found))
+    before, after = ((values.argmax(axis=1) == labels).mean() for values in (expected, found))
     changed, by_batch = np.abs(found - expected).max(), np.abs(found[:ALONE] - alone).max()
     result = (f"on {len(found):,} validation reviews, {same:.1%} have the same label as in float32; accuracy "
               f"{after:.4f}, before {before:.4f}; a probability changes by at most {changed:.3f}, and between a review "
@@ -194,10 +171,8 @@ def quantize(source: Path, target: Path, model: nn.Module) -> None:
 
 def head_weight(model: nn.Module) -> str:
     """The name of the last layer's weights."""
-    if isinstance(model, EncoderForClassification):
-        return "head.weight"
-    name = [name for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels][-1]
+    *_, name = (name for name, module in model.named_modules()
+                if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels)
     return f"{name}.weight"
 
 

@@ -44,7 +44,7 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", newline="")  # the same bytes as in a file
     try:
-        for chunk in read_chunks(path, column, classifier.added, classifier.gives_tokens):
+        for chunk in read_chunks(path, column, classifier):
             for problem in (row.problem for row in chunk if row.problem):
                 broken += 1
                 print(f"skipped: {printable(problem)}", file=sys.stderr)

@@ -10,14 +10,13 @@ predictions or optimizer state. The login is the library's own (`hf auth login`,
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.pages import NOT_TESTED
 from suite.common.run_folder import read_metrics, read_saved_config, run_of
-from suite.common.storage import CARD, MANIFEST, refuse_damage
+from suite.common.storage import CARD, refuse_damage
 from suite.encoders.checkpoints import kind_of
 from suite.encoders.loading import WITHOUT_ENCODER
 from suite.inference.classifier import chosen_model
@@ -38,14 +37,14 @@ def publish(command: Command, devices: Devices) -> None:
         return
     folder = chosen_model(command)
     is_demo = refuse_unpublishable(folder)
-    names = [name for name in FILES if (folder / name).is_file()]
-    card = fit_card(read_card(folder), command.repo, command.license)
-    show_plan(command, folder, names, card)
+    card = fit_card((folder / CARD).read_text(encoding="utf-8"), command.repo, command.license)
+    files = {name: card.encode() if name == CARD else folder / name for name in FILES if (folder / name).is_file()}
+    show_plan(command, folder, files)
     if is_demo:
         raise UserError(f"{folder} is a DEMO, trained on generated reviews: it is of no use to others. Nothing was "
                         "sent; publish a model that was trained on real ones")
     if command.yes:
-        send(command, folder, names, card)
+        send(command, files)
     else:
         say("Nothing was sent. To send it, give the same command with --yes.")
 
@@ -54,9 +53,6 @@ def refuse_unpublishable(folder: Path) -> bool:
     """Whether the model is a demo's. Raises UserError for what is damaged, unfinished, or no encoder."""
     if (kind := kind_of(folder)) in WITHOUT_ENCODER:
         raise UserError(f"{folder} holds a {kind} model, which no program but this one reads: publish an encoder")
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} has no {MANIFEST}, so nothing tells whether its files are whole: name a run, its "
-                        "best model or an export of it")
     refuse_damage(folder)
     is_demo = False
     if run := run_of(folder):
@@ -66,19 +62,13 @@ def refuse_unpublishable(folder: Path) -> bool:
         if "test" not in read_metrics(run):
             raise UserError(f"{run} is not finished, or not tested: give its training command again, or --mode test")
         is_demo = config.is_demo
-    card = read_card(folder)
+    try:
+        card = (folder / CARD).read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise UserError(f"{folder / CARD}: there is no model card in UTF-8: test the run, or write one") from None
     if NOT_TESTED in card:
         raise UserError(f"{folder} was exported before its run was tested: test the run, and export it again")
     return is_demo or DEMO_WARNING in card
-
-
-def read_card(folder: Path) -> str:
-    try:
-        return (folder / CARD).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {CARD}, its model card: test the run, or write one") from None
-    except ValueError:
-        raise UserError(f"{folder / CARD} is not a text in UTF-8: save it as one") from None
 
 
 def fit_card(card: str, repo: str, license_name: str | None) -> str:
@@ -94,43 +84,37 @@ def fit_card(card: str, repo: str, license_name: str | None) -> str:
     return "---\n" + "\n".join(lines) + end + text
 
 
-def show_plan(command: Command, folder: Path, names: list[str], card: str) -> None:
-    left = sorted({str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - set(names))
+def show_plan(command: Command, folder: Path, files: dict[str, Path | bytes]) -> None:
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - files.keys()
     say(f"{command.repo}: a {'public' if command.public else 'private'} repository, "
         f"{f'licence {command.license}' if command.license else 'no licence given'}")
-    for name in names:
-        size = len(card.encode()) if name == CARD else (folder / name).stat().st_size
+    for name, file in files.items():
+        size = len(file) if name == CARD else file.stat().st_size
         say(f"  {name}  {size / 1e6:,.3f} MB")
-    say(f"not sent: {', '.join(left)}\nremoved, where an earlier model has left it there: any other model file\n\n"
-        f"{CARD}:\n{card.rstrip()}\n")
+    say(f"not sent: {', '.join(sorted(left))}\nremoved, where an earlier model has left it there: any other model "
+        f"file\n\n{CARD}:\n{files[CARD].decode().rstrip()}\n")
 
 
-def send(command: Command, folder: Path, names: list[str], card: str) -> None:
+def send(command: Command, files: dict[str, Path | bytes]) -> None:
     """One commit with all files, and without those of an earlier model. Raises UserError if it fails."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, private = HfApi(), not command.public
-    with tempfile.TemporaryDirectory() as staged:
-        for name in names:
-            Path(staged, name).parent.mkdir(exist_ok=True)
-            Path(staged, name).symlink_to((folder / name).resolve())
-        Path(staged, CARD).unlink()
-        Path(staged, CARD).write_text(card, encoding="utf-8", newline="")
-        try:
-            api.whoami()
-            api.create_repo(command.repo, private=private, exist_ok=True)
-            if (is_private := api.repo_info(command.repo).private) != private:
-                raise UserError(f"{command.repo} exists already and is {'private' if is_private else 'public'}: "
-                                f"{'leave out' if is_private else 'give'} --public, or choose another name")
-            # Of two models mixed, transformers would make one with a random head.
-            commit = api.upload_folder(repo_id=command.repo, folder_path=staged, delete_patterns=FILES,
-                                       commit_message="Add a trained classifier and its card")
-        except LocalTokenNotFoundError:
-            raise UserError("the Hub does not know you here: log in with hf auth login, or set HF_TOKEN") from None
-        except UserError:
-            raise
-        except Exception as error:  # of any type: the library fails on a server's odd answers in any way
-            raise UserError(f"{command.repo} was not sent ({type(error).__name__}: {brief(error)}): mend this, and "
-                            "give the same command again; all files arrive together or not at all") from error
+    try:
+        api.whoami()
+        api.create_repo(command.repo, private=private, exist_ok=True)
+        there = api.repo_info(command.repo)
+        if there.private != private:
+            raise UserError(f"{command.repo} exists already and is {'private' if there.private else 'public'}: "
+                            f"{'leave out' if there.private else 'give'} --public, or choose another name")
+        # Of two models mixed, transformers would make one with a random head.
+        old = {file.rfilename for file in there.siblings} & set(FILES) - files.keys()
+        commit = api.create_commit(command.repo, [*(CommitOperationAdd(name, file) for name, file in files.items()),
+                                                  *map(CommitOperationDelete, old)],
+                                   commit_message="Add a trained classifier and its card")
+    except UserError:
+        raise
+    except Exception as error:  # of any type: the library fails on a server's odd answers in any way
+        raise UserError(f"{command.repo} was not sent ({type(error).__name__}: {brief(error)}): mend this, and give "
+                        "the same command again; all files arrive together or not at all") from error
     say(f"sent: {commit.commit_url}")

@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -50,11 +50,10 @@ def read_rows(path: str, columns: Sequence[str] = (), only: bool = False, file: 
 
 def columns_of(path: str, columns: Sequence[str] = ()) -> list[str]:
     """The columns of a file, even if it has no rows; [] for JSON, where each row names its own. `columns`: as above."""
-    kind = file_kind(path)
     if os.path.isdir(path):
         return ["file", "text"]
-    if kind == ".parquet":
-        with _opened_parquet(path) as file:
+    if (kind := file_kind(path)) == ".parquet":
+        with opened_parquet(path) as file:
             return file.schema_arrow.names
     if kind in (".csv", ".tsv"):
         with _opened(path) as file:
@@ -68,7 +67,7 @@ def size_of(path: str) -> int:
         return len(text_files(path))
     if file_kind(path) != ".parquet":
         return os.path.getsize(path)
-    with _opened_parquet(path) as file:
+    with opened_parquet(path) as file:
         return file.metadata.num_rows
 
 
@@ -111,7 +110,7 @@ def column_problem(row: Row, columns: tuple[str, ...]) -> str | None:
     keys = " and ".join(f"data_config.{key}" for key in ("text_column", "label_column")[:len(columns)])
     for column in columns:
         if column not in row.values:
-            return (f"row {row.number} has no column {column!r}; found {listed(list(row.values))}: set {keys}")
+            return f"row {row.number} has no column {column!r}; found {listed(list(row.values))}: set {keys}"
         if isinstance(row.values[column], bytes | list | dict):
             return (f"row {row.number} holds {type(row.values[column]).__name__} in the column {column!r}: convert it "
                     f"to text, or set {keys}")
@@ -127,24 +126,25 @@ def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Ro
                                 f"({row.problem}): write one of them")
             yield row
         return
-    content = file.read()
     try:
-        records = _parse_json(content.decode("utf-8-sig"))
+        records = _parse_json(file.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is {other_encoding(content)}") from None
+        raise UserError(f"{path}: byte {error.start} is {other_encoding(error.object)}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}: mend it, or write one object a line into a .jsonl file") from None
     size = os.path.getsize(path)
     for number, values in enumerate(records, start=1):
-        position = size * number // len(records)
+        row = Row(number, size * number // len(records), values)
         try:
-            yield Row(number, position, _checked_object(values))
+            _refuse_other_values(values)
         except ValueError as problem:
-            yield Row(number, position, problem=f"row {number} {problem}", content=json.dumps(values))
+            row = replace(row, values={}, problem=f"row {number} {problem}", content=json.dumps(values))
+        yield row
 
 
 def _parse_object(line: str) -> dict[str, Any]:
-    return _checked_object(_parse_json(line))
+    _refuse_other_values(values := _parse_json(line))
+    return values
 
 
 def _parse_json(text: str) -> Any:
@@ -156,23 +156,21 @@ def _parse_json(text: str) -> Any:
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. One key twice is what two rows look like when the end of the first is lost."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice: keep one of them")
-    return values
+    keys = [key for key, _ in pairs]
+    if twins := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"the key {twins[0]!r} comes twice: keep one of them")
+    return dict(pairs)
 
 
-def _checked_object(values: Any) -> dict[str, Any]:
-    """The JSON value of a row. Raises ValueError if it is no object, or holds half of a character, which JSON can name
-    as \\ud..., and no file can hold."""
+def _refuse_other_values(values: Any) -> None:
+    """Raises ValueError if the JSON value of a row is no object, or holds half of a character, which JSON can name as
+    \\ud..., and no file can hold."""
     if not isinstance(values, dict):
         raise ValueError('is not a JSON object such as {"text": ..., "label": ...}')
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a \\ud... pair: write the character itself") from None
-    return values
 
 
 # What reads the rows of each kind of file but .parquet
@@ -188,17 +186,23 @@ KINDS: dict[str, Callable[[str, BinaryIO, Sequence[str]], Iterator[Row]]] = {
 
 def _read_parquet(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
     """`columns`: those that are read; None: all."""
-    with _opened_parquet(path) as file:
+    with opened_parquet(path) as file:
         if len(set(names := file.schema_arrow.names)) < len(names):
             raise UserError(f"{path}: two columns have the same name in {', '.join(names)}: rename one")
         number = 0
-        try:
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
-                for place, values in enumerate(batch.to_pylist()):
-                    number += 1
-                    yield Row(number, number, values, source=(batch, place))
-        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: Python has no such date
-            raise _unreadable(path, error) from None
+        for batch in file.iter_batches(batch_size=1000, columns=columns):
+            for place, values in enumerate(batch.to_pylist()):
+                number += 1
+                yield Row(number, number, values, source=(batch, place))
+
+
+@contextmanager
+def opened_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: Python has no such date
+        raise UserError(f"{path}: not a readable parquet file: {brief(error)}") from None
 
 
 def _opened(path: str) -> BinaryIO:
@@ -206,14 +210,3 @@ def _opened(path: str) -> BinaryIO:
         return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _opened_parquet(path: str) -> pyarrow.parquet.ParquetFile:
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: not a readable parquet file: {brief(error)}")

@@ -26,17 +26,8 @@ from huggingface_hub import is_offline_mode, snapshot_download
 
 from suite.common.hub import cached, digest_of, explained, is_hub_name
 from suite.common.storage import read_json, write_json
-from suite.reviews.rows import (
-    MOST_NAMED,
-    as_text,
-    column_problem,
-    columns_of,
-    listed,
-    read_rows,
-    read_texts,
-    text_files,
-    visible_files,
-)
+from suite.reviews import rows
+from suite.reviews.rows import as_text, columns_of, listed, text_files, visible_files
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
@@ -62,10 +53,10 @@ def load_parts(data_config: DataConfig) -> list[Part]:
     """The tables of the dataset that the configuration names. Raises UserError for what cannot be read."""
     name, columns = data_config.dataset, (data_config.text_column, data_config.label_column)
     if os.path.isfile(name):
-        if file_kind(name) not in FILE_TYPES:
-            raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}, or one of them "
-                            "and .gz")
-        return [_load_file("train", name, columns)]
+        if file_kind(name) in FILE_TYPES:
+            return [_load_file("train", name, columns)]
+        raise UserError(f"data_config.dataset: {name}: a file must end in {', '.join(FILE_TYPES)}, or one of them and "
+                        ".gz")
     if os.path.isdir(name):
         return _load_folder(name, data_config.subset, columns)
     if not is_hub_name(name) or name in READERS:
@@ -86,7 +77,7 @@ def _cached_table(place: str, files: list[Path], columns: tuple[str, str], class
     """What `_labelled_rows` gives, from the cache if files of the same content were read before."""
     features = Features({"text": Value("string"), "label": Value("string")})
     with explained("data_config.dataset", place):
-        names = [os.path.abspath(file) for file in files]
+        names = list(map(os.path.abspath, files))
         key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
         return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
             _labelled_rows, features=features, cache_dir=str(folder), fingerprint=key,
@@ -102,12 +93,13 @@ def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, str], 
     """
     number, broken, first_problem, known = 0, [], "", {}
     of_texts = file_kind(files[0]) == ".txt"
-    for number, row in enumerate(read_texts(files) if of_texts else read_rows(place, columns, only=True), start=1):
+    for row in rows.read_texts(files) if of_texts else rows.read_rows(place, columns, only=True):
+        number = row.number
         if of_texts:
             row.values["label"] = files[number - 1].parent.name
         known |= row.values  # a row of JSON may leave out what it has no value for
         row.values = dict.fromkeys(columns) | row.values
-        if problem := row.problem or column_problem(row, columns):
+        if problem := row.problem or rows.column_problem(row, columns):
             first_problem = first_problem or problem
             broken.append(number)
         elif not broken:
@@ -115,7 +107,7 @@ def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, str], 
     if number > len(broken):
         _refuse_missing(columns, list(known), place)
     if broken:
-        others = ", ".join(map(str, broken[1:MOST_NAMED + 1]))
+        others = ", ".join(map(str, broken[1:rows.MOST_NAMED + 1]))
         raise UserError(f"{place}: {first_problem}" + (
             f"; {len(broken) - 1:,} more cannot be read, such as row {others}" if others else ""))
     if not number:
@@ -139,8 +131,7 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> lis
         raise UserError(f"data_config.dataset: {name} holds no {', '.join(FILE_TYPES)} files: name a folder with some")
     if not any(file_kind(path) in FILE_TYPES for path in everything) and text_files(name):
         return _load_texts(name, columns)
-    builder = _builder(name, subset)
-    files = {str(split): list(of_split) for split, of_split in builder.config.data_files.items()}
+    builder, files = _builder(name, subset)
     # The library takes files of one kind and leaves out the others without a word.
     there = {file_kind(path) for path in everything} & set(FILE_TYPES) - {".json"}  # .json: what describes the data
     kinds = sorted(there | {file_kind(file) or Path(file).suffix for of_split in files.values() for file in of_split})
@@ -198,8 +189,7 @@ def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> l
     listing, tables = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"files-{place}.json", None
     with explained("data_config.dataset", name, any_error=True):
         if not is_offline_mode():
-            builder = _builder(name, subset)
-            urls = {str(split): list(of_split) for split, of_split in builder.config.data_files.items()}
+            builder, urls = _builder(name, subset)
             parsed = {url: re.fullmatch("hf://[^@]*@([^/]*)/(.*)", url)
                       for of_split in urls.values() for url in of_split}
             if all(found and file_kind(found[2]) in FILE_TYPES for found in parsed.values()):
@@ -232,23 +222,19 @@ def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns:
             raise UserError(f"{place}: the column {text!r} holds {kind}, not text: set data_config.text_column")
         class_names = _class_names(table.features, label)
         labels = [_label(value, class_names) for value in table.data.column(label).to_pylist()]
-        texts = table.select_columns([text])
-        if text != "text":
-            texts = texts.rename_column(text, "text")
-        if not pa.types.is_string(kind):
-            texts = texts.cast_column("text", Value("string"))
-        parts.append(Part(str(split), place, texts.add_column("label", labels, feature=Value("string")),
-                          class_names))
+        texts = table.select_columns([text]).rename_columns({text: "text"}).cast_column("text", Value("string"))
+        parts.append(Part(str(split), place, texts.add_column("label", labels, feature=Value("string")), class_names))
     return parts
 
 
-def _builder(name: str, subset: str | None) -> DatasetBuilder:
-    """What the datasets library knows of a dataset before it reads it: its splits, files and declared columns."""
+def _builder(name: str, subset: str | None) -> tuple[DatasetBuilder, dict[str, list[str]]]:
+    """What the datasets library knows of a dataset before it reads it: its declared columns, and each split's files."""
     path = str(Path(name).resolve()) if os.path.isdir(name) else name  # else a folder called `csv` would be its reader
     card = " with its README.md" if os.path.isfile(os.path.join(name, "README.md")) else ""  # it may be what is wrong
     with explained("data_config.dataset", name + card, any_error=True):
         try:
-            return datasets.load_dataset_builder(path, subset)
+            builder = datasets.load_dataset_builder(path, subset)
+            return builder, {str(split): list(files) for split, files in builder.config.data_files.items()}
         except ValueError:
             names = datasets.get_dataset_config_names(path)
             if len(names) < 2 or subset in names:

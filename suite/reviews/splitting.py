@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from suite.reviews.classes import Reviews, name_rows
-from utils import DataConfig, UserError, say
+from suite.reviews.classes import Reviews, load_reviews, name_rows
+from utils import Config, DataConfig, UserError, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+@dataclass
+class Split:
+    reviews: Reviews
+    digests: np.ndarray  # (rows,) of 16 bytes, see `text_digests`
+    ids_of: dict[str, np.ndarray]  # {"train", "valid", "test": rows of `reviews`, ascending}
+    fingerprint: str  # of the reviews, their labels and the split
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """(valid and test reviews,) the digests of their texts."""
+        return self.digests[np.concatenate([self.ids_of["valid"], self.ids_of["test"]])]
+
+    @property
+    def label_names(self) -> list[str]:
+        return self.reviews.label_names
+
+    def text(self, review_id: int) -> str:
+        """The review whose `id` this is."""
+        return self.reviews.table[int(review_id)]["text"]
+
+    def texts_and_labels(self, name: str) -> tuple[list[str], np.ndarray]:
+        """The reviews of one of the three splits, in the order of their ids."""
+        ids = self.ids_of[name]
+        return list(self.reviews.table.select(ids)["text"]), self.reviews.labels[ids]
+
+
+def load_split(config: Config) -> Split:
+    """Load, clean and split the reviews. No tokenizer is needed."""
+    data_config = config.data_config
+    reviews = load_reviews(data_config, config.model_config.num_labels)
+    digests = text_digests(reviews.table)
+    refuse_contradictions(digests, reviews)
+    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names)
+    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()))
+
+
+def fingerprint(*parts: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
 
 
 def text_digests(table: Dataset) -> np.ndarray:
@@ -91,7 +132,7 @@ def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_n
                  data_config: DataConfig, label_names: Sequence[str]) -> dict[str, np.ndarray]:
     """Divide the rows of `pool` into train, valid and test; with an official split, `test` stays as it is.
 
-    Raises UserError if a split is empty, or a class is validated or tested but not trained on.
+    Raises UserError if a split is empty, or a class is not trained on.
     """
     if data_config.split == "official":
         is_valid = split_names[pool] == "validation"
@@ -106,8 +147,7 @@ def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_n
     splits, name = {"train": train, "valid": valid, "test": test}, data_config.dataset
     if empty := [split for split, rows in splits.items() if len(rows) == 0]:
         raise UserError(f"{name}: no rows are left for {' and '.join(empty)}: raise data_config.limit or add rows")
-    others = set(labels[np.concatenate([valid, test])].tolist())
-    if lacking := others - set(labels[train].tolist()):  # only in an official split: draws are stratified
+    if lacking := set(range(len(label_names))) - set(labels[train].tolist()):  # hardly ever: draws are stratified
         raise UserError(f"{name}: no row to train on has the class {label_names[min(lacking)]}: add some, or give "
                         "shares such as data_config.split=[0.8,0.1,0.1]")
     return splits

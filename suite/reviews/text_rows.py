@@ -10,7 +10,7 @@ import io
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -58,12 +58,10 @@ class Lines:
 
     def row(self, number: int, values: dict[str, Any], problem: str | None = None) -> Row:
         """The row that the lines make up, a broken one if it has a problem or is not UTF-8; the next row begins."""
-        position = self.on_disk.tell() if self.on_disk.seekable() else 0
+        row = Row(number, self.on_disk.tell() if self.on_disk.seekable() else 0, values)
         if problem := self.encoding_problem() or problem:
             content = "".join(self.of_row).rstrip("\r\n").encode(errors="surrogateescape")
-            row = Row(number, position, problem=problem, content=content.decode(errors="backslashreplace"))
-        else:
-            row = Row(number, position, values)
+            row = replace(row, values={}, problem=problem, content=content.decode(errors="backslashreplace"))
         self.of_row = []
         return row
 
@@ -81,8 +79,7 @@ def other_encoding(content: bytes) -> str:
     """What is said of bytes that are not UTF-8: the encoding that they probably have, and how to convert them."""
     # WINDOWS-1252 is the usual one of older files, and has all letters of ISO-8859-1, too.
     encoding = "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
-    return (f"not UTF-8: it is probably {encoding}; convert the file with "
-            f"iconv -f {encoding} -t UTF-8 FILE > NEW_FILE")
+    return f"not UTF-8: it is probably {encoding}; convert the file with iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
 
 
 def read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[Lines, Any, list[str]]:
@@ -109,8 +106,7 @@ def read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[Line
         raise UserError(f"{path}: {problem}")
     if twins := [name for name in columns if header.count(name) > 1]:
         raise UserError(f"{path}: two columns are called {twins[0]!r}: rename one")
-    header = [f"{name} (column {place})" if name in header[:place - 1] else name
-              for place, name in enumerate(header, start=1)]
+    header = [f"{name} (column {place + 1})" if name in header[:place] else name for place, name in enumerate(header)]
     spaced = len(found) > 1 and all(name.startswith(" ") for name in found[1:])  # `text, label`: so do the rows, too
     lines.of_row = []
     return lines, csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True), header
@@ -122,14 +118,14 @@ def read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Ro
     while True:
         try:
             problem, values = None, next(reader)
+            if not values:  # a blank line
+                lines.of_row = []
+                continue
         except StopIteration:
             return
         except csv.Error as error:
             lines.give_back(1)  # the quote that is wrong here may have swallowed good rows
             problem, values = f"line {lines.number}: {error}: mend the quotes there", []
-        if not values and not problem:  # a blank line
-            lines.of_row = []
-            continue
         # A text of several lines may hold commas, but hardly one tab in each line. These are rows, of a program that
         # writes no quotes around texts: a text begins with a quote, and a later one ends with one.
         swallowed = len(lines.of_row) - 1

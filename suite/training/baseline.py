@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 
-from data import load_split
 from suite.common.devices import Devices
 from suite.common.hub import say_what_was_cached
 from suite.encoders.bag_of_words import fit
+from suite.reviews.splitting import load_split
 from suite.training.finish import FittedRun, predictions_of, show_finished, write_results, write_validation
 from suite.training.meter import peak_memory_mb
 from suite.training.states import RunFolder

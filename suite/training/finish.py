@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data import Split, load_split, prepare_data
+from data import prepare_data
 from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.hub import say_what_was_cached
@@ -19,6 +19,7 @@ from suite.common.pages import write_model_card
 from suite.common.run_folder import best_model, is_encoder, read_history, read_metrics
 from suite.common.storage import write_json, write_text
 from suite.inference.classifier import open_classifier
+from suite.reviews.splitting import Split, load_split
 from suite.training.evaluation import (
     SPLITS,
     TEST_PREDICTIONS,

@@ -13,18 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedConfig, PreTrainedTokenizerBase
 
-from data import (
-    IGNORED,
-    Encode,
-    IMDBDataset,
-    PreparedData,
-    Step,
-    fingerprint,
-    load_split,
-    pad,
-    refuse_no_tokens,
-    tokenize,
-)
+from data import IGNORED, Encode, IMDBDataset, PreparedData, Step, pad, tokenize
 from suite.common.devices import Devices
 from suite.common.pages import write_pretrained_card
 from suite.encoders.loading import PRETRAINED_TEXTS, trained_texts
@@ -32,7 +21,7 @@ from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import to_device
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.classes import refuse_no_texts
-from suite.reviews.splitting import text_digests
+from suite.reviews.splitting import fingerprint, load_split, text_digests
 from suite.training.run import Run
 from suite.training.tracking import watched
 from utils import Config, DataConfig, UserError, say
@@ -65,9 +54,8 @@ def prepare_texts(config: Config) -> PreparedData:
         raise UserError(f"model_config.model_name: the tokenizer of {name} has no mask token: take a model that was "
                         "pretrained with one, such as bert-base-uncased")
     used = np.sort(np.concatenate([train, valid]))
-    tokens, offsets, first_windows = tokenize(
-        table.select(used), Encode(tokenizer, data_config.max_len, "windows", max_windows=sys.maxsize), digests[used])
-    refuse_no_tokens(np.diff(offsets)[first_windows[:-1]], used, [*reviews.parts, *reviews.unlabelled])
+    encode = Encode(tokenizer, data_config.max_len, "windows", max_windows=sys.maxsize)
+    tokens, offsets, first_windows = tokenize(table, used, digests, encode, [*reviews.parts, *reviews.unlabelled])
     text_of = np.repeat(used, np.diff(first_windows))  # (windows,)
     splits = {}
     for name_of_split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
