@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,25 @@ from suite.training.tracking import Tracker
 from utils import Config, UserError, brief, say
 
 
-@dataclass
 class FittedRun:
-    """What the end of a run needs to know of it. A `Run` and a `TrainedRun` have these attributes, too; this is a run
-    whose model a solver has fitted in one go."""
+    """A run whose model a solver has fitted in one go. Its attributes are what the end of a run needs to know: a `Run`
+    and a `TrainedRun` have them, too."""
 
-    config: Config
-    devices: Devices
-    data: Split
-    figures: dict[str, Any]  # what metrics.json says about training and validation
-    tracker: Tracker
+    def __init__(self, folder: RunFolder, devices: Devices, split: Split, train: dict[str, Any], iterations: int,
+                 valid: Predictions):
+        """Begin the run folder, and write the validation's predictions and the only record of the history.
+
+        `train`: what metrics.json says about the training, in so many `iterations` of the solver.
+        """
+        folder.begin()
+        self.config, self.devices, self.data, metrics = folder.config, devices, split, compute_metrics(valid)
+        self.figures = {"train": train, "valid": metrics | {"epoch": 1}}
+        record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
+                                                       if isinstance(value, float)}
+        write_predictions(folder.path / VALID_PREDICTIONS, valid, split.label_names)
+        write_text(folder.path / "history.jsonl", json.dumps(record) + "\n")
+        self.tracker = Tracker(self.config)
+        self.tracker.log(record)
 
 
 def write_results(run: Any, predictions: Predictions | None = None) -> None:
@@ -72,18 +80,6 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
         run.tracker.report(summary, rows, predictions, label_names, plots)
     print_results(config, metrics)
     run.tracker.finish()
-
-
-def write_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
-                     ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a model that a solver has fitted in one go: write its predictions for the validation reviews, and the only
-    record of its history. Returns (metrics, the record)."""
-    metrics = compute_metrics(predictions)
-    record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
-                                                   if isinstance(value, float)}
-    write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
-    write_text(config.run_folder / "history.jsonl", json.dumps(record) + "\n")
-    return metrics, record
 
 
 def try_plots(module: str, *arguments: Any) -> list[Path]:
