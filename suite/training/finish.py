@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
+from torch.utils.data import DataLoader
 
-from data import prepare_data
+from data import evaluation_loader, prepare_data
 from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.hub import say_what_was_cached
 from suite.common.pages import write_model_card
 from suite.common.run_folder import best_model, is_encoder, read_history, read_metrics
 from suite.common.storage import write_json, write_text
+from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
 from suite.reviews.splitting import Split, load_split
 from suite.training.evaluation import (
@@ -166,3 +169,10 @@ def predictions_of(logits: Callable[[list[str]], np.ndarray], split: Split, name
     """The predictions for one of the three splits, of a model that gives `logits` (texts, classes) of texts."""
     texts, labels = split.texts_and_labels(name)
     return Predictions(split.ids_of[name], labels, logits(texts))
+
+
+def test_loader(run: Any, model: nn.Module) -> DataLoader:
+    """The test reviews in padded batches, for `model`, which goes to the device of the run."""
+    config, device = run.config, run.devices.device
+    place_model(model, device, compiled=config.train_config.compile)
+    return evaluation_loader(run.data, "test", config, device, pass_tokens(model, device))

@@ -329,13 +329,6 @@ class Run:
                 "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
 
 
-def test_loader(run: Any, model: nn.Module) -> DataLoader:
-    """The test reviews in padded batches, for `model`, which goes to the device of the run."""
-    config, device = run.config, run.devices.device
-    place_model(model, device, compiled=config.train_config.compile)
-    return evaluation_loader(run.data, "test", config, device, pass_tokens(model, device))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The optimizer, and the schedule of its learning rate
 
