@@ -167,31 +167,6 @@ def test_several_processes_write_the_same_file(trained, tmp_path):
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("command", "words"), [
-    ("predict", "either --text"), ("predict --text a --input IN", "either --text"), ("predict --text=", "is empty"),
-    ("predict --input none.csv", "no such file"), ("predict --input config.yaml", "must end in"),
-    ("predict --input IN --output IN", "exists already"),
-    ("predict --input IN --output out.parquet", "must end in .csv, .jsonl"),
-    ("predict --input IN --output /nowhere/out.csv", "no such folder"),
-    ("predict --text x --model /nowhere", "no such folder"),
-    ("train --text a", "is for --mode predict, explain, not for train"),
-    ("export --yes", "--yes is for --mode publish, not for export: leave it out"),
-    ("export --output=", "give the name of a file or folder"),
-    ("export --format tflite", "'tflite' is not one of onnx, transformers"),
-    ("export --format transformers --int8", "--int8 is made of the ONNX"),
-    ("publish", "no repository: name one on the Hub, as OWNER/NAME"),
-    ("publish name", "name: name one on the Hub, as OWNER/NAME"), ("publish a/b c/d", "c/d")])
-def test_options_that_do_not_fit_are_one_line(command, words, tmp_path, monkeypatch, capsys):
-    """Wrong settings end in one line and exit code 2, before anything is loaded."""
-    source = write_reviews(tmp_path / "in.csv", 6)
-    monkeypatch.setattr("sys.argv", ["main.py", "--mode", *command.replace("IN", str(source)).split()])
-    with pytest.raises(SystemExit) as left:
-        cli.read_command("", accumulates=False)
-    assert left.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert words in line
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrow's types
 
