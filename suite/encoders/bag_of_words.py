@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 WORDS = {"ngram_range": [1, 2], "sublinear_tf": True}  # pairs catch "not good"; a word's tenth mention says little more
 MIN_REVIEWS = 2  # a word of a single training review says nothing about others, and half of all words are such
 INVERSE_REGULARIZATION, MOST_ITERATIONS = 30, 1000  # C and max_iter of the logistic regression
-NAMES = ("idf", "coefficients", "intercept")
 
 
 class BagOfWords:
@@ -78,7 +77,7 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
     regression.fit(features, labels)
     config = {"model_type": BAG_OF_WORDS, "id2label": {str(i): name for i, name in enumerate(label_names)},
               "words": WORDS, "line_breaks": line_breaks, "data_fingerprint": data_fingerprint}
-    arrays = dict(zip(NAMES, (vectorizer.idf_, regression.coef_, regression.intercept_), strict=True))
+    arrays = {"idf": vectorizer.idf_, "coefficients": regression.coef_, "intercept": regression.intercept_}
     words = BagOfWords(config, vectorizer.get_feature_names_out().tolist(), arrays)
     return words, int(regression.n_iter_.max())
 
