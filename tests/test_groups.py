@@ -229,6 +229,7 @@ def test_a_run_validates_and_tests_on_films_of_its_own(trained, run):
     valid, test = (films_in(runs / run, records, part) for part in ("valid", "test"))
     assert (len(valid), len(test), len(valid | test)) == (8, 8, 16)  # of 40, so the other 24 are trained on
     assert len(rows_of(runs / run / "valid_predictions.csv")) == len(rows_of(runs / run / "test_predictions.csv")) == 48
+    assert "each film in one part" in (runs / run / "best" / "README.md").read_text()
     before = (runs / run / "test_predictions.csv").read_bytes()
     expect(0, run_here(f"output_dir={runs}", f"run_name={run}", mode="test"))
     assert (runs / run / "test_predictions.csv").read_bytes() == before
