@@ -312,7 +312,7 @@ class Run:
 
     @contextmanager
     def saved_when_stopped(self):
-        """Around the loop: SIGINT and SIGTERM let the optimizer step end, save the state and leave."""
+        """Around the loop: a signal lets the optimizer step end, saves the state and leaves."""
         with SIGNALS.deferred():
             try:
                 yield

@@ -167,4 +167,4 @@ def _wandb_mode(config: Config) -> str:
     return os.environ.get("WANDB_MODE") or mode if mode == "auto" else mode  # wandb's own variable
 
 
-TRACKERS = {"wandb": WandbRun}  # another one has the same methods, and an entry here
+TRACKERS = {"wandb": WandbRun}  # the first that is on; another one has the same methods
