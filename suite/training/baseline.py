@@ -33,7 +33,7 @@ def baseline(config: Config, devices: Devices) -> None:
     started = time.perf_counter()
     words, iterations = fit(texts, labels, names, config.data_config.line_breaks, split.fingerprint)
     seconds = time.perf_counter() - started
-    say(f"{BAG_OF_WORDS}: {len(words.vocabulary):,} words and pairs of words")
+    say(f"{BAG_OF_WORDS}: {len(words.ngrams):,} words, pairs and triples of words")
     folder.begin()
     valid = predictions_of(words.logits, split, "valid")
     metrics, record = write_validation(config, valid, names, iterations)
