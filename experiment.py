@@ -26,17 +26,15 @@ def read_command() -> tuple[Experiment, list[Cell], argparse.Namespace]:
     parser = cli.new_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="the experiment, such as experiments/exp1.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value in every run")
-    parser.add_argument("--only", metavar="INDEX", help="run this one alone, from 1; for job arrays")
+    parser.add_argument("--only", type=int, metavar="INDEX", help="run this one alone, from 1; for job arrays")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their states")
     parser.add_argument("--report", action="store_true", help="write the report on what is finished")
     arguments, unknown = parser.parse_known_intermixed_args()
     try:
         experiment = read_experiment(arguments.file, [*unknown, *arguments.overrides])
-        cells = experiment.cells
-        if arguments.only is not None:
-            if not arguments.only.isdecimal() or not 1 <= int(arguments.only) <= len(cells):
-                raise UserError(f"--only {arguments.only}: {arguments.file} has the runs 1 to {len(cells)}")
-            cells = [cells[int(arguments.only) - 1]]
+        cells = [cell for cell in experiment.cells if arguments.only in (None, cell.index)]
+        if not cells:
+            raise UserError(f"--only {arguments.only}: {arguments.file} has the runs 1 to {len(experiment.cells)}")
     except UserError as error:
         cli.leave(error)
     return experiment, cells, arguments
@@ -56,8 +54,8 @@ def write_report(experiment: Experiment, failed: dict[int, str]) -> None:
     """Compare the finished runs, if there are two or more. `failed`: {index: last line} of those that failed now."""
     # In the order of the grid, even where the first runs of a setting are missing
     order = [cell.setting for cell in experiment.cells]
-    finished = sorted((cell for cell in experiment.cells if cell.is_finished),
-                      key=lambda cell: order.index(cell.setting))
+    finished = [cell for cell in experiment.cells if cell.is_finished]
+    finished.sort(key=lambda cell: order.index(cell.setting))
     if len(finished) < 2:
         say(f"no report: {len(finished)} of {len(experiment.cells)} runs finished")
         return

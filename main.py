@@ -37,8 +37,8 @@ from suite.common.devices import Devices
 from suite.comparison.report import show_baseline
 from suite.encoders.placement import compute_logits, to_device
 from suite.training.evaluation import Predictions
-from suite.training.finish import TrainedRun, show_finished, write_results
-from suite.training.run import Run, test_loader
+from suite.training.finish import TrainedRun, show_finished, test_loader, write_results
+from suite.training.run import Run
 from suite.training.tracking import watched
 from utils import Config
 

@@ -93,10 +93,7 @@ class EncoderForClassification(PreTrainedModel):
         reduction="sum", the sum, each review times the weight of its class if `class_weights` (num_labels,) are given;
         None without labels. `logits`: (batch, num_labels) float32, or float64 in a model of float64.
         """
-        if attention_mask is not None and self.has_fast_path:
-            masks = attention_masks(self.encoder, attention_mask)
-        else:
-            masks = attention_mask
+        masks = attention_masks(self.encoder, attention_mask) if self.has_fast_path else attention_mask
         token_types = {"token_type_ids": token_type_ids} if self.takes_token_types else {}
         hidden = self.encoder(input_ids=input_ids, attention_mask=masks, **token_types).last_hidden_state
         pooled = hidden[:, 0] if self.config.pooling == "cls" else mean_over_tokens(hidden, attention_mask)
@@ -143,12 +140,14 @@ def has_fast_path(encoder: nn.Module) -> bool:
     return type(encoder).__name__ in names and encoder.config._attn_implementation.startswith("sdpa")
 
 
-def attention_masks(encoder: nn.Module, attention_mask: torch.Tensor) -> Any:
+def attention_masks(encoder: nn.Module, attention_mask: torch.Tensor | None) -> Any:
     """The masks that an encoder with a fast path makes of one (batch, tokens) of 1 and 0: (batch, 1, tokens, tokens) of
-    booleans, True where a token may be read.
+    booleans, True where a token may be read. None if all may.
 
     transformers itself checks whether the whole mask is 1, and so waits for the device in each forward pass.
     """
+    if attention_mask is None:
+        return None
     batch, tokens = attention_mask.shape
     full = attention_mask.bool()[:, None, None, :].expand(batch, 1, tokens, tokens)
     if type(encoder).__name__ in BERT_LIKE:

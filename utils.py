@@ -260,7 +260,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
         problems |= contradictions(config, num_processes())
     if problems:
         found = [f"{given[key][0] if key in given else path}: {problem}" for key, problem in problems.items()]
-        raise UserError("; ".join([f"{len(found)} problems: {found[0]}" if len(found) > 1 else found[0], *found[1:]]))
+        raise UserError((f"{len(found)} problems: " if len(found) > 1 else "") + "; ".join(found))
     # The batch was given by one of two keys; from here on, both hold what it means.
     share = config.data_config.batch_size * num_processes()
     if config.train_config.effective_batch_size is None:

@@ -49,7 +49,7 @@ def contenders(shape: str, folder: Path) -> dict[str, Callable[[torch.Tensor], o
     found = {"pytorch": model}
     if pick_precision("auto", CPU) == "bf16":
         found["pytorch-bf16"] = in_bf16
-    quantize(folder / "model.onnx", folder / "model_quantized.onnx", model)
+    quantize(folder / "model.onnx", folder / "model_quantized.onnx")
     return found | {"onnxruntime": exported,
                     "onnxruntime-int8": OnnxModel(folder / "model_quantized.onnx", model.config)}
 

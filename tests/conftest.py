@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 # Before any Hugging Face library is imported: nothing outside, and nobody's cache
@@ -255,6 +256,12 @@ def metrics_of(folder) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def rows_of(path) -> list[dict]:
+    """The rows of a .csv file."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def history_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
@@ -290,6 +297,12 @@ def undisturbed(tmp_path_factory, encoder_folder):
         "log_config.log_every_steps=3", "log_config.wandb_mode=disabled"]
     train_here(*overrides, "run_name=run")
     return overrides, folder / "runs" / "run"
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """stdin(bytes): what standard input holds from now on."""
+    return lambda content: monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from conftest import PROJECT, expect, metrics_of, run_here, run_script, train_here, write_reviews
+from test_baseline import settings_of
 
 import compare
 from suite.common import cli
 from suite.common.run_folder import save_config
 from suite.common.storage import write_json
 from suite.comparison.report import compare_runs
-from suite.comparison.results import group, read_result
+from suite.comparison.results import group, read_result, refuse_different_tests
 from suite.training import finish
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from utils import load_config
@@ -84,6 +84,10 @@ def refusal(capsys, runs, output) -> str:
     return line
 
 
+def labels_of(runs) -> list[str]:
+    return [setting.label for setting in group([read_result(run) for run in runs])]
+
+
 def test_the_report_says_what_the_runs_say(reported):
     four_runs, output, printed = reported
     summary = json.loads((output / "comparison.json").read_text())
@@ -142,13 +146,6 @@ def test_runs_that_were_not_tested_on_the_same_reviews_are_refused(tmp_path, cap
     assert str(other) in line
 
 
-def test_the_same_data_in_two_places_is_the_same_data(tmp_path):
-    first, _ = write_run(tmp_path / "first", 0.8)
-    other, _ = write_run(tmp_path / "other", 0.8, "data_config.dataset=a/copy", "train_config.seed=1")
-    compare_runs([first, other], tmp_path / "report", "a comparison")
-    assert (tmp_path / "report" / "report.html").exists()
-
-
 def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys):
     runs = [write_run(tmp_path / f"rate{rate}", accuracy, f"train_config.learning_rate={rate}", split="valid")[0]
             for rate, accuracy in ((1e-4, 0.7), (2e-4, 0.9))]
@@ -161,15 +158,6 @@ def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys):
     assert "test reviews" not in (tmp_path / "report" / "report.html").read_text()
     tested = write_run(tmp_path / "tested", 0.8)[0]  # but never validated, as a run of an earlier version
     assert "tested was not measured on its validation reviews" in refusal(capsys, [runs[0], tested], tmp_path / "other")
-
-
-def test_many_keys_are_told_apart_from_a_base(tmp_path, capsys):
-    changes = [(), ("model_config.pooling=mean",), ("train_config.epochs=2", "data_config.max_len=64"),
-               ("train_config.weight_decay=0.01",)]
-    runs = [write_run(tmp_path / f"run{number}", 0.8, *change)[0] for number, change in enumerate(changes)]
-    compare_runs(runs, tmp_path / "report", "a search")
-    found = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:5]]
-    assert found == ["base", "pooling mean", "len 64, epochs 2", "weight_decay 0.01"]
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path, capsys):
@@ -210,21 +198,17 @@ def test_a_misclassified_review_may_be_longer_than_the_csv_modules_limit(tmp_pat
 
 def test_a_metric_may_be_new_or_a_list(tmp_path, monkeypatch):
     """Results are read again by later versions: a metric that this one does not know spoils no file."""
-    def more_metrics(predictions):
-        return compute_metrics(predictions) | {"recall_by_class": [0.5, 1.0], "brier": 0.1, "words": "many"}
-
-    monkeypatch.setattr(finish, "compute_metrics", more_metrics)
+    monkeypatch.setattr(finish, "compute_metrics", lambda predictions: compute_metrics(predictions) | {
+        "recall_by_class": [0.5, 1.0], "brier": 0.1, "words": "many"})
     reviews = write_reviews(tmp_path / "reviews.csv")
     for name in ("keep", "space"):
-        arguments = [f"output_dir={tmp_path / 'runs'}", f"data_config.dataset={reviews}", f"run_name={name}",
-                     "data_config.text_column=review", "data_config.label_column=verdict",
-                     f"data_config.line_breaks={name}", "log_config.wandb_mode=disabled"]
+        arguments = [*settings_of(tmp_path, reviews), f"run_name={name}", f"data_config.line_breaks={name}"]
         train_here(*arguments, mode="baseline")
         assert "nothing was done again" in train_here(*arguments, mode="baseline").stdout
         train_here(*arguments, mode="test")
-        assert metrics_of(tmp_path / "runs" / name)["test"]["recall_by_class"] == [0.5, 1.0]
-    compare_runs([tmp_path / "runs" / "keep", tmp_path / "runs" / "space"], tmp_path / "report", "two runs")
-    expect(0, run_here(mode="predict", model=str(tmp_path / "runs" / "keep"), text="gripping"))
+        assert metrics_of(tmp_path / name)["test"]["recall_by_class"] == [0.5, 1.0]
+    compare_runs([tmp_path / "keep", tmp_path / "space"], tmp_path / "report", "two runs")
+    expect(0, run_here(mode="predict", model=str(tmp_path / "keep"), text="gripping"))
 
 
 def test_auto_is_what_it_was_on_each_machine(tmp_path):
@@ -241,45 +225,35 @@ def test_auto_is_what_it_was_on_each_machine(tmp_path):
 
 
 def test_settings_are_named_by_what_tells_them_apart(tmp_path):
+    """And the same data in two places is the same data."""
     runs = [write_run(tmp_path / name, 0.8, *overrides)[0] for name, overrides in {
         "a": ["model_config.model_name=some/folder/bert"], "b": ["model_config.model_name=some/folder/roberta"],
         "c": ["model_config.model_name=some/folder/bert", "train_config.learning_rate=1e-4"]}.items()]
-    assert [setting.label for setting in group([read_result(run) for run in runs])] == [
-        "bert, learning_rate 5e-05", "roberta, learning_rate 5e-05", "bert, learning_rate 0.0001"]
+    assert labels_of(runs) == [f"{name}, learning_rate {rate}" for name, rate in (
+        ("bert", 5e-05), ("roberta", 5e-05), ("bert", 0.0001))]
     alike = [write_run(tmp_path / name, 0.8, f"model_config.model_name={name}/bert")[0] for name in ("x", "y")]
-    assert [setting.label for setting in group([read_result(run) for run in alike])] == ["bert (1)", "bert (2)"]
+    assert labels_of(alike) == ["bert (1)", "bert (2)"]
+    copy = write_run(tmp_path / "copy", 0.8, "data_config.dataset=a/copy")[0]
+    refuse_different_tests([read_result(runs[0]), read_result(copy)])
+    changes = [(), ("model_config.pooling=mean",), ("train_config.epochs=2", "data_config.max_len=64"),
+               ("train_config.weight_decay=0.01",)]
+    many = [write_run(tmp_path / f"run{number}", 0.8, *change)[0] for number, change in enumerate(changes)]
+    assert labels_of(many) == ["base", "pooling mean", "len 64, epochs 2", "weight_decay 0.01"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The web page
 
 
-class Page(HTMLParser):
-    """What a browser would make of the page: its tags, and the contents of its scripts."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.scripts = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1][0] == "script" and self.lasttag == "script":
-            self.scripts[-1] += data
-
-
 def test_the_page_loads_nothing_and_holds_hostile_reviews_as_data(reported):
     four_runs, output, _ = reported
-    parsed = Page((output / "report.html").read_text(encoding="utf-8"))
-    assert [attributes.get("type") for tag, attributes in parsed.tags if tag == "script"] == ["application/json", None]
-    sources = [value for _, attributes in parsed.tags for name, value in attributes.items() if name in ("src", "href")]
-    assert len(sources) == 3
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    data = json.loads(parsed.scripts[0])
+    page = (output / "report.html").read_text(encoding="utf-8")
+    scripts = re.findall("<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+    assert [attributes for attributes, _ in scripts] == [' type="application/json" id="data"', ""]
+    assert "<" not in scripts[0][1]  # so that no review ends the script, or begins another
+    sources = re.findall("(?:src|href)=.{22}", page.replace(scripts[0][1], ""))
+    assert sources == ['src="data:image/png;base64'] * 3
+    data = json.loads(scripts[0][1])
     wrong = np.stack([run.predicted != run.labels for run in four_runs.values()])
     assert {row["id"] for row in data["rows"]} == set((10 * np.flatnonzero(wrong.any(axis=0))).tolist())
     assert all(row["text"] == text_of(row["id"]) for row in data["rows"])

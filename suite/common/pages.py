@@ -16,11 +16,10 @@ from utils import BAG_OF_WORDS, DEMO_WARNING, PROJECT, Config, printable, short_
 
 USE = "\n## How to use it\n"  # from here on, a model card speaks of its own folder
 NOT_TESTED = "A text classifier, not tested yet"
+OTHERS = "programs that cut a long review themselves, such as transformers' pipeline, read"
 TRUNCATION_NOTES = {
-    "head_tail": "programs that cut a long review themselves, such as transformers' pipeline, read its head alone; in "
-                 "training its head and its tail were read",
-    "windows": "programs that cut a long review themselves, such as transformers' pipeline, read its first window "
-               "alone; in training all of its windows were read, and their logits averaged"}
+    "head_tail": f"{OTHERS} its head alone; in training its head and its tail were read",
+    "windows": f"{OTHERS} its first window alone; in training all of its windows were read, and their logits averaged"}
 
 
 def escaped(text: str) -> str:

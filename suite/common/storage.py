@@ -122,10 +122,8 @@ def sha256_of(path: Path, sync: bool = False) -> str:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Put what `write(path)` writes, and its sums, in the place of `folder`, completely or not at all.
-
-    A kill between the two renames leaves only the old folder, under its temporary name: `restore` brings it back.
-    """
+    """Put what `write(path)` writes, and its sums, in the place of `folder`, completely or not at all. After a kill
+    between the two renames, `restore` brings the old folder back."""
     partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(folder.name + OLD)
     remove(old)
     write_folder(partial, write)
@@ -137,11 +135,8 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def new_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Give what `write(path)` writes, and its sums, the name `folder`, completely or not at all.
-
-    Raises UserError if there is such a folder by then. Nothing else in its parent is touched; a SIGKILL leaves a hidden
-    folder there, whose name ends in the number of this process.
-    """
+    """Give what `write(path)` writes, and its sums, the name `folder`, completely or not at all. Raises UserError if
+    there is such a folder by then. A SIGKILL leaves a hidden one, whose name ends in the number of this process."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     write_folder(partial, write)
     refuse_existing(folder)
@@ -238,11 +233,10 @@ _held: dict[Path, filelock.BaseFileLock] = {}  # {lock file: lock}
 
 
 def lock(folder: Path, otherwise: str = "choose another run_name or set output_dir", inside: str | None = None) -> None:
-    """Keep other processes from writing into this folder for as long as this process lives.
+    """Keep other processes from writing into this folder for as long as this process lives, though data loaders that it
+    has forked live on: filelock closes the lock in them. The lock file lies beside the folder, or `inside` it.
 
-    The lock file lies beside the folder, or has the name `inside` within it. The system frees it when the process dies,
-    even if data loaders that it has forked live on: filelock closes it in them. Raises UserError if another process has
-    the lock; `otherwise` is what to do instead of waiting.
+    Raises UserError if another process has the lock; `otherwise` is what to do instead of waiting.
     """
     path = folder / inside if inside else _lock_file(folder)
     if process_rank() > 0 or path in _held:

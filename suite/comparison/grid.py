@@ -126,44 +126,38 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     try:
         file = ExperimentFile.model_validate({key: value for key, value in tree.items() if value is not None})
     except ValidationError as error:
-        raise _refusal(path, [_problem(found) for found in error.errors()]) from None
-    settings = file.all_settings()
-    if problems := _impossible(file, settings):
-        raise _refusal(path, problems)
-    cells = []
-    for seed, setting in itertools.product(file.seeds, settings):
+        problems = [_problem(found) for found in error.errors()]
+    else:
+        settings = file.all_settings()
+        problems = _impossible(file, settings)
+    if problems:
+        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+        raise UserError(f"{path}: {count}{'; '.join(problems)}")
+    found: dict[str, Cell] = {}  # {result_key: the first cell with that result}
+    for index, (seed, setting) in enumerate(itertools.product(file.seeds, settings), start=1):
         replaced = file.overrides | setting | {"train_config.seed": seed}
+        # JSON is valid YAML, so each value reaches the script with its type.
+        arguments = ["--config", file.config, *(f"{key}={json.dumps(value)}" for key, value in replaced.items()),
+                     *overrides]
         try:
             config = load_config(file.config, overrides, {path: replaced})
         except UserError as error:
             problems.append(str(error))
             continue
-        steps = config.train_config.gradient_accumulation_steps
-        if file.script == "main.py" and steps > 1:
+        if file.script == "main.py" and (steps := config.train_config.gradient_accumulation_steps) > 1:
             problems.append(f"{path}: script main.py takes one micro-batch a step, and {describe(setting)} needs "
                             f"{steps}: set script: main_accumulation.py")
-        # JSON is valid YAML, so each value reaches the script with its type.
-        arguments = ["--config", file.config, *(f"{key}={json.dumps(value)}" for key, value in replaced.items()),
-                     *overrides]
-        cells.append(Cell(len(cells) + 1, setting, seed, config, arguments))
+        cell = Cell(index, setting, seed, config, arguments)
+        twin = found.setdefault(cell.result_key, cell)
+        if twin is not cell:
+            problems.append(f"{path}: runs {twin.index} and {index} are the same ({describe(setting)}, seed {seed}): "
+                            "leave one out")
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))  # most problems are common to all cells
-    first: dict[str, Cell] = {}
-    for cell in cells:
-        twin = first.setdefault(cell.result_key, cell)
-        if twin is not cell:
-            problems.append(f"runs {twin.index} and {cell.index} are the same ({describe(cell.setting)}, seed "
-                            f"{cell.seed}): leave one out")
-    if problems:
-        raise _refusal(path, problems)
+    cells = list(found.values())
     _name_runs(cells)
     shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
     return Experiment(file.name or Path(path).stem, file.question, file.script, cells, file.published, shaping)
-
-
-def _refusal(path: str, problems: list[str]) -> UserError:
-    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-    return UserError(f"{path}: {count}{'; '.join(problems)}")
 
 
 def _problem(error: dict[str, Any]) -> str:

@@ -115,8 +115,10 @@ def _wrong_reviews(settings: Sequence[Setting], found: dict[int, str]) -> dict[s
     rows = [{"id": ids[place], "label": labels[place], "text": found.get(ids[place], ""),
              "answers": [[int(run.predicted[place]), round(float(sure[place]), 3)]
                          for run, sure in zip(runs, confidence, strict=True)]} for place in order[:MOST_REVIEWS]]
-    groups = [{"label": setting.label, "seeds": [run.seed for run in setting.runs]} for setting in settings]
-    return {"reviews": {"classes": runs[0].label_names, "rows": rows, "settings": groups},
+    return {"reviews": {"classes": runs[0].label_names, "rows": rows,
+                        "settings": [setting.label for setting in settings],
+                        "runs": [{"setting": number, "seed": run.seed} for number, setting in enumerate(settings)
+                                 for run in setting.runs]},
             "skipped": max(0, len(order) - MOST_REVIEWS)}
 
 

@@ -31,9 +31,8 @@ from suite.encoders.loading import STACK, kind_of
 from suite.inference.classifier import log_odds, member_name
 from suite.reviews.splitting import load_split
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
-from suite.training.finish import FittedRun, write_results, write_validation
+from suite.training.finish import FittedRun, write_results
 from suite.training.states import RunFolder
-from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, UserError, config_fields, say
 
 MOST_ITERATIONS = 1000  # of the logistic regression, which is scikit-learn's with its default penalty, L2 with C = 1
@@ -68,16 +67,15 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     seconds = time.perf_counter() - started
     with room_for(output, sum(path.stat().st_size for model in models for path in model.rglob("*")),
                   fix="make room or choose another --output"):
-        made.begin()
         iterations = int(regression.n_iter_.max())
-        metrics, _ = write_validation(config, Predictions(valid[0].ids, labels, crossed), names, iterations)
+        run = FittedRun(made, devices, split, training_figures(runs, seconds, iterations), iterations,
+                        Predictions(valid[0].ids, labels, crossed))
         made.save_best(lambda folder: write_stack(folder, runs, models, regression))
         tested = log_odds([run.predictions.probabilities for run in runs])
         predictions = Predictions(runs[0].predictions.ids, runs[0].predictions.labels,
                                   class_logits(regression.decision_function(tested).reshape(len(tested), -1)))
-        figures = {"train": training_figures(runs, seconds, iterations), "valid": metrics | {"epoch": 1}}
         show_weights(config, runs, regression)
-        write_results(FittedRun(config, devices, split, figures, Tracker(config)), predictions)
+        write_results(run, predictions)
 
 
 def read_valid(runs: Sequence[Result]) -> list[Predictions]:

@@ -63,7 +63,7 @@ class CPUDropout(nn.Dropout):
     """nn.Dropout by `drop`."""
 
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        return drop(tensor, self.p) if self.training and 0 < self.p < 1 else super().forward(tensor)
+        return drop(tensor, self.p) if self.training and self.p else tensor
 
 
 class BlockAttention(torch.autograd.Function):
@@ -132,17 +132,16 @@ def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, val
                   attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs
                   ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
-    rate = dropout if 0 < dropout < 1 else 0.0
     is_slow_fused = query.dtype == torch.bfloat16 and key.shape[2] <= SHORT
-    is_plain = kwargs.get("position_bias") is None and key.shape[:2] == query.shape[:2] and dropout < 1
-    if not (rate or is_slow_fused) or not is_plain:
+    is_plain = kwargs.get("position_bias") is None and key.shape[:2] == query.shape[:2]
+    if not (dropout or is_slow_fused) or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     bias = None
     if attention_mask is not None:
         bias = torch.zeros(attention_mask.shape, dtype=value.dtype)  # shared by all heads
         bias = bias.masked_fill_(~attention_mask, torch.finfo(bias.dtype).min).expand(len(query), -1, -1, -1)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may have left them in fp32
-    return BlockAttention.apply(query, key, value, bias, scaling or query.shape[-1] ** -0.5, rate), None
+    return BlockAttention.apply(query, key, value, bias, scaling or query.shape[-1] ** -0.5, dropout), None
 
 
 AttentionInterface.register("sdpa_cpu", cpu_attention)

@@ -240,8 +240,3 @@ def refuse_other_tasks(config: PreTrainedConfig) -> None:
     if config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"problem_type in its config.json is {config.problem_type!r}: one class of a review must be "
                          "right")
-
-
-def says_how_to_cut(config: PreTrainedConfig) -> bool:
-    """Whether a classifier's configuration tells how its reviews were cut: all of this suite do, exported ones, too."""
-    return {"max_len", "truncation", "max_windows"} <= vars(config).keys()

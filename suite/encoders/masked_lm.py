@@ -55,7 +55,7 @@ class MaskedLanguageModel(nn.Module):
         words that stood there. `loss`: cross-entropy in float32, the mean or, with reduction="sum", the sum; None
         without labels. `logits`: (masked tokens, vocabulary).
         """
-        if attention_mask is not None and self.has_fast_path:
+        if self.has_fast_path:
             attention_mask = attention_masks(self.encoder, attention_mask)
         token_types = {"token_type_ids": token_type_ids} if self.takes_token_types else {}
         self._masked = masked

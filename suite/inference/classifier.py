@@ -25,7 +25,7 @@ from suite.common.devices import Devices
 from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
-from suite.encoders.loading import STACK, kind_of, load_model, says_how_to_cut
+from suite.encoders.loading import STACK, kind_of, load_model
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.tokenizers import (
     COMPARED_TEXTS,
@@ -96,7 +96,8 @@ class Classifier(Labeller):
         self.model, self.tokenizer = load_model(folder), load_tokenizer(str(folder), "--model")
         own = self.model.config
         encoder = own.encoder if isinstance(own, ClassifierConfig) else own
-        cut_by = own if says_how_to_cut(own) else config.data_config  # a model of others does not say it
+        says_how_to_cut = {"max_len", "truncation", "max_windows"} <= vars(own).keys()  # a model of others does not
+        cut_by = own if says_how_to_cut else config.data_config
         max_len = cut_by.max_len or config.data_config.max_len
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
@@ -127,11 +128,6 @@ class Classifier(Labeller):
     def gives_tokens(self, text: str) -> bool:
         return bool(self.encode.prefix or self.encode.suffix or self.encode.windows([text])[0][0])
 
-    def refuse_unknown_words(self, tokens: np.ndarray) -> None:
-        """Raises UserError if these tokens, of several reviews, show that the tokenizer does not know their words."""
-        refuse_unknown_words("--model", str(self.folder), self.tokenizer, tokens)
-        self.knows_words = True
-
     def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64. Reviews of similar lengths share a batch, so a batch depends on the texts alone."""
         of_texts = self.encode.windows(texts)
@@ -139,8 +135,9 @@ class Classifier(Labeller):
         offsets, first_windows = (np.cumsum([0, *map(len, parts)]) for parts in (windows, of_texts))
         tokens = np.fromiter(itertools.chain.from_iterable(windows), np.int64, offsets[-1])
         if not self.knows_words:
-            self.refuse_unknown_words(tokens)
+            refuse_unknown_words("--model", str(self.folder), self.tokenizer, tokens)
             compare_with_file(self.tokenizer, str(self.folder), "--model", texts[:COMPARED_TEXTS])
+            self.knows_words = True
         rows = np.arange(len(texts))
         reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id,
                               first_windows=first_windows)

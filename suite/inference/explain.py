@@ -18,6 +18,7 @@ from suite.common.devices import Devices
 from suite.common.pages import render
 from suite.common.run_folder import read_mistakes
 from suite.common.storage import room_for, write_text
+from suite.encoders.tokenizers import refuse_unknown_words
 from suite.inference.attribution import Explanation, attribute
 from suite.inference.classifier import Classifier, chosen_model
 from utils import UserError, printable, say
@@ -108,7 +109,7 @@ def explain(command: Command, devices: Devices) -> None:
         return
     classifier = Classifier(folder, config, devices)
     tokens = classifier.encode({"text": [text for _, text in reviews]})["input_ids"]
-    classifier.refuse_unknown_words(np.concatenate(tokens))
+    refuse_unknown_words("--model", str(folder), classifier.tokenizer, np.concatenate(tokens))
     with room_for(output.parent, fix="make room or choose another --output") if output else nullcontext():
         explained = []
         for before, text in tqdm(reviews, desc="explain", unit="review", leave=False, dynamic_ncols=True, disable=None):

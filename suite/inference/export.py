@@ -97,11 +97,9 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: tu
                  *tokenizer.vocab_files_names.values()}:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if "transformers" in formats:
-        native = native_model(classifier.model)
-        save_weights(folder, native.state_dict())
     write_config(folder, classifier)
     if "transformers" in formats:
+        save_weights(folder, native_model(classifier.model).state_dict())
         reloaded = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
         checks["model.safetensors"] = check(classifier.model, reloaded, encode)
     if "onnx" in formats:
@@ -160,8 +158,7 @@ def check_batches(encode: Encode) -> Iterator[list[list[int]]]:
     vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     with open(PROJECT / "demo" / "reviews.csv", newline="", encoding="utf-8") as file:
         words = " ".join(row["text"] for row in csv.DictReader(file)).split()
-    lengths = [*itertools.takewhile(lambda length: length < encode.room, (2 ** k for k in itertools.count())),
-               encode.room]
+    lengths = [*(1 << power for power in range((encode.room - 1).bit_length())), encode.room]
     for length, batch in itertools.product(lengths, BATCHES):
         rows = []
         for place in range(max(1, min(batch, MOST_SCORES // length ** 2))):

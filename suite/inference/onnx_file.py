@@ -124,7 +124,7 @@ def write_int8(source: Path, target: Path, classifier: Classifier, texts: list[s
 
     Raises UserError if it loses more than the guard allows.
     """
-    quantize(source, target, classifier.model)
+    quantize(source, target)
     in_float, in_int8 = (OnnxModel(path, classifier.model.config) for path in (source, target))
     expected, found = (probabilities_of(model, classifier, texts) for model in (in_float, in_int8))
     alone = np.concatenate([probabilities_of(in_int8, classifier, [text]) for text in texts[:ALONE]])
@@ -149,35 +149,22 @@ def probabilities_of(model: nn.Module, classifier: Classifier, texts: list[str])
         classifier.model = own
 
 
-def quantize(source: Path, target: Path, model: nn.Module) -> None:
+def quantize(source: Path, target: Path) -> None:
     """Write the quantized file. Raises RuntimeError if the last layer was quantized, too."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic, shape_inference
 
-    head = head_weight(model)
     with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
         prepared = Path(folder, "prepared.onnx")
         shape_inference.quant_pre_process(source, prepared, skip_symbolic_shape=True)  # torch has named the shapes
-        graph = onnx.load(prepared, load_external_data=False).graph
-        readers = readers_of(graph, head)
+        head = matrix_products(onnx.load(prepared, load_external_data=False).graph)[-1]
         # Before it quantizes, ONNX Runtime splits a Gemm into a MatMul of this name and an Add.
-        excluded = readers + [f"{name}_MatMul" for name in readers]
-        quantize_dynamic(prepared, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=excluded)
-    graph = onnx.load(target, load_external_data=False).graph
-    if not readers or not any(weights.name.startswith(head) and weights.data_type == onnx.TensorProto.FLOAT
-                              and len(weights.dims) == 2 for weights in graph.initializer):
-        raise RuntimeError(f"ONNX Runtime has quantized {head}, which was to stay in float32")
+        heads = [head, f"{head}_MatMul"]
+        quantize_dynamic(prepared, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=heads)
+    if not set(heads) & set(matrix_products(onnx.load(target, load_external_data=False).graph)):
+        raise RuntimeError(f"ONNX Runtime has quantized the head, {head}, which was to stay in float32")
 
 
-def head_weight(model: nn.Module) -> str:
-    """The name of the last layer's weights."""
-    *_, name = (name for name, module in model.named_modules()
-                if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels)
-    return f"{name}.weight"
-
-
-def readers_of(graph: Any, weights: str) -> list[str]:
-    """The names of an ONNX graph's nodes that multiply by these weights, themselves or transposed."""
-    made = {output: node for node in graph.node for output in node.output}
-    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and any(
-        name == weights or name in made and weights in made[name].input for name in node.input)]
+def matrix_products(graph: Any) -> list[str]:
+    """The names of an ONNX graph's nodes that multiply floating-point matrices, in the order of the computation."""
+    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm")]

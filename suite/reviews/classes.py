@@ -35,24 +35,21 @@ class Reviews:
     unlabelled: list[Part]  # for pretraining alone; their texts are not checked yet
 
 
-def locate(parts: list[Part], row: int) -> tuple[str, int | None]:
-    """Where row `row` of the pooled table comes from: (place, row in that place, counted from 1; None: all of it)."""
-    for part in parts:
-        if row < len(part.table):
-            return (str(part.files[row]), None) if part.files else (part.place, int(row) + 1)
-        row -= len(part.table)
-    raise IndexError(row)
-
-
 def name_rows(parts: list[Part], rows: Sequence[int], one: str = "", many: str = "") -> str:
     """The first of these rows of the pooled table, as their author counts them, and how many more there are.
 
     `one` or `many` follows, whichever fits: `a.csv: row 2 has no text`, or `a.csv: rows 2, 5, 6 and 40 more have no
     text`.
     """
-    places: dict[str, list[str]] = {}
-    for place, number in (locate(parts, row) for row in rows[:MOST_NAMED]):
-        places.setdefault(place, []).extend([] if number is None else [str(number)])
+    starts = np.cumsum([0, *(len(part.table) for part in parts)])  # of each part in the pooled table
+    places: dict[str, list[str]] = {}  # {where: rows there, counted from 1; none for a file that is one row}
+    for row in rows[:MOST_NAMED]:
+        number = np.searchsorted(starts, row, side="right") - 1
+        part, row = parts[number], row - starts[number]
+        if part.files:
+            places[str(part.files[row])] = []
+        else:
+            places.setdefault(part.place, []).append(str(row + 1))
     more = [f"and {len(rows) - MOST_NAMED:,} more"] if len(rows) > MOST_NAMED else []
     named = [f"{place}: row{'s' if more or len(numbers) > 1 else ''} {', '.join(numbers)}" if numbers else place
              for place, numbers in places.items()]
@@ -113,9 +110,13 @@ def refuse_no_texts(parts: list[Part]) -> None:
         empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
         rows += (start + np.flatnonzero(empty.to_numpy(zero_copy_only=False))).tolist()
         start += len(texts)
-    if rows:
-        raise UserError(name_rows(parts, rows, "has no text: fill it or remove the row",
-                                  "have no text: fill them or remove these rows"))
+    _refuse_missing(parts, rows, "text")
+
+
+def _refuse_missing(parts: list[Part], rows: Sequence[int], what: str) -> None:
+    if len(rows):
+        raise UserError(name_rows(parts, rows, f"has no {what}: fill it or remove the row",
+                                  f"have no {what}: fill them or remove these rows"))
 
 
 def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, num_labels: int
@@ -127,9 +128,7 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
     `ä`).
     """
     values = pc.utf8_trim_whitespace(table.data.column("label")).combine_chunks()
-    if rows := np.flatnonzero(pc.fill_null(pc.equal(values, ""), True)).tolist():
-        raise UserError(name_rows(parts, rows, "has no label: fill it or remove the row",
-                                  "have no label: fill them or remove these rows"))
+    _refuse_missing(parts, np.flatnonzero(pc.fill_null(pc.equal(values, ""), True)), "label")
     encoded = values.dictionary_encode()
     named = encoded.dictionary.to_pylist()  # the class of each distinct value
     if order := _declared_classes(parts):  # by its name, or as a text by its number
@@ -143,8 +142,7 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
         order = sorted(set(named))
     present = set(named)
     if unknown := sorted(present - set(order)):
-        is_unknown = np.array([label in unknown for label in named])
-        rows = np.flatnonzero(is_unknown[encoded.indices]).tolist()
+        rows = np.flatnonzero(np.array([label in unknown for label in named])[encoded.indices])
         raise UserError(f"{name_rows(parts, rows, 'has', 'have')} labels such as {unknown[0]!r}, and the dataset "
                         f"declares the classes {listed(order)}: correct them or remove these rows")
     if lacking := [label for label in order if label not in present]:
@@ -157,8 +155,8 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
                         "class, or set data_config.label_column")
     if len(names) != num_labels:
         counts = np.bincount(labels)
-        rare = int(np.flatnonzero(counts == counts.min())[-1])
-        rows = np.flatnonzero(labels == rare).tolist()
+        rare = len(counts) - 1 - counts[::-1].argmin()  # the last of several
+        rows = np.flatnonzero(labels == rare)
         alike = "some differ in capitals alone; " if len({label.casefold() for label in names}) < len(names) else ""
         raise UserError(f"{name}: the column {column!r} has {len(names)} classes ({listed(names)}), but "
                         f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}, or "

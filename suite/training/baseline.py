@@ -12,10 +12,9 @@ from suite.common.devices import Devices
 from suite.common.hub import say_what_was_cached
 from suite.encoders.bag_of_words import fit
 from suite.reviews.splitting import load_split
-from suite.training.finish import FittedRun, predictions_of, show_finished, write_results, write_validation
+from suite.training.finish import FittedRun, predictions_of, show_finished, write_results
 from suite.training.meter import peak_memory_mb
 from suite.training.states import RunFolder
-from suite.training.tracking import Tracker
 from utils import BAG_OF_WORDS, Config, say
 
 
@@ -34,14 +33,8 @@ def baseline(config: Config, devices: Devices) -> None:
     words, iterations = fit(texts, labels, names, config.data_config.line_breaks, split.fingerprint)
     seconds = time.perf_counter() - started
     say(f"{BAG_OF_WORDS}: {len(words.ngrams):,} words, pairs and triples of words")
-    folder.begin()
-    valid = predictions_of(words.logits, split, "valid")
-    metrics, record = write_validation(config, valid, names, iterations)
-    tracker = Tracker(config)
-    tracker.log(record)
+    train = {"samples_per_second": len(texts) / seconds, "seconds": seconds,
+             "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations}
+    run = FittedRun(folder, devices, split, train, iterations, predictions_of(words.logits, split, "valid"))
     folder.save_best(words.save)
-    figures = {"train": {"samples_per_second": len(texts) / seconds, "seconds": seconds,
-                         "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations},
-               "valid": metrics | {"epoch": 1}}
-    run = FittedRun(config, devices, split, figures, tracker)
     write_results(run, predictions_of(words.logits, split, "test") if config.train_config.test else None)

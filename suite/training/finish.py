@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
+from torch.utils.data import DataLoader
 
-from data import prepare_data
+from data import evaluation_loader, prepare_data
 from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.hub import say_what_was_cached
 from suite.common.pages import write_model_card
 from suite.common.run_folder import best_model, is_encoder, read_history, read_metrics
 from suite.common.storage import write_json, write_text
+from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
 from suite.reviews.splitting import Split, load_split
 from suite.training.evaluation import (
@@ -36,16 +38,25 @@ from suite.training.tracking import Tracker
 from utils import Config, UserError, brief, say
 
 
-@dataclass
 class FittedRun:
-    """What the end of a run needs to know of it. A `Run` and a `TrainedRun` have these attributes, too; this is a run
-    whose model a solver has fitted in one go."""
+    """A run whose model a solver has fitted in one go. Its attributes are what the end of a run needs to know: a `Run`
+    and a `TrainedRun` have them, too."""
 
-    config: Config
-    devices: Devices
-    data: Split
-    figures: dict[str, Any]  # what metrics.json says about training and validation
-    tracker: Tracker
+    def __init__(self, folder: RunFolder, devices: Devices, split: Split, train: dict[str, Any], iterations: int,
+                 valid: Predictions):
+        """Begin the run folder, and write the validation's predictions and the only record of the history.
+
+        `train`: what metrics.json says about the training, in so many `iterations` of the solver.
+        """
+        folder.begin()
+        self.config, self.devices, self.data, metrics = folder.config, devices, split, compute_metrics(valid)
+        self.figures = {"train": train, "valid": metrics | {"epoch": 1}}
+        record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
+                                                       if isinstance(value, float)}
+        write_predictions(folder.path / VALID_PREDICTIONS, valid, split.label_names)
+        write_text(folder.path / "history.jsonl", json.dumps(record) + "\n")
+        self.tracker = Tracker(self.config)
+        self.tracker.log(record)
 
 
 def write_results(run: Any, predictions: Predictions | None = None) -> None:
@@ -72,18 +83,6 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
         run.tracker.report(summary, rows, predictions, label_names, plots)
     print_results(config, metrics)
     run.tracker.finish()
-
-
-def write_validation(config: Config, predictions: Predictions, label_names: list[str], iterations: int
-                     ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of a model that a solver has fitted in one go: write its predictions for the validation reviews, and the only
-    record of its history. Returns (metrics, the record)."""
-    metrics = compute_metrics(predictions)
-    record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
-                                                   if isinstance(value, float)}
-    write_predictions(config.run_folder / VALID_PREDICTIONS, predictions, label_names)
-    write_text(config.run_folder / "history.jsonl", json.dumps(record) + "\n")
-    return metrics, record
 
 
 def try_plots(module: str, *arguments: Any) -> list[Path]:
@@ -170,3 +169,10 @@ def predictions_of(logits: Callable[[list[str]], np.ndarray], split: Split, name
     """The predictions for one of the three splits, of a model that gives `logits` (texts, classes) of texts."""
     texts, labels = split.texts_and_labels(name)
     return Predictions(split.ids_of[name], labels, logits(texts))
+
+
+def test_loader(run: Any, model: nn.Module) -> DataLoader:
+    """The test reviews in padded batches, for `model`, which goes to the device of the run."""
+    config, device = run.config, run.devices.device
+    place_model(model, device, compiled=config.train_config.compile)
+    return evaluation_loader(run.data, "test", config, device, pass_tokens(model, device))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, get_scheduler
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.devices import Devices, random_state, set_random_state, set_seed
@@ -32,10 +32,9 @@ from suite.encoders.loading import (
 from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
-from suite.training.optimization import build_optimizer, build_scheduler
 from suite.training.states import KEPT_STATES, Progress, RunFolder, load_progress, saved_states
 from suite.training.tracking import ProgressBar, Tracker
-from utils import Config, UserError, process_rank, say
+from utils import Config, TrainConfig, UserError, process_rank, say
 
 
 class Run:
@@ -330,8 +329,23 @@ class Run:
                 "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
 
 
-def test_loader(run: Any, model: nn.Module) -> DataLoader:
-    """The test reviews in padded batches, for `model`, which goes to the device of the run."""
-    config, device = run.config, run.devices.device
-    place_model(model, device, compiled=config.train_config.compile)
-    return evaluation_loader(run.data, "test", config, device, pass_tokens(model, device))
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer, and the schedule of its learning rate
+
+
+def build_optimizer(model: nn.Module, train_config: TrainConfig) -> torch.optim.Optimizer:
+    """With weight decay, if any, on matrices only: not on biases and norms, as in BERT's own training."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train_config.weight_decay},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    fused = train_config.optimizer != "sgd"  # one kernel for all weights; SGD's does not know FSDP2's sharded ones
+    return kinds[train_config.optimizer](groups, lr=train_config.learning_rate, fused=fused)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, train_config: TrainConfig, total_steps: int
+                    ) -> torch.optim.lr_scheduler.LRScheduler:
+    name = train_config.scheduler
+    if name == "constant" and train_config.warmup_ratio > 0:
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimizer, num_warmup_steps=round(train_config.warmup_ratio * total_steps),
+                         num_training_steps=total_steps)
