@@ -14,6 +14,7 @@ or read. Equal reviews give equal bits: the solver runs in one thread, with a se
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ class NGrams:
 
         text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])  # (words of all texts,)
         words = np.fromiter((self.column_of.get(word, -1) for text in texts for word in text), np.int64, len(text_of))
-        left, found = words, [(text_of[words >= 0], words[words >= 0])]
+        left, found = words, [(text_of << 32 | words)[words >= 0]]  # a text and a column in one number: sorted fast
         for length in range(2, MOST_WORDS + 1):
             # Each place where an n-gram of length - 1 words starts, and a known word of the same text follows it.
             last = words[length - 1:]
@@ -85,13 +86,15 @@ class NGrams:
             at = np.searchsorted(self.codes, codes)
             is_known = np.append(self.codes, -1)[at] == codes
             places, columns = places[is_known], at[is_known] + len(self.words)
-            found.append((text_of[places], columns))
+            found.append(text_of[places] << 32 | columns)
             left = np.full_like(words, -1)
             left[places] = columns
-        pairs = np.sort(np.concatenate([rows * len(self) + columns for rows, columns in found]))
-        rows, columns = np.divmod(pairs[_is_new(pairs)], len(self))
-        starts = np.searchsorted(rows, np.arange(len(texts) + 1))
-        return csr_matrix((np.ones(len(rows)), columns, starts), shape=(len(texts), len(self)))
+        found = np.concatenate(found)
+        found.sort()
+        found = found[_is_new(found)]
+        starts = np.searchsorted(found, np.arange(len(texts) + 1) << 32)
+        columns = (found & 0xFFFFFFFF).astype(np.int32)
+        return csr_matrix((np.ones(len(found)), columns, starts), shape=(len(texts), len(self)))
 
 
 class BagOfWords:
@@ -164,7 +167,9 @@ def _fit_class(features: csr_matrix, is_class: np.ndarray) -> tuple[np.ndarray, 
     ratios = np.log(p / p.sum()) - np.log(q / q.sum())
     regression = LogisticRegression(C=INVERSE_REGULARIZATION, solver="liblinear", dual=True, random_state=0,
                                     max_iter=MOST_ITERATIONS)
-    regression.fit(normalize(features.multiply(ratios).tocsr()), is_class)
+    weighted = features.copy()
+    weighted.data *= ratios[weighted.indices]
+    regression.fit(normalize(weighted, copy=False), is_class)
     return ratios, ratios * regression.coef_[0], regression.intercept_[0], regression.n_iter_[0]
 
 
@@ -185,9 +190,10 @@ def refuse_other_version(folder: Path) -> None:
 
 
 def split_words(texts: list[str], line_breaks: str) -> list[list[str]]:
-    """The words and marks of each text, in lower case."""
+    """The words and marks of each text, in lower case. Equal words are one object: less memory."""
     find, breaks = re.compile(TOKENS).findall, re.compile(LINE_BREAKS)
-    return [find((breaks.sub(" ", text) if line_breaks == "space" else text).lower()) for text in texts]
+    return [list(map(sys.intern, find((breaks.sub(" ", text) if line_breaks == "space" else text).lower())))
+            for text in texts]
 
 
 def _is_new(values: np.ndarray) -> np.ndarray:
