@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 VERSION = 2  # 1 was TF-IDF of words and pairs of words
 TOKENS = r"<[^<>]*>|\w+(?:'\w+)?|[^\w\s]"  # a tag such as <br />, a word, or a punctuation mark: "!" says something
 MOST_WORDS = 3  # of an n-gram
-MIN_REVIEWS = 3  # rarer n-grams are most of all and say little: without them, half the memory and no worse
+MIN_REVIEWS = 3  # of training: without the rarer n-grams, a review is judged no worse (docs/experiments.md)
 SMOOTHING = 3  # reviews that are added to the count of each n-gram in each class, so that no ratio is infinite
 INVERSE_REGULARIZATION, MOST_ITERATIONS = 10, 1000  # C and max_iter of the logistic regression
-AT_A_TIME = 2000  # reviews: 25,000 at once would need 1.5 GB
+AT_A_TIME = 2000  # reviews: what a matrix of more would take is memory, and no bit depends on it
 
 
 class NGrams:
