@@ -4,8 +4,8 @@
     loader = evaluation_loader(data, "valid", config, device)       # padded batches
     loader = train_loader(data, new_sampler(data, config), epoch, config, device)    # optimizer steps
 
-The split depends on the reviews and `split_seed` alone. The order of an epoch depends on the seed, the epoch and the
-effective batch size alone.
+The split depends on the reviews, their order, the order of their classes and `split_seed` alone; with a group column,
+on none of these orders. The order of an epoch depends on the seed, the epoch and the effective batch size alone.
 """
 
 from __future__ import annotations
@@ -220,8 +220,8 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     label_names: list[str]
     fingerprint: str  # of the reviews, their labels and the split
-    held_out: np.ndarray  # (valid and test reviews,) of 16 bytes: the digests of their texts
-    digests: np.ndarray  # (texts,) of 16 bytes: of what is trained on here, and of what the model was trained on before
+    held_out: np.ndarray  # of 16 bytes: the digests of the texts, and groups, that validate and test
+    digests: np.ndarray  # the same of what is trained on here, and of what the model was trained on before
 
     def text(self, review_id: int) -> str:
         """The review whose `id` this is."""
@@ -237,7 +237,7 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
     reviews, ids_of = split.reviews, split.ids_of
     for part in reviews.unlabelled:
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
-    seen = split.digests[ids_of["train"]]
+    seen = split.digests_of("train")
     if trained_model is None:
         seen = np.union1d(seen, trained_texts(config.model_config, split.held_out))
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks,

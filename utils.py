@@ -107,6 +107,8 @@ class DataConfig:
     text_column: str = setting("text", "column that holds the review")
     label_column: str = setting("label", "column that holds the class: numbers, which are ordered by their size, or "
                                 "names, by their Unicode code points")
+    group_column: str | None = setting(None, "column of what belongs together, such as the film: rows of one group "
+                                       "stay in one part of the split; null: each row is drawn alone")
     split: Split = setting([0.8, 0.1, 0.1], "shares of train, valid and test in all labelled rows, stratified by "
                            "class; or `official`: the dataset's own test split")
     split_seed: Seed = setting(42, "seed of the split; independent of train_config.seed")

@@ -68,6 +68,8 @@ def contradictions(config: Any, processes: int) -> dict[str, str]:
     problems = {  # or something false, where nothing is wrong
         "data_config.label_column": data.text_column == data.label_column and (
             f"data_config.text_column and data_config.label_column are both {data.text_column!r}: name two columns"),
+        "data_config.group_column": data.group_column in (data.text_column, data.label_column) and (
+            f"data_config.group_column is {data.group_column!r}, the column of the texts or the classes: name another"),
         "train_config.mixed_precision": train.mixed_precision == "fp16" and train.device == "cpu" and (
             "train_config.mixed_precision is 'fp16', which a CPU cannot train in: use auto, bf16 or no"),
         "train_config.gradient_checkpointing": train.gradient_checkpointing and train.compile and (

@@ -37,8 +37,8 @@ from utils import (
 REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folders that a new run in the place removes
             "onnx")  # what earlier versions have exported
 
-REVIEWS = ("dataset", "subset", "text_column", "label_column", "split", "split_seed", "drop_duplicates", "limit",
-           "line_breaks")
+REVIEWS = ("dataset", "subset", "text_column", "label_column", "group_column", "split", "split_seed", "drop_duplicates",
+           "limit", "line_breaks")
 WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
                    *(f"data_config.{key}" for key in REVIEWS))
 SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import PredefinedSplit, StratifiedKFold, cross_val_predict
 
 from suite.common.checks import problems_of
 from suite.common.devices import Devices
@@ -29,6 +29,7 @@ from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read
 from suite.encoders.bag_of_words import class_logits, refuse_other_version
 from suite.encoders.loading import STACK, kind_of
 from suite.inference.classifier import log_odds, member_name
+from suite.reviews.grouping import draw_units, units_of
 from suite.reviews.splitting import load_split
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import FittedRun, write_results
@@ -62,7 +63,9 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     made.refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
     started = time.perf_counter()
     features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels
-    crossed = cross_fit(features, labels, names)
+    ids = valid[0].ids
+    units = None if split.groups is None else units_of(split.digests[ids], split.groups[ids])
+    crossed = cross_fit(features, labels, names, units)
     regression = LogisticRegression(max_iter=MOST_ITERATIONS).fit(features, labels)
     seconds = time.perf_counter() - started
     with room_for(output, sum(path.stat().st_size for model in models for path in model.rglob("*")),
@@ -115,13 +118,24 @@ def refuse_existing_output(config: Config) -> None:
         raise UserError(f"--output: {folder} exists already: choose another name, or remove it")
 
 
-def cross_fit(features: np.ndarray, labels: np.ndarray, label_names: list[str]) -> np.ndarray:
-    """(reviews, classes) logits of the validation reviews, each by weights that were fitted on the other folds."""
+def cross_fit(features: np.ndarray, labels: np.ndarray, label_names: list[str], units: np.ndarray | None = None
+              ) -> np.ndarray:
+    """(reviews, classes) logits of the validation reviews, each by weights that were fitted on the other folds.
+
+    `units` (reviews,): what belongs together and stays in one fold; None: single reviews.
+    """
     counts = np.bincount(labels, minlength=len(label_names))
     if counts.min() < 2:
         raise UserError(f"the class {label_names[counts.argmin()]!r} has {counts.min()} validation review(s), and the "
                         "fit needs two of each class: train the runs with a larger share of data_config.split")
-    folds = StratifiedKFold(min(FOLDS, counts.min()), shuffle=True, random_state=0)
+    count = min(FOLDS, counts.min())
+    folds = StratifiedKFold(count, shuffle=True, random_state=0)
+    if units is not None:
+        fold_of = draw_units(units, labels, [1 / count] * count, seed=0)
+        if single := [name for label, name in enumerate(label_names) if len(np.unique(fold_of[labels == label])) < 2]:
+            raise UserError(f"the class {single[0]!r} has validation reviews of too few groups to be cross-fitted: "
+                            "train the runs with a larger share of data_config.split")
+        folds = PredefinedSplit(fold_of)
     scores = cross_val_predict(LogisticRegression(max_iter=MOST_ITERATIONS), features, labels, cv=folds,
                                method="decision_function")
     return class_logits(scores.reshape(len(labels), -1))

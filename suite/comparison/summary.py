@@ -54,9 +54,10 @@ def _conditions(runs: Sequence[Result]) -> list[str]:
     data = runs[0].config.data_config
     dataset = Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
     limit = f", limited to {data.limit:,} rows" if data.limit else ""
-    lines = [f"Data: {dataset}, split {data.split}, split_seed {data.split_seed}{limit}. All runs were measured on "
-             f"the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that were best on "
-             "validation."]
+    groups = f", each {data.group_column} in one part" if data.group_column else ""
+    lines = [f"Data: {dataset}, split {data.split}{groups}, split_seed {data.split_seed}{limit}. All runs were "
+             f"measured on the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that "
+             "were best on validation."]
     if runs[0].split == "valid":
         lines.append("Not all runs were tested, so they are compared on validation, on which their best epochs and "
                      "settings were chosen. The figure to report is that of a test.")

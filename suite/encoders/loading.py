@@ -139,7 +139,7 @@ def load_checkpoint(kind: type, name: str, config: PreTrainedConfig) -> tuple[Pr
 
 
 def trained_texts(model_config: ModelConfig, held_out: np.ndarray) -> np.ndarray:
-    """The digests (texts,) of 16 bytes of what the encoder was trained on, if it is from a run of this suite.
+    """The digests (texts and groups,) of 16 bytes of what the encoder was trained on, if a run of this suite made it.
 
     Raises UserError if some of `held_out`, the digests of what is validated or tested on, are among them.
     """
@@ -152,8 +152,8 @@ def trained_texts(model_config: ModelConfig, held_out: np.ndarray) -> np.ndarray
                         "model_config.pretrained=true")
     seen = np.load(path)  # no pickle is read
     if count := np.isin(held_out, seen).sum():
-        raise UserError(f"{key}: {name} was trained on {count:,} texts that are validated or tested on here: give "
-                        "data_config the values of its training, or train it again with these")
+        raise UserError(f"{key}: {name} was trained on {count:,} groups or texts that are validated or tested on here: "
+                        "give data_config the values of its training, or train it again with these")
     return seen
 
 

@@ -27,7 +27,7 @@ SPLIT_NAMES = {  # other names of the three splits
 class Reviews:
     """All labelled reviews of a dataset. The id of a review is its row in `table`."""
 
-    table: Dataset  # columns text (str) and label (str), memory-mapped
+    table: Dataset  # columns text (str) and label (str), and group (str) if data_config names one; memory-mapped
     labels: np.ndarray  # (rows,) int64: index into label_names
     label_names: list[str]
     split_names: np.ndarray  # (rows,) str: train, validation, test, or another split of the dataset, of each row
@@ -59,7 +59,7 @@ def name_rows(parts: list[Part], rows: Sequence[int], one: str = "", many: str =
 def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
     """Read and pool all labelled splits of a dataset.
 
-    Raises UserError, with the rows and the fix, for a missing column, missing or empty texts, missing labels, and
+    Raises UserError, with the rows and the fix, for a missing column, missing or empty texts, labels and groups, and
     classes that do not match `num_labels`.
     """
     from datasets import concatenate_datasets  # here, because labelling needs neither, and both take a second
@@ -81,7 +81,7 @@ def load_reviews(data_config: DataConfig, num_labels: int) -> Reviews:
             parts.append(part)
     if not any(len(part.table) for part in parts):
         raise UserError(f"data_config.dataset: {name} holds no labelled rows: name a file or folder with some")
-    refuse_no_texts(parts)
+    refuse_empty(parts)
     table = concatenate_datasets([part.table for part in parts])
     labels, label_names = _encode_labels(table, name, parts, column, num_labels)
     split_names = np.repeat([part.split for part in parts], [len(part.table) for part in parts])
@@ -103,14 +103,18 @@ def _unlabelled_splits(parts: list[Part]) -> set[str]:
     return {split for split in found if not has_labels(split)}
 
 
-def refuse_no_texts(parts: list[Part]) -> None:
-    rows, start = [], 0
-    for texts in (chunk for part in parts for chunk in part.table.data.column("text").chunks):
-        # chunk by chunk, because trimming copies the texts
-        empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
-        rows += (start + np.flatnonzero(empty.to_numpy(zero_copy_only=False))).tolist()
-        start += len(texts)
-    _refuse_missing(parts, rows, "text")
+def refuse_empty(parts: list[Part]) -> None:
+    """Raises UserError, which counts them, for rows without a text, or without a group where there is such a column: a
+    film that nobody named may be any film."""
+    for column in ("text", "group"):
+        rows, start = [], 0
+        for values in (chunk for part in parts if column in part.table.column_names
+                       for chunk in part.table.data.column(column).chunks):
+            # chunk by chunk, because trimming copies the texts
+            empty = pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0), True)
+            rows += (start + np.flatnonzero(empty.to_numpy(zero_copy_only=False))).tolist()
+            start += len(values)
+        _refuse_missing(parts, rows, column)
 
 
 def _refuse_missing(parts: list[Part], rows: Sequence[int], what: str) -> None:

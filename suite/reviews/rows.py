@@ -26,6 +26,7 @@ from suite.reviews.text_rows import Row, other_encoding, read_header, read_lines
 from utils import UserError, brief, file_kind
 
 MOST_NAMED = 3  # rows that a message names
+COLUMN_KEYS = ("text_column", "label_column", "group_column")  # of the data_config, in the order of every `columns`
 
 
 def read_rows(path: str, columns: Sequence[str] = (), only: bool = False, file: BinaryIO | None = None
@@ -107,7 +108,7 @@ def listed(names: Sequence[Any]) -> str:
 
 def column_problem(row: Row, columns: tuple[str, ...]) -> str | None:
     """Why the values of a row in these columns cannot be read as texts; None if they can."""
-    keys = " and ".join(f"data_config.{key}" for key in ("text_column", "label_column")[:len(columns)])
+    keys = " and ".join(f"data_config.{key}" for key in COLUMN_KEYS[:len(columns)])
     for column in columns:
         if column not in row.values:
             return f"row {row.number} has no column {column!r}; found {listed(list(row.values))}: set {keys}"

@@ -27,7 +27,7 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from suite.common.hub import cached, digest_of, explained, is_hub_name
 from suite.common.storage import read_json, write_json
 from suite.reviews import rows
-from suite.reviews.rows import as_text, columns_of, listed, text_files, visible_files
+from suite.reviews.rows import COLUMN_KEYS, as_text, columns_of, listed, text_files, visible_files
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
@@ -35,6 +35,7 @@ if not sys.stderr.isatty():
     datasets.disable_progress_bars()  # they would fill a log file
 
 FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows have a column for the label
+READ = ("text", "label", "group")  # what the columns that data_config names are called once they are read
 READER = 2  # the version of what reads rows: it is part of the name under which they are cached
 
 
@@ -44,14 +45,17 @@ class Part:
 
     split: str
     place: str  # the file, or the dataset and its split
-    table: Dataset  # columns text (str) and label (str, the name of the class if it is declared); None: a missing value
+    # Columns text, label (the name of the class if it is declared), and group if the configuration names one; each is
+    # str, and None where a value is missing.
+    table: Dataset
     class_names: list[str] | None = None  # of the classes 0, 1, ..., if the dataset declares them
     files: Sequence[Path] = ()  # of a folder with a file for each text: that of each row
 
 
 def load_parts(data_config: DataConfig) -> list[Part]:
     """The tables of the dataset that the configuration names. Raises UserError for what cannot be read."""
-    name, columns = data_config.dataset, (data_config.text_column, data_config.label_column)
+    name, columns = data_config.dataset, tuple(
+        column for column in (getattr(data_config, key) for key in COLUMN_KEYS) if column is not None)
     if os.path.isfile(name):
         if file_kind(name) in FILE_TYPES:
             return [_load_file("train", name, columns)]
@@ -64,18 +68,18 @@ def load_parts(data_config: DataConfig) -> list[Part]:
     return _load_from_hub(name, data_config.subset, columns)
 
 
-def _load_file(split: str, path: str, columns: tuple[str, str], class_names: list[str] | None = None) -> Part:
-    """The two columns of a file, every value as text."""
+def _load_file(split: str, path: str, columns: tuple[str, ...], class_names: list[str] | None = None) -> Part:
+    """The columns of a file, every value as text."""
     _refuse_missing(columns, columns_of(path, columns), path)
     if class_names is None and file_kind(path) == ".parquet":
         class_names = _class_names(Features.from_arrow_schema(pyarrow.parquet.read_schema(path)), columns[1])
     return Part(split, path, _cached_table(path, [Path(path)], columns, class_names), class_names)
 
 
-def _cached_table(place: str, files: list[Path], columns: tuple[str, str], class_names: list[str] | None = None
+def _cached_table(place: str, files: list[Path], columns: tuple[str, ...], class_names: list[str] | None = None
                   ) -> Dataset:
     """What `_labelled_rows` gives, from the cache if files of the same content were read before."""
-    features = Features({"text": Value("string"), "label": Value("string")})
+    features = Features({name: Value("string") for name in READ[:len(columns)]})
     with explained("data_config.dataset", place):
         names = list(map(os.path.abspath, files))
         key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
@@ -85,9 +89,9 @@ def _cached_table(place: str, files: list[Path], columns: tuple[str, str], class
                         "class_names": class_names and tuple(class_names)}))
 
 
-def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, str], class_names: Sequence[str] | None
+def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, ...], class_names: Sequence[str] | None
                    ) -> Iterator[dict[str, str | None]]:
-    """The text and the label of each row of the file `place`; if `files` hold a text each, its folder is the label.
+    """The text, label and group of each row of the file `place`; if `files` hold a text each, its folder is the label.
 
     Raises UserError, which counts them, for rows that cannot be read.
     """
@@ -103,7 +107,8 @@ def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, str], 
             first_problem = first_problem or problem
             broken.append(number)
         elif not broken:
-            yield {"text": as_text(row.values[columns[0]]), "label": _label(row.values[columns[1]], class_names)}
+            values = zip(READ, (row.values[column] for column in columns), strict=False)
+            yield {name: _label(value, class_names) if name == "label" else as_text(value) for name, value in values}
     if number > len(broken):
         _refuse_missing(columns, list(known), place)
     if broken:
@@ -120,7 +125,7 @@ def _label(value: Any, class_names: Sequence[str] | None) -> str | None:
     return class_names[value] if is_number and class_names and 0 <= value < len(class_names) else as_text(value)
 
 
-def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
+def _load_folder(name: str, subset: str | None, columns: tuple[str, ...]) -> list[Part]:
     """The parts of a dataset folder: of `save_to_disk`, of texts in a folder for each class, or of files of rows."""
     if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # the library's own
         with explained("data_config.dataset", name, any_error=True):  # other files there are caches of `map`
@@ -146,12 +151,12 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, str]) -> lis
     return _load_files(files, columns, _class_names(builder.info.features, columns[1]))
 
 
-def _load_files(files: dict[str, list[str]], columns: tuple[str, str], class_names: list[str] | None) -> list[Part]:
+def _load_files(files: dict[str, list[str]], columns: tuple[str, ...], class_names: list[str] | None) -> list[Part]:
     """`files`: those of each split. Raises UserError if only some of them have labels, as in a competition with a
     secret test."""
     everything = [file for of_split in files.values() for file in of_split]
     found = {file: columns_of(file, columns) for file in everything}
-    labelled = [file for file, names in found.items() if set(columns) <= set(names)]
+    labelled = [file for file, names in found.items() if set(columns[:2]) <= set(names)]
     for file, names in found.items():
         if labelled and columns[0] in names and columns[1] not in names:
             raise UserError(f"{file}: no column {columns[1]!r}, so its rows have no labels; found {listed(names)}: "
@@ -159,11 +164,11 @@ def _load_files(files: dict[str, list[str]], columns: tuple[str, str], class_nam
     return [_load_file(split, file, columns, class_names) for split, of_split in files.items() for file in of_split]
 
 
-def _load_texts(name: str, columns: tuple[str, str]) -> list[Part]:
+def _load_texts(name: str, columns: tuple[str, ...]) -> list[Part]:
     """A folder with a .txt file for each text, in a folder for each class: train/pos/1.txt, test/neg/2.txt, ..."""
     if columns != ("text", "label"):
         raise UserError(f"data_config.dataset: {name} holds .txt files, which have no columns: leave out "
-                        "data_config.text_column and data_config.label_column")
+                        "data_config.text_column, data_config.label_column and data_config.group_column")
     places = {path: path.relative_to(name).parts for path in text_files(name)}
     deepest = max(map(len, places.values()))
     if deepest == 1:
@@ -180,7 +185,7 @@ def _load_texts(name: str, columns: tuple[str, str]) -> list[Part]:
             for split, files in splits.items()]
 
 
-def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> list[Part]:
+def _load_from_hub(name: str, subset: str | None, columns: tuple[str, ...]) -> list[Part]:
     """The files of a dataset on the Hub are read like a folder's. Which ones they are is kept for when the Hub is gone.
 
     Other kinds of files, and what somebody has prepared with the library for a machine without the Hub, are read by it.
@@ -210,20 +215,24 @@ def _load_from_hub(name: str, subset: str | None, columns: tuple[str, str]) -> l
                         for split, of_split in known["files"].items()}, columns, known["class_names"])
 
 
-def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns: tuple[str, str]) -> list[Part]:
+def _library_parts(name: str, tables: DatasetDict | dict[str, Dataset], columns: tuple[str, ...]) -> list[Part]:
     """The parts of tables that the datasets library has read."""
     parts = []
     for split, table in tables.items():
         place = f"{name}, split {split}" if len(tables) > 1 else name
         _refuse_missing(columns, table.column_names, place)
-        text, label = columns
+        text, label, *group = columns
         kind = table.data.column(text).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise UserError(f"{place}: the column {text!r} holds {kind}, not text: set data_config.text_column")
         class_names = _class_names(table.features, label)
         labels = [_label(value, class_names) for value in table.data.column(label).to_pylist()]
         texts = table.select_columns([text]).rename_columns({text: "text"}).cast_column("text", Value("string"))
-        parts.append(Part(str(split), place, texts.add_column("label", labels, feature=Value("string")), class_names))
+        rows = texts.add_column("label", labels, feature=Value("string"))
+        for column in group:
+            names = list(map(as_text, table.data.column(column).to_pylist()))
+            rows = rows.add_column("group", names, feature=Value("string"))
+        parts.append(Part(str(split), place, rows, class_names))
     return parts
 
 
@@ -249,9 +258,9 @@ def _class_names(features: Features | None, column: str) -> list[str] | None:
     return list(map(str, feature.names)) if isinstance(feature, ClassLabel) else None
 
 
-def _refuse_missing(columns: tuple[str, str], found: list[str], name: str) -> None:
+def _refuse_missing(columns: tuple[str, ...], found: list[str], name: str) -> None:
     """`found`: the columns of `name`; [] if each row names its own."""
-    for key, column in zip(("text_column", "label_column"), columns, strict=True):
+    for key, column in zip(COLUMN_KEYS, columns, strict=False):
         if found and column not in found:
             header = ", if its first line names the columns" if file_kind(name) in (".csv", ".tsv") else ""
             raise UserError(f"{name}: no column {column!r}; found {listed(found)}: set data_config.{key}{header}")

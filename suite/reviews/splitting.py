@@ -1,4 +1,4 @@
-"""Which reviews train, validate and test. No text stands in two splits."""
+"""Which reviews train, validate and test. No text stands in two splits; with a group column, no group does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from suite.reviews.classes import Reviews, load_reviews, name_rows
+from suite.reviews.grouping import draw_groups, group_digests, say_groups, units_of
 from utils import Config, DataConfig, UserError, say
 
 if TYPE_CHECKING:
@@ -22,11 +23,18 @@ class Split:
     digests: np.ndarray  # (rows,) of 16 bytes, see `text_digests`
     ids_of: dict[str, np.ndarray]  # {"train", "valid", "test": rows of `reviews`, ascending}
     fingerprint: str  # of the reviews, their labels and the split
+    groups: np.ndarray | None = None  # (rows,) of 16 bytes, see `group_digests`; None without a group column
+
+    def digests_of(self, *names: str) -> np.ndarray:
+        """(reviews,) the digests of the texts in these splits, and with a group column then those of their groups."""
+        rows = np.concatenate([self.ids_of[name] for name in names])
+        groups = self.digests[:0] if self.groups is None else np.unique(self.groups[rows])
+        return np.concatenate([self.digests[rows], groups])
 
     @property
     def held_out(self) -> np.ndarray:
-        """(valid and test reviews,) the digests of their texts."""
-        return self.digests[np.concatenate([self.ids_of["valid"], self.ids_of["test"]])]
+        """What nothing may be trained on: `digests_of` the valid and test reviews."""
+        return self.digests_of("valid", "test")
 
     @property
     def label_names(self) -> list[str]:
@@ -48,8 +56,9 @@ def load_split(config: Config) -> Split:
     reviews = load_reviews(data_config, config.model_config.num_labels)
     digests = text_digests(reviews.table)
     refuse_contradictions(digests, reviews)
-    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names)
-    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()))
+    groups = None if data_config.group_column is None else group_digests(reviews.table)
+    ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names, groups)
+    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()), groups)
 
 
 def fingerprint(*parts: np.ndarray) -> str:
@@ -68,12 +77,13 @@ def text_digests(table: Dataset) -> np.ndarray:
 
 
 def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarray, data_config: DataConfig,
-                  label_names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """{"train", "valid", "test": the rows of each, ascending}. Rows of equal digests never stand in two of them.
+                  label_names: Sequence[str] | None = None, groups: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """{"train", "valid", "test": the rows of each, ascending}. Rows of equal digests never stand in two of them, nor do
+    rows of one group.
 
-    `label_names`: None numbers the classes.
+    `label_names`: None numbers the classes; `groups` (rows,): None if rows belong together by their texts alone.
 
-    Raises UserError if a class is too rare to be split.
+    Raises UserError if a class is too rare to be split, or whole groups come too far from the shares.
     """
     name, official = data_config.dataset, data_config.split == "official"
     is_test, keep_copies = (split_names == "test") & official, not data_config.drop_duplicates
@@ -81,33 +91,49 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
         raise UserError(f"data_config.split is official, but {name} has no labelled test split (found "
                         f"{', '.join(sorted(set(split_names)))}): give shares such as [0.8, 0.1, 0.1]")
     originals = _first_rows(digests)
+    units = originals if groups is None else units_of(digests, groups)
     # The official test split stays whole, so that its figures compare with those of others. What repeats one of its
-    # texts is not trained on.
-    repeats_test = ~is_test & np.isin(originals, originals[is_test])
-    is_copy = ~is_test & ~repeats_test & (originals != np.arange(len(originals)))
-    pool = np.flatnonzero(~repeats_test & (keep_copies | ~is_copy))
+    # texts or groups is not trained on. The official validation split keeps its groups in the same way.
+    rank = np.where(is_test, 2, official and groups is not None and split_names == "validation")
+    highest = np.zeros(len(units), np.int64)
+    np.maximum.at(highest, units, rank)
+    is_dropped = rank < highest[units]
+    kept = np.flatnonzero(~is_dropped)
+    is_copy = np.zeros(len(units), bool)
+    is_copy[kept] = ~is_test[kept] & (_first_rows(digests[kept]) != np.arange(len(kept)))
+    pool = np.flatnonzero(~is_dropped & (keep_copies | ~is_copy))
     label_names = label_names or range(labels.max() + 1)
     counts = np.bincount(labels[pool], minlength=len(label_names))
     if not official and (few := counts.min()) < 3:
         raise UserError(f"{name}: the class {label_names[counts.argmin()]!r} has too few different texts ({few}): each "
                         "of the three splits needs one: add rows of this class, or remove it")
     if data_config.limit is not None and data_config.limit < len(pool):
-        pool, _ = draw_stratified(pool, labels, data_config.limit, data_config, "limit")
+        if groups is None:
+            pool, _ = draw_stratified(pool, labels, data_config.limit, data_config, "limit")
+        else:
+            share = data_config.limit / len(pool)
+            pool, _ = draw_groups(pool, units, labels, (share, 1 - share), data_config, "limit")
 
     test, pool = pool[is_test[pool]], pool[~is_test[pool]]
-    if keep_copies:  # only the first row of each text is split, and its copies follow it
+    follow = keep_copies and groups is None  # copies of a text are in one unit, which is drawn whole
+    if follow:  # only the first row of each text is split, and its copies follow it
         pool = np.sort(pool)
         together, pool = pool, np.sort(pool[np.unique(originals[pool], return_index=True)[1]])
-    splits = _draw_splits(pool, test, labels, split_names, data_config, label_names)
-    if keep_copies:
+    splits = _draw_splits(pool, test, labels, split_names, data_config, label_names,
+                          None if groups is None else units)
+    if follow:
         copies = np.setdiff1d(together, pool)
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
                   for split, rows in splits.items()}
-    if repeats_test.any():
-        say(f"{name}: {repeats_test.sum():,} rows repeat a text of the official test split and are dropped")
+    if is_dropped.any():
+        what = "a text of the official test split" if groups is None else (
+            f"a text or {data_config.group_column} of the official test or validation split")
+        say(f"{name}: {is_dropped.sum():,} rows repeat {what} and are dropped")
     if is_copy.any():
         say(f"{name}: {is_copy.sum():,} exact duplicates "
             + ("kept in the same split as their first occurrence" if keep_copies else "dropped"))
+    if groups is not None:
+        say_groups(splits, units, labels, label_names, data_config)
     return {split: np.sort(rows) for split, rows in splits.items()}
 
 
@@ -129,15 +155,22 @@ def _first_rows(digests: np.ndarray) -> np.ndarray:
 
 
 def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_names: np.ndarray,
-                 data_config: DataConfig, label_names: Sequence[str]) -> dict[str, np.ndarray]:
+                 data_config: DataConfig, label_names: Sequence[str], units: np.ndarray | None
+                 ) -> dict[str, np.ndarray]:
     """Divide the rows of `pool` into train, valid and test; with an official split, `test` stays as it is.
+
+    `units`: what is drawn whole, see `units_of`; None: single rows.
 
     Raises UserError if a split is empty, or a class is not trained on.
     """
     if data_config.split == "official":
         is_valid = split_names[pool] == "validation"
-        train, valid = (pool[~is_valid], pool[is_valid]) if is_valid.any() else draw_stratified(
-            pool, labels, len(pool) - round(0.1 * len(pool)), data_config)
+        train, valid = (
+            (pool[~is_valid], pool[is_valid]) if is_valid.any() else
+            draw_stratified(pool, labels, len(pool) - round(0.1 * len(pool)), data_config) if units is None else
+            draw_groups(pool, units, labels, (0.9, 0.1), data_config))
+    elif units is not None:
+        train, valid, test = draw_groups(pool, units, labels, data_config.split, data_config)
     else:
         _, valid_share, test_share = data_config.split
         held_out = round(len(pool) * (valid_share + test_share))

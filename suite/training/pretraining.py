@@ -20,7 +20,8 @@ from suite.encoders.loading import PRETRAINED_TEXTS, trained_texts
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import to_device
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
-from suite.reviews.classes import refuse_no_texts
+from suite.reviews.classes import refuse_empty
+from suite.reviews.grouping import draw_groups, draw_units, group_digests, units_of
 from suite.reviews.splitting import fingerprint, load_split, text_digests
 from suite.training.run import Run
 from suite.training.tracking import watched
@@ -36,18 +37,20 @@ VALID_SHARE, MOST_VALID = 0.05, 1000  # of the texts. A thousand give the loss t
 def prepare_texts(config: Config) -> PreparedData:
     """Load the reviews, labelled or not, leave out those that validate or test, and cut the others into windows.
 
-    The splits are `train` and `valid`, a row of them is a window, and `digests` are those of both.
+    The splits are `train` and `valid`, a row of them is a window, and `digests` are those of both, and of their groups.
     """
     from datasets import concatenate_datasets  # here, because most modes do not need it
 
     data_config, name = config.data_config, config.model_config.model_name
     split = load_split(config)
     reviews, labelled = split.reviews, split.digests
-    refuse_no_texts(reviews.unlabelled)
+    refuse_empty(reviews.unlabelled)
     table = concatenate_datasets([part.table.select_columns("text") for part in (*reviews.parts, *reviews.unlabelled)])
     digests = np.concatenate([labelled, *(text_digests(part.table) for part in reviews.unlabelled)])
+    groups = None if split.groups is None else np.concatenate(
+        [split.groups, *(group_digests(part.table) for part in reviews.unlabelled)])
     train, valid = choose(split.ids_of["train"], np.arange(len(labelled), len(table)), digests, split.held_out,
-                          data_config)
+                          data_config, groups)
     seen = trained_texts(config.model_config, split.held_out)
     tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks, texts=table[:COMPARED_TEXTS]["text"])
     if tokenizer.mask_token is None:
@@ -64,27 +67,44 @@ def prepare_texts(config: Config) -> PreparedData:
     if not len(splits["valid"].batch(np.arange(len(splits["valid"])))["labels"]):
         raise UserError(f"{data_config.dataset}: {len(valid)} texts to validate on are too few, none of their words is "
                         "masked: raise data_config.limit or add texts")
+    if groups is not None:
+        seen = np.union1d(groups[used], seen)
     return PreparedData(splits, tokenizer, ["no class"], fingerprint(digests[used], train, valid), split.held_out,
                         np.union1d(digests[used], seen))
 
 
 def choose(labelled: np.ndarray, unlabelled: np.ndarray, digests: np.ndarray, held_out: np.ndarray,
-           data_config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+           data_config: DataConfig, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(rows to train on, rows to validate on), both ascending, of the given rows; each text once, none in `held_out`.
 
     `digests`: of all rows; `held_out`: those of the valid and test reviews. Of the unlabelled rows, there are at most
-    data_config.limit.
+    data_config.limit. With `groups` (rows,), the digests of the groups, no group is held out or in both; then the limit
+    is that of whole groups.
     """
     rows = np.concatenate([labelled, unlabelled])
     rows = rows[~np.isin(digests[rows], held_out)]
+    if groups is not None:
+        rows = rows[~np.isin(groups[rows], held_out)]
+        units = np.zeros(len(digests), np.int64)
+        units[rows] = units_of(digests[rows], groups[rows])
     rows = rows[np.unique(digests[rows], return_index=True)[1]]  # the first of each text
     rows = np.random.default_rng(data_config.split_seed).permutation(np.sort(rows))
     is_labelled = np.isin(rows, labelled)
-    rows = rows[is_labelled | (np.cumsum(~is_labelled) <= (data_config.limit or len(rows)))]
+    limit = data_config.limit or len(rows)
+    if groups is None:
+        rows = rows[is_labelled | (np.cumsum(~is_labelled) <= limit)]
+    elif limit < (~is_labelled).sum():
+        share = limit / (~is_labelled).sum()
+        some, _ = draw_groups(rows[~is_labelled], units, np.zeros_like(units), (share, 1 - share), data_config, "limit")
+        rows = np.concatenate([rows[is_labelled], some])
     say(f"{data_config.dataset}: {is_labelled.sum():,} training reviews and {len(rows) - is_labelled.sum():,} "
         "unlabelled ones to pretrain on")
     valid = max(1, min(round(VALID_SHARE * len(rows)), MOST_VALID))
-    return np.sort(rows[valid:]), np.sort(rows[:valid])
+    if groups is None:
+        return np.sort(rows[valid:]), np.sort(rows[:valid])
+    shares = (1 - valid / len(rows), valid / len(rows))
+    parts = draw_units(units[rows], np.zeros_like(rows), shares, data_config.split_seed)
+    return np.sort(rows[parts == 0]), np.sort(rows[parts == 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
