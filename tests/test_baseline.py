@@ -1,23 +1,29 @@
-"""--mode baseline: a bag of words predicts as scikit-learn does, has a run folder like any other, holds no pickle,
-starts again after a kill, and stands beside the figure of an encoder at the end of its training.
+"""--mode baseline: a bag of words predicts as its formulas, written out, say; has a run folder like any other, holds no
+pickle, starts again after a kill, and stands beside the figure of an encoder at the end of its training.
 """
 
 import csv
+import json
+import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import content_of, expect, metrics_of, run_here, train_here, write_reviews
-from scipy.special import softmax
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit, softmax
 
 from suite.common.run_folder import read_saved_config
+from suite.common.storage import seal
 from suite.comparison import report
 from suite.comparison.results import group, read_result
+from suite.comparison.stacking import stack_runs
+from suite.encoders import bag_of_words
 from suite.encoders.bag_of_words import load_bag_of_words
 from suite.reviews.splitting import load_split
 from suite.training import baseline
+from utils import UserError
 
 ENCODER = ("model_config.pooling=mean", "data_config.max_len=32", "data_config.batch_size=16", "train_config.epochs=1",
            "train_config.learning_rate=0.01", "train_config.mixed_precision=no", "train_config.device=cpu")
@@ -49,10 +55,47 @@ def error_of(result) -> str:
     return line
 
 
+C = 10
+TOLERANCE = 1e-3  # of a probability: the two solvers stop at other places
+
+
+def by_hand(train: list[str], labels: np.ndarray, tested: list[str]) -> tuple[set[str], np.ndarray]:
+    """(n-grams, probabilities (tested, classes)): dense, in float64, another way to cut and another solver."""
+    def ngrams_of(text: str) -> set[str]:
+        words = re.findall(r"<[^<>]*>|\w+(?:'\w+)?|[^\w\s]", text.lower())
+        return {" ".join(words[start:start + n]) for n in (1, 2, 3) for start in range(len(words) - n + 1)}
+
+    def features_of(texts: list[str]) -> np.ndarray:
+        return np.array([[name in found for name in names] for found in map(ngrams_of, texts)], dtype=np.float64)
+
+    counts = Counter(name for text in train for name in ngrams_of(text))
+    names = sorted(name for name, count in counts.items() if count >= 3)
+    features, other = features_of(train), features_of(tested)
+    positive = []
+    for label in range(labels.max() + 1):
+        p, q = (3 + features[rows].sum(axis=0) for rows in (labels == label, labels != label))
+        ratios = np.log((p / p.sum()) / (q / q.sum()))
+        inputs, seen = (np.hstack([rows * ratios / np.maximum(np.linalg.norm(rows * ratios, axis=1, keepdims=True),
+                                                              1e-300), np.ones((len(rows), 1))])
+                        for rows in (features, other))
+        signs = np.where(labels == label, 1, -1)
+
+        def loss(weights, inputs=inputs, signs=signs):
+            scores = signs * (inputs @ weights)
+            return (weights @ weights / 2 - C * log_expit(scores).sum(),
+                    weights - C * inputs.T @ (signs * expit(-scores)))
+
+        found = minimize(loss, np.zeros(inputs.shape[1]), jac=True, options={"gtol": 1e-7})
+        positive.append(expit(seen @ found.x))
+    shares = np.stack(positive, axis=1)
+    return set(names), shares / shares.sum(axis=1, keepdims=True)
+
+
 @pytest.mark.parametrize(("names", "line_breaks"), [(("bad", "good"), "keep"), (("bad", "fair", "good"), "space")])
-def test_its_predictions_are_those_of_scikit_learn_called_directly(tmp_path, names, line_breaks):
+def test_its_predictions_are_those_of_the_formulas_written_out(tmp_path, monkeypatch, names, line_breaks):
+    """Naive-Bayes-weighted n-grams; two classes and three; line breaks kept and not; the same bits in any batch."""
     write_reviews(tmp_path / "reviews.csv", names=names)
-    text = (tmp_path / "reviews.csv").read_text().replace(" the ", " the<BR />")
+    text = (tmp_path / "reviews.csv").read_text().replace(" the ", " the<BR />").replace(" was ", " wasn't! ")
     (tmp_path / "reviews.csv").write_text(text)
     train_here(*settings_of(tmp_path, tmp_path / "reviews.csv"), "run_name=words", "data_config.limit=150",
                f"model_config.num_labels={len(names)}", f"data_config.line_breaks={line_breaks}", mode="baseline")
@@ -60,19 +103,23 @@ def test_its_predictions_are_those_of_scikit_learn_called_directly(tmp_path, nam
     (train, labels), (valid, _), (test, _) = (split.texts_and_labels(name) for name in ("train", "valid", "test"))
     if line_breaks == "space":
         train, valid, test = ([text.replace("<BR />", " ") for text in texts] for texts in (train, valid, test))
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    regression = LogisticRegression(C=30, max_iter=1000).fit(vectorizer.fit_transform(train), labels)
     words = load_bag_of_words(tmp_path / "words" / "best")
-    assert ("br" in words.vocabulary) == (line_breaks == "keep")
+    found = words.ngrams.names()
+    assert ("<br />" in found, "wasn't !" in found) == (line_breaks == "keep", True)
     for name, texts in (("valid", valid), ("test", test)):
-        expected = regression.predict_proba(vectorizer.transform(texts))
-        np.testing.assert_allclose(softmax(words.logits(texts), axis=1), expected, rtol=0, atol=1e-12)
+        ngrams, expected = by_hand(train, labels, [*texts, "", "unheard"])
+        assert (set(found), len(found)) == (ngrams, len(ngrams))
+        logits = words.logits([*texts, "", "unheard"])
+        np.testing.assert_allclose(softmax(logits, axis=1), expected, rtol=0, atol=TOLERANCE)
+        with monkeypatch.context() as patch:
+            patch.setattr(bag_of_words, "AT_A_TIME", 7)
+            assert words.logits([*texts, "", "unheard"]).tobytes() == logits.tobytes()
         rows = rows_of(tmp_path / "words" / f"{name}_predictions.csv")
         assert [int(row["id"]) for row in rows] == split.ids_of[name].tolist()
         saved = [[float(row[f"probability_{name}"]) for name in names] for row in rows]
-        np.testing.assert_allclose(saved, expected, atol=1e-8)
+        np.testing.assert_allclose(saved, softmax(logits, axis=1)[:-2], atol=1e-8)
         assert metrics_of(tmp_path / "words")[name]["accuracy"] == np.mean(
-            expected.argmax(axis=1) == split.reviews.labels[split.ids_of[name]])
+            logits[:-2].argmax(axis=1) == split.reviews.labels[split.ids_of[name]])
 
 
 def test_its_run_folder_is_like_any_other(finished):
@@ -144,7 +191,7 @@ def test_too_few_words_and_several_processes_are_refused_in_one_line(finished, t
     with open(tmp_path / "few.csv", "w") as file:
         file.writelines(["review,verdict\n", *(f"word{row},{row % 2}\n" for row in range(40))])
     few = [*finished[0], f"data_config.dataset={tmp_path / 'few.csv'}", f"output_dir={tmp_path / 'runs'}"]
-    assert "no word of two letters or more stands in 2 of the 32 training reviews" in error_of(
+    assert "no word stands in 3 of the 32 training reviews" in error_of(
         run_here(*few, mode="baseline"))
     assert not (tmp_path / "runs" / "bag-of-words").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -156,6 +203,21 @@ def test_a_damaged_model_is_refused_in_one_line(finished, tmp_path):
     shutil.copytree(finished[1] / "best", tmp_path / "model")
     (tmp_path / "model" / "words.safetensors").write_bytes(b"no tensors")
     assert str(tmp_path) in error_of(run_here(mode="predict", model=str(tmp_path / "model"), text="good"))
+
+
+def test_a_model_of_another_version_is_refused_in_one_line(finished, tmp_path):
+    """Wrong data end in one line with the fix, and a stack that nobody could open is not written."""
+    shutil.copytree(finished[1], tmp_path / "old")
+    best = tmp_path / "old" / "best"
+    config = json.loads((best / "config.json").read_text())
+    del config["version"]  # as the first version wrote it
+    (best / "config.json").write_text(json.dumps(config))
+    seal(best)
+    message = "another version of this project: train it again, with --mode baseline"
+    assert message in error_of(run_here(mode="predict", model=str(tmp_path / "old"), text="good"))
+    with pytest.raises(UserError, match=message):
+        stack_runs([tmp_path / "old", finished[1]], tmp_path / "stack")
+    assert not (tmp_path / "stack").exists()
 
 
 @pytest.mark.parametrize("place", ["predictions_of", "write_results"])

@@ -26,15 +26,15 @@ from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.run_folder import STACK_OF, best_model, differences, is_encoder, read_metrics, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read_result, refuse_different_tests
-from suite.encoders.bag_of_words import class_logits
-from suite.encoders.loading import STACK
+from suite.encoders.bag_of_words import class_logits, refuse_other_version
+from suite.encoders.loading import STACK, kind_of
 from suite.inference.classifier import log_odds, member_name
 from suite.reviews.grouping import draw_units, units_of
 from suite.reviews.splitting import load_split
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions
 from suite.training.finish import FittedRun, write_results
 from suite.training.states import RunFolder
-from utils import Config, UserError, config_fields, say
+from utils import BAG_OF_WORDS, Config, UserError, config_fields, say
 
 MOST_ITERATIONS = 1000  # of the logistic regression, which is scikit-learn's with its default penalty, L2 with C = 1
 FOLDS = 5  # of the cross-fitting, or as many as the rarest class has validation reviews
@@ -49,6 +49,9 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     runs = [read_result(folder) for folder in folders]
     refuse_different_tests(runs)
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
+    for model in models:
+        if kind_of(model) == BAG_OF_WORDS:
+            refuse_other_version(model)
     valid = read_valid(runs)
     config = configuration(runs, output)
     made, devices, names = RunFolder(config), Devices(config), runs[0].label_names

@@ -1,55 +1,131 @@
-"""A bag of words: TF-IDF of words and pairs of words, and a logistic regression on them, both scikit-learn's.
+"""A bag of words: Naive-Bayes-weighted n-grams of up to three words, and a logistic regression on them (Wang and
+Manning 2012, "Baselines and Bigrams: Simple, Good Sentiment and Topic Classification").
 
     best/
-        config.json          model_type, classes, line_breaks, and how words become numbers
-        vocabulary.json      the words and pairs, in the order of the columns
-        words.safetensors    float64: idf (words,), coefficients (1 or classes, words), intercept (1 or classes,)
+        config.json          model_type, version, classes, line_breaks
+        vocabulary.json      the words, in the order of their code points: the first columns
+        words.safetensors    ngrams: int64 (pairs and triples of words,), see `codes` of NGrams
+                             ratios, coefficients: float64 (1 or classes, columns); intercept: (1 or classes,)
 
 It trains in seconds and reads all of a review, so it tells whether an encoder is worth its price. No pickle is written
-or read.
+or read. Equal reviews give equal bits: the solver runs in one thread, with a seed of its own.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
+from scipy.special import log_expit
 
 from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, write_json
 from suite.encoders.tokenizers import LINE_BREAKS
 from utils import BAG_OF_WORDS, UserError
 
 if TYPE_CHECKING:
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from scipy.sparse import csr_matrix
 
-WORDS = {"ngram_range": [1, 2], "sublinear_tf": True}  # pairs catch "not good"; a word's tenth mention says little more
-MIN_REVIEWS = 2  # a word of a single training review says nothing about others, and half of all words are such
-INVERSE_REGULARIZATION, MOST_ITERATIONS = 30, 1000  # C and max_iter of the logistic regression
+VERSION = 2  # 1 was TF-IDF of words and pairs of words
+TOKENS = r"<[^<>]*>|\w+(?:'\w+)?|[^\w\s]"  # a tag such as <br />, a word, or a punctuation mark: "!" says something
+MOST_WORDS = 3  # of an n-gram
+MIN_REVIEWS = 3  # of training: without the rarer n-grams, a review is judged no worse (docs/experiments.md)
+SMOOTHING = 3  # reviews that are added to the count of each n-gram in each class, so that no ratio is infinite
+INVERSE_REGULARIZATION, MOST_ITERATIONS = 10, 1000  # C and max_iter of the logistic regression
+AT_A_TIME = 2000  # reviews: what a matrix of more would take is memory, and no bit depends on it
+
+
+class NGrams:
+    """Which n-grams a text has, as a sparse matrix: the columns are the words, then the pairs, then the triples.
+
+    `codes`: int64, one for each pair and triple, ascending: (column of the n-gram without its last word) x len(words)
+    + (column of its last word). So a pair's column is below every triple's.
+    """
+
+    def __init__(self, words: list[str], codes: np.ndarray):
+        self.words, self.codes = words, codes
+        self.column_of = {word: column for column, word in enumerate(words)}
+
+    @classmethod
+    def of(cls, texts: list[list[str]]) -> tuple[NGrams, csr_matrix]:
+        """Those that stand in at least MIN_REVIEWS of these texts, which are lists of words; and their matrix."""
+        reviews_with = Counter(word for text in texts for word in set(text))
+        ngrams = cls(sorted(word for word, count in reviews_with.items() if count >= MIN_REVIEWS),
+                     np.empty(0, np.int64))
+        return ngrams, ngrams.matrix(texts, learn=True)
+
+    def __len__(self) -> int:
+        return len(self.words) + len(self.codes)
+
+    def names(self) -> list[str]:
+        """(columns,) each n-gram, its words separated by spaces."""
+        names = list(self.words)
+        for code in self.codes.tolist():
+            names.append(f"{names[code // len(self.words)]} {names[code % len(self.words)]}")
+        return names
+
+    def matrix(self, texts: list[list[str]], learn: bool = False) -> csr_matrix:
+        """(texts, columns) float64: 1 where a text has an n-gram. `learn`: add its frequent pairs and triples first."""
+        from scipy.sparse import csr_matrix  # here, because no other model needs it
+
+        text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])  # (words of all texts,)
+        words = np.fromiter((self.column_of.get(word, -1) for text in texts for word in text), np.int64, len(text_of))
+        left, found = words, [(text_of << 32 | words)[words >= 0]]  # a text and a column in one number: sorted fast
+        for length in range(2, MOST_WORDS + 1):
+            # Each place where an n-gram of length - 1 words starts, and a known word of the same text follows it.
+            last = words[length - 1:]
+            places = np.flatnonzero((left[:len(last)] >= 0) & (last >= 0)
+                                    & (text_of[:len(last)] == text_of[length - 1:]))
+            codes = left[places] * len(self.words) + last[places]
+            if learn:
+                self.codes = np.append(self.codes, _frequent(codes, text_of[places]))
+            at = np.searchsorted(self.codes, codes)
+            is_known = np.append(self.codes, -1)[at] == codes
+            places, columns = places[is_known], at[is_known] + len(self.words)
+            found.append(text_of[places] << 32 | columns)
+            left = np.full_like(words, -1)
+            left[places] = columns
+        found = np.concatenate(found)
+        found.sort()
+        found = found[_is_new(found)]
+        starts = np.searchsorted(found, np.arange(len(texts) + 1) << 32)
+        columns = (found & 0xFFFFFFFF).astype(np.int32)
+        return csr_matrix((np.ones(len(found)), columns, starts), shape=(len(texts), len(self)))
 
 
 class BagOfWords:
-    """With two classes, the regression has one row of coefficients, for class 1; with more, one for each class."""
+    """With two classes, the regression has one row of coefficients, for class 1; with more, one for each class against
+    the rest.
 
-    def __init__(self, config: dict[str, Any], vocabulary: list[str], arrays: dict[str, np.ndarray]):
-        self.config, self.vocabulary, self.arrays = config, vocabulary, arrays
+    `arrays`: see the top of this file. `ratios`: each n-gram's log-count ratio. `coefficients`: the regression's, times
+    the ratios.
+    """
+
+    def __init__(self, config: dict[str, Any], ngrams: NGrams, arrays: dict[str, np.ndarray]):
+        self.config, self.ngrams, self.arrays = config, ngrams, arrays
         self.data_fingerprint = config["data_fingerprint"]
         self.label_names = [config["id2label"][str(label)] for label in range(len(config["id2label"]))]
-        self.vectorizer = new_vectorizer(config["words"], vocabulary=vocabulary)
-        self.vectorizer.idf_ = arrays["idf"]
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64."""
-        features = self.vectorizer.transform(_read(texts, self.config["line_breaks"]))
-        return class_logits(features @ self.arrays["coefficients"].T + self.arrays["intercept"])
+        return np.concatenate([self._logits(texts[start:start + AT_A_TIME])
+                               for start in range(0, max(len(texts), 1), AT_A_TIME)])
+
+    def _logits(self, texts: list[str]) -> np.ndarray:
+        features = self.ngrams.matrix(split_words(texts, self.config["line_breaks"]))
+        lengths = np.sqrt(features @ np.square(self.arrays["ratios"]).T)
+        scores = features @ self.arrays["coefficients"].T / np.where(lengths, lengths, 1) + self.arrays["intercept"]
+        # Softmax makes of these the shares of the probabilities of each class against the rest.
+        return class_logits(scores if scores.shape[1] == 1 else log_expit(scores))
 
     def save(self, folder: Path) -> None:
-        write_json(folder / "vocabulary.json", self.vocabulary)
+        write_json(folder / "vocabulary.json", self.ngrams.words)
         with atomic_write(folder / "words.safetensors", "wb") as file:
-            file.write(safetensors.numpy.save({name: np.ascontiguousarray(array)  # it would mix up the axes of others
-                                               for name, array in self.arrays.items()}))
+            file.write(safetensors.numpy.save(self.arrays | {"ngrams": self.ngrams.codes}))
         write_json(folder / "config.json", self.config)
 
 
@@ -63,38 +139,72 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
         ) -> tuple[BagOfWords, int]:
     """The bag of words that these reviews, with labels (reviews,) int64, teach; and the iterations of the solver.
 
-    Raises UserError if they have too few words.
+    Raises UserError if no word stands in enough of them.
     """
-    from sklearn.linear_model import LogisticRegression
+    ngrams, features = NGrams.of(split_words(texts, line_breaks))
+    if not ngrams.words:
+        raise UserError(f"no word stands in {MIN_REVIEWS} of the {len(texts):,} training reviews: raise "
+                        "data_config.limit or add rows")
+    classes = [1] if len(label_names) == 2 else range(len(label_names))
+    fits = [_fit_class(features, labels == label) for label in classes]
+    ratios, coefficients, intercept, iterations = zip(*fits, strict=True)
+    config = {"model_type": BAG_OF_WORDS, "version": VERSION,
+              "id2label": {str(i): name for i, name in enumerate(label_names)},
+              "line_breaks": line_breaks, "data_fingerprint": data_fingerprint}
+    arrays = {"ratios": np.stack(ratios), "coefficients": np.stack(coefficients), "intercept": np.array(intercept)}
+    return BagOfWords(config, ngrams, arrays), int(max(iterations))
 
-    vectorizer = new_vectorizer(WORDS, min_df=MIN_REVIEWS)
-    regression = LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=MOST_ITERATIONS)
-    try:
-        features = vectorizer.fit_transform(_read(texts, line_breaks))
-    except ValueError:
-        raise UserError(f"no word of two letters or more stands in {MIN_REVIEWS} of the {len(texts):,} training "
-                        "reviews: raise data_config.limit or add rows") from None
-    regression.fit(features, labels)
-    config = {"model_type": BAG_OF_WORDS, "id2label": {str(i): name for i, name in enumerate(label_names)},
-              "words": WORDS, "line_breaks": line_breaks, "data_fingerprint": data_fingerprint}
-    arrays = {"idf": vectorizer.idf_, "coefficients": regression.coef_, "intercept": regression.intercept_}
-    words = BagOfWords(config, vectorizer.get_feature_names_out().tolist(), arrays)
-    return words, int(regression.n_iter_.max())
+
+def _fit_class(features: csr_matrix, is_class: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """(log-count ratios (columns,), coefficients times ratios, intercept, iterations) of one class against the rest.
+
+    A ratio is log((p / |p|) / (q / |q|)); p and q count the reviews with an n-gram, of the class and of the rest.
+    """
+    from sklearn.linear_model import LogisticRegression  # here, because no other model needs scikit-learn
+    from sklearn.preprocessing import normalize
+
+    p, q = (SMOOTHING + np.asarray(features[rows].sum(axis=0)).ravel() for rows in (is_class, ~is_class))
+    ratios = np.log(p / p.sum()) - np.log(q / q.sum())
+    regression = LogisticRegression(C=INVERSE_REGULARIZATION, solver="liblinear", dual=True, random_state=0,
+                                    max_iter=MOST_ITERATIONS)
+    weighted = features.copy()
+    weighted.data *= ratios[weighted.indices]
+    regression.fit(normalize(weighted, copy=False), is_class)
+    return ratios, ratios * regression.coef_[0], regression.intercept_[0], regression.n_iter_[0]
 
 
 def load_bag_of_words(folder: Path) -> BagOfWords:
-    """Raises UserError if a file of a saved folder is missing or has changed."""
+    """Raises UserError if a file of a saved folder is missing or has changed, or if another version wrote it."""
     if (folder / MANIFEST).exists():
         refuse_damage(folder)
-    return BagOfWords(read_json(folder / "config.json"), read_json(folder / "vocabulary.json"),
-                      safetensors.numpy.load_file(folder / "words.safetensors"))
+    refuse_other_version(folder)
+    arrays = safetensors.numpy.load_file(folder / "words.safetensors")
+    ngrams = NGrams(read_json(folder / "vocabulary.json"), arrays.pop("ngrams"))
+    return BagOfWords(read_json(folder / "config.json"), ngrams, arrays)
 
 
-def new_vectorizer(words: dict[str, Any], **options: Any) -> TfidfVectorizer:
-    from sklearn.feature_extraction.text import TfidfVectorizer  # here, because no other model needs scikit-learn
+def refuse_other_version(folder: Path) -> None:
+    if read_json(folder / "config.json").get("version") != VERSION:
+        raise UserError(f"{folder} holds a bag of words of another version of this project: train it again, with "
+                        "--mode baseline train_config.resume=never train_config.overwrite=true")
 
-    return TfidfVectorizer(**words | {"ngram_range": tuple(words["ngram_range"])}, **options)
+
+def split_words(texts: list[str], line_breaks: str) -> list[list[str]]:
+    """The words and marks of each text, in lower case. Equal words are one object: less memory."""
+    find, breaks = re.compile(TOKENS).findall, re.compile(LINE_BREAKS)
+    return [list(map(sys.intern, find((breaks.sub(" ", text) if line_breaks == "space" else text).lower())))
+            for text in texts]
 
 
-def _read(texts: list[str], line_breaks: str) -> list[str]:
-    return [re.sub(LINE_BREAKS, " ", text) for text in texts] if line_breaks == "space" else texts
+def _is_new(values: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether each of these sorted values differs from the one before."""
+    return np.concatenate([[True], values[1:] != values[:-1]])[:len(values)]
+
+
+def _frequent(codes: np.ndarray, text_of: np.ndarray) -> np.ndarray:
+    """The codes that stand in at least MIN_REVIEWS texts, once each, ascending. `text_of`: of each code, ascending."""
+    order = np.argsort(codes, kind="stable")
+    codes, text_of = codes[order], text_of[order]
+    is_new = _is_new(codes)
+    reviews_with = np.bincount(np.cumsum(is_new) - 1, weights=is_new | _is_new(text_of))
+    return codes[is_new][reviews_with >= MIN_REVIEWS]

@@ -32,7 +32,7 @@ def baseline(config: Config, devices: Devices) -> None:
     started = time.perf_counter()
     words, iterations = fit(texts, labels, names, config.data_config.line_breaks, split.fingerprint)
     seconds = time.perf_counter() - started
-    say(f"{BAG_OF_WORDS}: {len(words.vocabulary):,} words and pairs of words")
+    say(f"{BAG_OF_WORDS}: {len(words.ngrams):,} words, pairs and triples of words")
     train = {"samples_per_second": len(texts) / seconds, "seconds": seconds,
              "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations}
     run = FittedRun(folder, devices, split, train, iterations, predictions_of(words.logits, split, "valid"))
