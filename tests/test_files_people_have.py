@@ -459,3 +459,12 @@ def test_what_a_file_and_a_folder_hold_is_labelled(acl_imdb, overrides, tmp_path
     assert {"file": "neg/106_7.txt", "text": "a neg film, number 106"}.items() <= found[6].items()
     assert "neg/107_7.txt is not UTF-8" in (tmp_path / "out.csv.rejected.csv").read_text()
     assert np.isin([row["predicted"] for row in found], ["neg", "pos"]).all()
+
+
+@pytest.mark.parametrize("content", [b"not gzip", b"\x1f\x8b\x08"])
+@pytest.mark.parametrize("read", [lambda *given: list(rows.read_rows(*given)), rows.columns_of])
+def test_a_gz_file_that_is_none_or_cut_in_its_header_is_one_line(tmp_path, content, read):
+    """Wrong data end in one line, wherever the file is looked at first."""
+    (tmp_path / "r.csv.gz").write_bytes(content)
+    with pytest.raises(UserError, match="r.csv.gz: not a readable .gz file"):
+        read(str(tmp_path / "r.csv.gz"), ["text"])

@@ -46,7 +46,7 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
             if problem and is_locked(cell.folder):  # another process was quicker to begin this run
                 pending.append(cell)
                 continue
-            if problem or not cell.is_finished:
+            if not cell.is_finished:  # else this process has finished it, or another one that was quicker to begin it
                 failed[cell.index] = problem or "ended without results"
                 say(f"{number} failed: {failed[cell.index]}")
             if pending:

@@ -42,11 +42,8 @@ def read_rows(path: str, columns: Sequence[str] = (), only: bool = False, file: 
     elif (kind := file_kind(path)) == ".parquet":
         yield from _read_parquet(path, columns if only else None)
     else:
-        with nullcontext(file) if file else _opened(path) as file:
-            try:
-                yield from KINDS[kind](path, file, columns)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path}: not a readable .gz file: {brief(error)}") from None
+        with nullcontext(file) if file else _opened(path) as file, _broken_gzip_is_said(path):
+            yield from KINDS[kind](path, file, columns)
 
 
 def columns_of(path: str, columns: Sequence[str] = ()) -> list[str]:
@@ -57,7 +54,7 @@ def columns_of(path: str, columns: Sequence[str] = ()) -> list[str]:
         with opened_parquet(path) as file:
             return file.schema_arrow.names
     if kind in (".csv", ".tsv"):
-        with _opened(path) as file:
+        with _opened(path) as file, _broken_gzip_is_said(path):
             return read_header(path, file, columns)[2]
     return ["text"] if kind == ".txt" else []
 
@@ -211,3 +208,11 @@ def _opened(path: str) -> BinaryIO:
         return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@contextmanager
+def _broken_gzip_is_said(path: str):
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a readable .gz file: {brief(error)}") from None
