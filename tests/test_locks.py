@@ -49,8 +49,17 @@ def test_every_name_of_a_folder_leads_to_the_same_lock(tmp_path, other_process, 
 
 def test_a_killed_process_leaves_no_lock_even_if_what_it_has_forked_lives_on(tmp_path, other_process):
     """Promise 1: the same command continues a killed run, at once."""
-    fork = (f"import os, time; child = os.fork(); child or (time.sleep(60), os._exit(0)); "
-            f"open({str(tmp_path / 'child')!r}, 'w').write(str(child))")
+    fork = f"""
+import os, time
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writer, b"1")  # the fork is complete: filelock has closed its file here
+    time.sleep(60)
+    os._exit(0)
+os.read(reader, 1)
+open({str(tmp_path / "child")!r}, "w").write(str(child))
+"""
     other = other_process(tmp_path / "run", fork)
     assert storage.is_locked(tmp_path / "run")
     other.kill()
