@@ -244,6 +244,12 @@ def prepare_data(config: Config, trained_model: str | None = None) -> PreparedDa
                                    texts=reviews.table[:COMPARED_TEXTS]["text"])
     else:
         tokenizer = load_tokenizer(trained_model)  # it was saved with its rule for line breaks
+    metric, valid_labels = config.train_config.best_metric, reviews.labels[ids_of["valid"]]
+    missing = np.setdiff1d(np.arange(len(reviews.label_names)), valid_labels)
+    if metric in ("mcc", "roc_auc", "average_precision") and len(missing):
+        raise UserError(f"train_config.best_metric is {metric}, but no validation review has the class "
+                        f"{reviews.label_names[missing[0]]!r}: set train_config.best_metric=accuracy, or change "
+                        "data_config.split")
     encode = Encode(tokenizer, data_config.max_len, data_config.truncation, data_config.max_windows)
     if trained_model is None and config.model_config.pooling == "cls" and not encode.prefix:
         raise UserError(f"model_config.pooling is cls, but the tokenizer of {config.model_config.model_name} puts no "

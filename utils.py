@@ -156,7 +156,8 @@ class TrainConfig:
     compile: bool = setting(False, "compile the encoder with torch.compile")
     gradient_checkpointing: bool = setting(False, "compute layers twice, which takes less memory", shapes_result=False)
     early_stopping_patience: Count | None = setting(None, "stop after so many epochs without a better metric")
-    best_metric: Literal["accuracy", "loss"] = setting("accuracy", "validation metric that chooses the best epoch")
+    best_metric: Literal["accuracy", "loss", "macro_f1", "mcc", "roc_auc", "average_precision"] = setting(
+        "accuracy", "validation metric that chooses the best epoch; the loss decides between equal ones")
     test: bool = setting(True, "test the best model at the end; false: for runs that choose settings, which compare.py "
                          "compares on validation", shapes_result=False)
     resume: Literal["auto", "never", "must"] = setting(

@@ -12,6 +12,8 @@ from suite.training.evaluation import (
     Predictions,
     compute_metrics,
     mistakes,
+    risk_coverage,
+    wilson_interval,
     write_mistakes,
     write_predictions,
 )
@@ -36,9 +38,13 @@ def test_against_scikit_learn(classes):
         "recall": reference.recall_score(labels, predicted, average=average),
         "f1": reference.f1_score(labels, predicted, average=average),
         "macro_f1": reference.f1_score(labels, predicted, average="macro"),
-        "roc_auc": reference.roc_auc_score(labels, p[:, 1] if classes == 2 else p, multi_class="ovr"), "n": 500}
+        "mcc": reference.matthews_corrcoef(labels, predicted),
+        "roc_auc": reference.roc_auc_score(labels, p[:, 1] if classes == 2 else p, multi_class="ovr"), "n": 500,
+        "average_precision": np.mean([reference.average_precision_score(labels == label, p[:, label])
+                                      for label in ([1] if classes == 2 else range(classes))])}
     assert {name: computed[name] for name in expected} == pytest.approx(expected, rel=1e-12)
-    assert set(computed) == set(expected) | {"accuracy_ci95", "ece"}
+    assert set(computed) == set(expected) | {"accuracy_ci95", "ece", "aurc", "surest_accuracy",
+                                             "surest_accuracy_ci95"}
 
 
 def test_the_mean_is_over_reviews_not_over_batches():
@@ -70,10 +76,26 @@ def test_calibration_error_by_hand():
     assert Calibration(predictions).counts.sum() == 8
 
 
+def test_risk_and_coverage_by_hand():
+    # From the surest on: right, wrong, right, right; so 0, 1/2, 1/3, 1/4 of those decided on are wrong.
+    confidence = np.array([0.7, 0.9, 0.99, 0.6])
+    logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1)
+    predictions = Predictions(np.arange(4), np.array([0, 1, 0, 0]), logits)
+    assert risk_coverage(predictions) == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4])
+    assert compute_metrics(predictions)["aurc"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 4)
+    # The one review in ten that is left to a person is the one that is wrong.
+    confidence = np.array([0.9] * 9 + [0.55])
+    logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1)
+    computed = compute_metrics(Predictions(np.arange(10), np.array([0] * 9 + [1]), logits))
+    assert (computed["accuracy"], computed["surest_accuracy"]) == (0.9, 1.0)
+    assert computed["surest_accuracy_ci95"] == pytest.approx(wilson_interval(9, 9))
+
+
 def test_edge_cases():
     one_class = Predictions(np.arange(3), np.zeros(3, dtype=int), np.float32([[1, 0]] * 3))
     computed = compute_metrics(one_class)
-    assert (computed["roc_auc"], computed["precision"], computed["accuracy"]) == (None, 0.0, 1.0)
+    assert (computed["mcc"], computed["roc_auc"], computed["average_precision"]) == (None, None, None)
+    assert (computed["precision"], computed["accuracy"]) == (0.0, 1.0)
     certain = Predictions(np.arange(2), np.array([0, 1]), np.float32([[500, -500], [500, -500]]))
     assert compute_metrics(certain)["loss"] == 500  # finite although the probability underflows
 

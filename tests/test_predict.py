@@ -69,6 +69,34 @@ def test_the_input_s_columns_and_order_with_the_probabilities_of_the_test(traine
     assert {path.name for path in output.parent.iterdir()} == {"out.csv"}
 
 
+def test_a_text_without_a_confident_class_waits_for_a_person(trained, tmp_path):
+    """`predicted` stays empty where no class reaches --min-confidence."""
+    texts = [row["review"] for row in rows_of(trained[1].parent.parent / "reviews.csv")]
+    pyarrow.parquet.write_table(pa.table({"review": texts}), tmp_path / "in.parquet")
+
+    def label(name: str, **options) -> str:
+        return expect(0, run_here(*trained[0], mode="predict", input=str(tmp_path / "in.parquet"),
+                                  output=str(tmp_path / name), **options)).stdout
+
+    label("all.csv")
+    rows = rows_of(tmp_path / "all.csv")
+    confidence = [max(float(row["probability_bad"]), float(row["probability_good"])) for row in rows]
+    least = sorted(confidence)[len(rows) // 3]
+    expected = [row["predicted"] if value >= least else "" for row, value in zip(rows, confidence, strict=True)]
+    assert set(expected) == {"", "bad", "good"}
+    for kind, read in {
+            "csv": lambda path: [row["predicted"] for row in rows_of(path)],
+            "jsonl": lambda path: [json.loads(line)["predicted"] or "" for line in path.read_text().splitlines()],
+            "parquet": lambda path: [label or "" for label in pyarrow.parquet.read_table(path)["predicted"].to_pylist()]
+            }.items():
+        printed = label(f"out.{kind}", min_confidence=least)
+        assert f"{expected.count('')} rows have no class and wait for a person" in printed
+        assert read(tmp_path / f"out.{kind}") == expected
+    unsure = texts[expected.index("")]
+    printed = expect(0, run_here(*trained[0], mode="predict", text=unsure, min_confidence=least)).stdout
+    assert printed.startswith("undecided: no class has a probability of ")
+
+
 def test_every_kind_of_file_says_the_same(trained, predicting, stdin, tmp_path):
     rows = rows_of(trained[1].parent.parent / "reviews.csv")[:50]
     texts = [row["review"] for row in rows]

@@ -3,10 +3,11 @@
 import csv
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, RESULTS, bits_of, history_of, metrics_of, train, train_here, write_reviews
+from conftest import PROJECT, RESULTS, bits_of, history_of, metrics_of, rows_of, train, train_here, write_reviews
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,10 +15,10 @@ import main
 from suite.common.devices import Devices
 from suite.training import finish
 from suite.training.run import Run, quality
-from utils import load_config
+from utils import UserError, load_config
 
 FILES = RESULTS | {"config.yaml", "metrics.json", "plots/learning_curves.png", "plots/confusion_matrix.png",
-                   "plots/reliability.png"}
+                   "plots/reliability.png", "plots/risk_coverage.png"}
 
 
 def test_the_run_folder_is_complete(undisturbed):
@@ -29,7 +30,8 @@ def test_the_run_folder_is_complete(undisturbed):
         "samples_per_second", "tokens_per_second", "seconds", "peak_memory_mb", "model_tflops_per_second",
         "executed_tflops_per_second", "model_flops_utilization", "executed_flops_utilization", "optimizer_steps"}
     assert set(measured["test"]) == {"loss", "accuracy", "accuracy_ci95", "precision", "recall", "f1", "macro_f1",
-                                     "roc_auc", "ece", "n"}
+                                     "mcc", "roc_auc", "average_precision", "ece", "aurc", "surest_accuracy",
+                                     "surest_accuracy_ci95", "n"}
     assert measured["train"]["optimizer_steps"] == 30
     assert measured["test"]["accuracy"] == 1.0  # a word gives each review's class away
     history = history_of(folder)
@@ -110,6 +112,28 @@ def test_the_tested_weights_are_the_best_not_the_last(undisturbed, monkeypatch):
 def test_equal_accuracies_are_told_apart_by_the_loss():
     assert quality({"accuracy": 0.9, "loss": 0.3}, "accuracy") > quality({"accuracy": 0.9, "loss": 0.4}, "accuracy")
     assert quality({"accuracy": 0.8, "loss": 0.3}, "loss") > quality({"accuracy": 0.9, "loss": 0.4}, "loss")
+    assert quality({"mcc": 0.8, "loss": 0.5}, "mcc") > quality({"mcc": 0.7, "loss": 0.4}, "mcc")
+
+
+def test_a_metric_that_validation_does_not_define_is_refused_before_training(undisturbed, tmp_path):
+    overrides, folder = undisturbed
+    rows = rows_of(folder.parent.parent / "reviews.csv")
+    for name, kept in (("train", rows[:100]), ("validation", rows[100:140:2]), ("test", rows[140:])):
+        write_rows(tmp_path / f"{name}.csv", kept)
+    given = [*overrides, f"data_config.dataset={tmp_path}", "data_config.split=official", "run_name=undefined"]
+    for metric in ("mcc", "roc_auc", "average_precision"):
+        result = train_here(*given, f"train_config.best_metric={metric}", code=2)
+        assert f"train_config.best_metric is {metric}, but no validation review has the class 'good'" in result.stderr
+    assert not (folder.parent / "undefined").exists()
+    with pytest.raises(UserError, match="best_metric is mcc, which masked words do not have"):
+        load_config(PROJECT / "config.yaml", ["train_config.objective=masked_lm", "train_config.best_metric=mcc"])
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def test_data_that_changed_after_training_is_refused(undisturbed, tmp_path):

@@ -76,6 +76,8 @@ def contradictions(config: Any, processes: int) -> dict[str, str]:
             "train_config.gradient_checkpointing and train_config.compile are both true, but compiled layers would not "
             "give the same bits: set one of them to false"),
         "train_config.effective_batch_size": _batch_problem(data.batch_size, train, processes),
+        "train_config.best_metric": config.pretrains and train.best_metric not in ("accuracy", "loss") and (
+            f"train_config.best_metric is {train.best_metric}, which masked words do not have: use loss or accuracy"),
         "train_config.auto_micro_batch": train.auto_micro_batch and processes > 1 and (
             f"train_config.auto_micro_batch is true, but {processes} processes cannot agree on a new micro-batch "
             "in the middle of a step: set a smaller data_config.batch_size"),

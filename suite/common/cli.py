@@ -66,6 +66,8 @@ class Command:
                                "input", metavar="FILE")
     output: str | None = option("predict, export, explain", "for each in turn: a .csv or .jsonl file, or .parquet if "
                                 "the input is one (default: standard output); a folder; an .html file", metavar="FILE")
+    min_confidence: float | None = option("predict", "give no class to a text where none has this probability: a "
+                                          "person decides", flag="min-confidence", metavar="P", type=float)
     formats: tuple[str, ...] = option("export", "one or both of them, with a comma between (default: onnx)",
                                       FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
                                       type=lambda text: tuple(text.split(",")))
@@ -147,6 +149,8 @@ def check_options(given: argparse.Namespace) -> None:
         raise UserError(f"--model: no such folder: {given.model}")
     if given.text is not None and not given.text.strip():
         raise UserError("--text: it is empty: give a review")
+    if given.min_confidence is not None and not 0 < given.min_confidence <= 1:
+        raise UserError(f"--min-confidence: {given.min_confidence:g} is not a probability: give one above 0, up to 1")
     if wrong := set(given.formats or ()) - set(FORMATS):
         raise UserError(f"--format: {min(wrong)!r} is not one of {', '.join(FORMATS)}")
     if given.int8 and given.formats and "onnx" not in given.formats:

@@ -28,10 +28,18 @@ FIGURES = {
     "recall": Figure(MEASURED, "likewise"),
     "f1": Figure(MEASURED, "likewise", "F1", ".4f", "card console table"),
     "macro_f1": Figure(MEASURED, "the mean over the classes, with two classes, too", "macro F1", ".4f", "card"),
+    "mcc": Figure(MEASURED, "Matthews' correlation coefficient: 1 is best, 0 is chance; null if a class does not "
+                  "occur"),
     "roc_auc": Figure(MEASURED, "of each class against the rest, the mean over the classes; null if a class does not "
                       "occur", "ROC AUC", ".4f", "card"),
+    "average_precision": Figure(MEASURED, "likewise: the area under the curve of precision against recall"),
     "ece": Figure(MEASURED, "the expected calibration error (Guo et al. 2017) in 15 bins; 0 is best",
                   "calibration error", ".4f", "card table"),
+    "aurc": Figure(MEASURED, "the area under the risk-coverage curve (El-Yaniv and Wiener 2010): the mean share of "
+                   "mistakes among the k surest reviews, over all k; 0 is best"),
+    "surest_accuracy": Figure(MEASURED, "the accuracy of the 90 % of the reviews with the highest confidence",
+                              "accuracy of the surest 90 %", ".4f", "card"),
+    "surest_accuracy_ci95": Figure(MEASURED, "its 95 % interval: two numbers"),
     "n": Figure(MEASURED, "number of reviews; of a pretraining run, of masked words", "reviews", ","),
     "epoch": Figure("valid", "the epoch of the best model"),
     "optimizer_steps": Figure("train", "optimizer steps; of a model that a solver fits, its iterations",

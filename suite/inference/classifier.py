@@ -60,6 +60,7 @@ class Labeller:
     label_names: list[str]
     data_fingerprint: str | None  # of the reviews and the split that it was trained on; None if it does not say so
     logits: Callable[[list[str]], np.ndarray]  # (texts, classes) float64
+    min_confidence: float | None = None  # below this probability of the likeliest class, a text gets none
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -84,8 +85,9 @@ class Labeller:
 
     def columns(self, probabilities: np.ndarray) -> dict[str, Any]:
         """What is added to a row whose probabilities (classes,) these are."""
-        values = [self.label_names[probabilities.argmax()], *(float(f"{p:.9g}") for p in probabilities)]
-        return dict(zip(self.added, values, strict=True))
+        is_sure = probabilities.max() >= (self.min_confidence or 0)
+        predicted = self.label_names[probabilities.argmax()] if is_sure else None
+        return dict(zip(self.added, [predicted, *(float(f"{p:.9g}") for p in probabilities)], strict=True))
 
 
 class Classifier(Labeller):

@@ -139,6 +139,9 @@ class Job:
         say(f"{self.output}: {counts['rows'] - counts['broken']:,} rows, {counts['labelled'] / seconds:,.1f} a second")
         if counts["broken"]:
             say(f"{self.rejected}: the broken rows, {counts['broken']:,}, were skipped")
+        if counts["undecided"]:
+            say(f"{counts['undecided']:,} rows have no class and wait for a person: none has a probability of "
+                f"{self.classifier.min_confidence:g}")
 
     def open(self) -> bool:
         """Let the main process take the folder for this job; if it fails, all processes leave.
@@ -187,7 +190,8 @@ class Job:
         texts = text_files(source) if source.is_dir() else [source]
         of_model = [path for path in model.rglob("*") if path.is_file() and path.name not in (CARD, MANIFEST)]
         return {"input": str(source), "content": sum_of_files(source, texts), "model": sum_of_files(model, of_model),
-                "text_column": self.column, "chunk_rows": CHUNK_ROWS, **self.classifier.settings}
+                "text_column": self.column, "chunk_rows": CHUNK_ROWS,
+                "min_confidence": self.classifier.min_confidence, **self.classifier.settings}
 
     def parts(self) -> dict[int, Path]:
         """{number of a chunk, from 1: the file of its labelled rows}."""
@@ -256,6 +260,8 @@ class Job:
             self.joined_rejected.unlink()
         parts, kind = self.parts(), self.output.suffix
         files = [parts[number] for number in range(1, counts["chunks"] + 1)]
+        if self.classifier.min_confidence:
+            counts["undecided"] = sum(map(undecided, files))
         with atomic_write(self.joined, "w" if kind == ".csv" else "wb") as output:
             if kind == ".parquet":
                 with pyarrow.parquet.ParquetWriter(output, pa.unify_schemas(self.schemas())) as writer:
@@ -297,6 +303,14 @@ def sum_of_files(folder: Path, paths: Iterable[Path]) -> str:
     for path in sorted(paths):
         result.update(os.fsencode(path.relative_to(folder)) + sha256_of(path).encode())
     return result.hexdigest()
+
+
+def undecided(part: Path) -> int:
+    """How many of its rows have no class."""
+    if part.suffix == ".parquet":
+        return pyarrow.parquet.read_table(part, columns=["predicted"])["predicted"].null_count
+    with open(part, encoding="utf-8") as lines:
+        return sum(json.loads(line)["predicted"] is None for line in lines)
 
 
 def cells(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def predict(command: Command, devices: Devices) -> None:
     """Label `command.text`, or the rows of the file `command.input`."""
     classifier = open_classifier(chosen_model(command), command.config, devices)
     classifier.cast_weights()
+    classifier.min_confidence = command.min_confidence
     if command.text is not None:
         print_label(classifier, command.text)
     elif command.output is None:
@@ -31,7 +32,7 @@ def print_label(classifier: Labeller, text: str) -> None:
     """Print the label of a text and the probability of each class."""
     columns = classifier.columns(classifier.probabilities([text])[0])
     width = max(len(printable(name)) for name in classifier.label_names)
-    say(printable(columns["predicted"]))
+    say(printable(columns["predicted"] or f"undecided: no class has a probability of {classifier.min_confidence:g}"))
     for name in classifier.label_names:
         say(f"  {printable(name):{width}}  {columns[f'probability_{name}']:.4f}")
 
@@ -40,7 +41,7 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
     """Print the rows of a file chunk by chunk: as JSON lines if the input is .jsonl or .json, else as CSV."""
     from suite.inference.labelling import cells, label, read_chunks
 
-    writer, broken = None, 0
+    writer, broken, undecided = None, 0, 0
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", newline="")  # the same bytes as in a file
     try:
@@ -49,6 +50,7 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
                 broken += 1
                 print(f"skipped: {printable(problem)}", file=sys.stderr)
             for values in label(classifier, chunk):
+                undecided += values["predicted"] is None
                 if file_kind(path) in (".jsonl", ".json"):
                     print(json.dumps(values, ensure_ascii=False))
                     continue
@@ -61,3 +63,5 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
         drop_output()
     if broken:
         print(f"broken rows that were skipped: {broken:,}", file=sys.stderr)
+    if undecided:
+        print(f"rows without a class, which wait for a person: {undecided:,}", file=sys.stderr)

@@ -50,15 +50,25 @@ class Predictions:
         return self.probabilities.max(axis=1)
 
 
+SUREST = 0.9  # the share of the reviews whose accuracy is given apart, as if the others were left to a person
+
+
 def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] | int | None]:
     """The metrics of metrics.json. Raises FloatingPointError if a logit is not finite.
 
     `loss` is the mean cross-entropy in nats. With two classes, `precision`, `recall` and `f1` are those of class 1;
-    with more, they are unweighted means over the classes. `macro_f1` is always such a mean. `roc_auc` compares each
-    class with the rest and averages over the classes; it is None if a class does not occur in the split.
-    `accuracy_ci95`: see `wilson_interval`. `ece`: see `Calibration`.
+    with more, they are unweighted means over the classes. `macro_f1` is always such a mean. `roc_auc` and
+    `average_precision` compare each class with the rest and average over the classes, or are those of class 1 with two
+    classes; `mcc` is Matthews' correlation coefficient. These three are None if a class does not occur in the split.
+    `accuracy_ci95`: see `wilson_interval`. `ece`: see `Calibration`. `aurc`: see `risk_coverage`.
     """
-    from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score  # not needed to label reviews
+    from sklearn.metrics import (  # here, because labelling does not need it
+        average_precision_score,
+        f1_score,
+        matthews_corrcoef,
+        precision_recall_fscore_support,
+        roc_auc_score,
+    )
 
     if not np.isfinite(predictions.logits).all():
         raise FloatingPointError("the model's logits are not finite: lower train_config.learning_rate or set "
@@ -71,7 +81,12 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
     macro_f1 = f1_score(labels, predicted, labels=range(num_labels), average="macro", zero_division=0)
     scores = predictions.probabilities[:, 1] if num_labels == 2 else predictions.probabilities
-    roc_auc = roc_auc_score(labels, scores, multi_class="ovr") if len(set(labels)) == num_labels else None
+    mcc = roc_auc = average_precision = None
+    if len(set(labels)) == num_labels:
+        mcc = float(matthews_corrcoef(labels, predicted))
+        roc_auc = float(roc_auc_score(labels, scores, multi_class="ovr"))
+        average_precision = float(average_precision_score(labels, scores))
+    surest = np.argsort(-predictions.confidence, kind="stable")[:round(SUREST * n)]
     return {
         "loss": float(-log_probabilities[np.arange(n), labels].sum() / n),
         "accuracy": correct / n,
@@ -80,15 +95,28 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "recall": float(recall),
         "f1": float(f1),
         "macro_f1": float(macro_f1),
-        "roc_auc": None if roc_auc is None else float(roc_auc),
+        "mcc": mcc,
+        "roc_auc": roc_auc,
+        "average_precision": average_precision,
         "ece": Calibration(predictions).error,
+        "aurc": float(risk_coverage(predictions).mean()),
+        "surest_accuracy": int((predicted == labels)[surest].sum()) / max(len(surest), 1),
+        "surest_accuracy_ci95": list(wilson_interval(int((predicted == labels)[surest].sum()), max(len(surest), 1))),
         "n": n,
     }
 
 
 def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
     """The larger, the better. Equal accuracies, which small validation splits often have, are decided by the loss."""
-    return (metrics["accuracy"], -metrics["loss"]) if best_metric == "accuracy" else (-metrics["loss"],)
+    return (-metrics["loss"],) if best_metric == "loss" else (metrics[best_metric], -metrics["loss"])
+
+
+def risk_coverage(predictions: Predictions) -> np.ndarray:
+    """(n,) the share of mistakes among the k reviews with the highest confidence, k = 1 ... n (El-Yaniv and Wiener
+    2010). Its mean is the area under the curve; reviews of equal confidence stand in the order of their ids."""
+    order = np.argsort(-predictions.confidence, kind="stable")
+    wrong = (predictions.predicted != predictions.labels)[order]
+    return np.cumsum(wrong) / np.arange(1, len(wrong) + 1)
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

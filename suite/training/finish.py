@@ -24,6 +24,7 @@ from suite.inference.classifier import open_classifier
 from suite.reviews.splitting import Split, load_split
 from suite.training.evaluation import (
     SPLITS,
+    SUREST,
     TEST_PREDICTIONS,
     VALID_PREDICTIONS,
     Predictions,
@@ -115,6 +116,8 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
     split, train = "test" if "test" in metrics else "valid", metrics.get("train")
     found, unit = metrics[split], "masked words" if config.pretrains else "reviews"
     lines = [f"{SPLITS[split]} {on_console(found)}, {show(found, 'n')} {unit}"]
+    if "surest_accuracy" in found:
+        lines.append(f"accuracy {show(found, 'surest_accuracy')} on the {100 * SUREST:.0f} % of highest confidence")
     if not train:
         lines.append("this run is not finished, and this is its best model so far: give the command that trains it "
                      "again")

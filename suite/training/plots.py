@@ -1,4 +1,6 @@
-"""The plots of a run: learning curves, confusion matrix, reliability. Their style is that of the comparisons, too."""
+"""The plots of a run: learning curves, confusion matrix, reliability, risk against coverage. The comparisons have their
+style, too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from suite.common.storage import atomic_write
-from suite.training.evaluation import Calibration, Predictions, wilson_interval
+from suite.training.evaluation import SUREST, Calibration, Predictions, risk_coverage, wilson_interval
 from utils import Config
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct for the colour-blind, too (Okabe and Ito)
@@ -21,10 +23,11 @@ BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct for the colour-
 
 def save_plots(folder: Path, config: Config, history: list[dict[str, Any]], predictions: Predictions,
                label_names: list[str]) -> list[Path]:
-    """Write learning_curves.png, confusion_matrix.png and reliability.png; returns their paths."""
+    """Write learning_curves.png, confusion_matrix.png, reliability.png and risk_coverage.png; returns their paths."""
     figures = {"learning_curves": plot_learning_curves(config, history),
                "confusion_matrix": plot_confusion_matrix(config, predictions, label_names),
-               "reliability": plot_reliability(config, predictions)}
+               "reliability": plot_reliability(config, predictions),
+               "risk_coverage": plot_risk_coverage(config, predictions)}
     return save_figures(folder, figures)
 
 
@@ -126,4 +129,21 @@ def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     histogram.set_ylim(bottom=0.8)
     histogram.yaxis.set_major_formatter(ScalarFormatter())
     histogram.yaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def plot_risk_coverage(config: Config, predictions: Predictions) -> Figure:
+    """The mistakes among the reviews that the model decides on, if it leaves those of lower confidence to a person."""
+    risk = 100 * risk_coverage(predictions)
+    coverage = 100 * np.arange(1, len(risk) + 1) / len(risk)
+    figure = new_figure(config, f"mistakes among the surest of {len(risk):,} test reviews\n{config.run_name}", (5.5, 4))
+    axis = figure.subplots()
+    axis.plot(coverage, risk, color=BLUE, label=f"model (area {risk.mean() / 100:.4f})")
+    axis.axhline(risk[-1], color=GREY, linestyle="--", label="all reviews")
+    axis.axvline(100 * SUREST, color=ORANGE, linewidth=1, label=f"surest {100 * SUREST:.0f} %")
+    axis.set_xlabel("coverage: share of the reviews that are decided on, the surest first (%)")
+    axis.set_ylabel("risk: mistakes among them (%)")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
     return figure
