@@ -55,8 +55,9 @@ def train(run: Run) -> None:
                 with run.may_run_out_of_memory():
                     loss, correct = train_step(run, step)
                     run.after_step(step, loss, correct)  # counts it; records, stops and saves where that is due
-            # records the metrics, keeps the model if it is the best yet, saves the state
-            run.after_epoch(validate(run.model, run.valid_loader, run.devices, "validation"))
+            with run.average.in_model():  # the averaged weights, if train_config.ema_decay is set
+                predictions = validate(run.model, run.valid_loader, run.devices, "validation")
+            run.after_epoch(predictions)  # records the metrics, keeps the model if it is the best yet, saves the state
 
 
 def train_step(run: Run, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +81,7 @@ def train_step(run: Run, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     norm = devices.clip_gradients(model, run.optimizer, run.config.train_config.max_grad_norm)
     if devices.step(run.optimizer, norm, loss):  # fp16's loss scaler may skip the step
         run.scheduler.step()
+        run.average.update()  # of the weights, if train_config.ema_decay is set
     run.optimizer.zero_grad(set_to_none=True)
     return loss, correct
 

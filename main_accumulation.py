@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.environment import get_cpu_distributed_information
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -57,6 +58,9 @@ class AcceleratedDevices(Devices):
         asked = asked_sharding()
         on_gpus_only = (f"{asked} is asked for, and Accelerate starts it on GPUs only: leave out the launcher's "
                         "--config_file, and DDP runs on CPUs")
+        if asked == "DEEPSPEED" and config.train_config.ema_decay is not None:
+            raise UserError(f"train_config.ema_decay is {config.train_config.ema_decay}, but DeepSpeed's engine keeps "
+                            "the weights to itself: set it to null, or use DDP or launch/fsdp2.yaml")
         try:
             self.accelerator = Accelerator(mixed_precision=self.precision, cpu=device.type == "cpu")
         except (ValueError, ImportError, RuntimeError) as error:
@@ -154,6 +158,12 @@ class AcceleratedDevices(Devices):
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the weights only: then Accelerate saves and loads them."""
         return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def local_weights(self, model: nn.Module) -> list[torch.Tensor]:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after an evaluation, the root would keep what it has gathered
+        return [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
 
     def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.is_sharded:

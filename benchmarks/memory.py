@@ -27,7 +27,7 @@ from suite.common.devices import Devices
 from suite.encoders.placement import checkpoint_gradients, place_model
 from suite.reviews.sampling import cut
 from suite.training.meter import peak_memory_mb
-from suite.training.run import build_optimizer
+from suite.training.optimization import build_optimizer
 from utils import Config
 
 TOKENS, STEPS = 128, 2

@@ -131,11 +131,14 @@ def train_again(run: Run, epochs: int = 1, steps: int | None = None) -> float:
 
 
 def bare_run(model: Any, optimizer: Any, devices: Any) -> SimpleNamespace:
-    """What `train_step` reads of a run: a constant learning rate, no clipping, no class weights."""
+    """What `train_step` reads of a run: a constant learning rate, no clipping, no class weights, no average."""
     import torch
 
+    from suite.training.optimization import AveragedWeights
+
     return SimpleNamespace(model=model, optimizer=optimizer, devices=devices, class_weights=None, config=Config(),
-                           scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+                           scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+                           average=AveragedWeights(model, devices, decay=None))
 
 
 def describe_machine() -> str:

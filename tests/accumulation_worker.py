@@ -21,6 +21,7 @@ from model import EncoderForClassification
 from suite.common.devices import Devices
 from suite.encoders.loading import new_model
 from suite.reviews.sampling import StepSampler
+from suite.training.optimization import AveragedWeights
 from utils import Config, ModelConfig, TrainConfig, process_rank
 
 CONFIG = Config(train_config=TrainConfig(device="cpu"))
@@ -56,6 +57,7 @@ def train_steps(model, optimizer, devices, dataset, effective_batch: int, micro_
     dataset.class_weights = class_weights
     run = SimpleNamespace(model=model, optimizer=optimizer, devices=devices, class_weights=class_weights,
                           scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+                          average=AveragedWeights(model, devices, decay=None),
                           config=Config(train_config=TrainConfig(max_grad_norm=max_grad_norm)))
     return sum(torch.stack(train_step(run, dataset.step(rows, sampler.micro_batches(rows), seed=(0,))))
                for rows in sampler.effective_batches(0)[:steps])

@@ -151,13 +151,18 @@ ZERO = [pytest.param("deepspeed", ["--zero_stage", stage], marks=pytest.mark.ski
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")) for stage in "123"]
 
 
+def sharding_variables(kind: str, folder: Path, *more: str) -> dict[str, str]:
+    """What `accelerate launch` makes of its file in launch/; `folder`: for a script that tells."""
+    (folder / "environment.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    given = expect(0, run_script(*ACCELERATE, "--config_file", f"launch/{kind}.yaml", "--num_processes", "1", *more,
+                                 str(folder / "environment.py"))).stdout.splitlines()[-1]
+    return {name: value for name, value in json.loads(given).items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
 @pytest.mark.parametrize(("kind", "more"), [("fsdp2", []), *ZERO])
 def test_a_sharded_model_gets_the_weights_of_one_process(overrides, tmp_path, kind, more):
     """With what `accelerate launch` makes of its file in launch/, accumulated gradients and clipping."""
-    (tmp_path / "environment.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
-    given = expect(0, run_script(*ACCELERATE, "--config_file", f"launch/{kind}.yaml", "--num_processes", "1", *more,
-                                 str(tmp_path / "environment.py"))).stdout.splitlines()[-1]
-    variables = {name: value for name, value in json.loads(given).items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    variables = sharding_variables(kind, tmp_path, *more)
     arguments = [*overrides, *PLAIN, "train_config.max_grad_norm=0.2"]
     train_here(*arguments, "run_name=one")
     train_here(*arguments, "run_name=unclipped", "train_config.max_grad_norm=null")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import history_of, train_here
 
-from suite.training.run import build_optimizer, build_scheduler
+from suite.training.optimization import build_optimizer, build_scheduler
 from utils import TrainConfig
 
 STEPS, RATE = 40, 0.5

@@ -215,6 +215,12 @@ def test_sharding_that_accelerate_would_leave_out_is_refused(launched):
         devices_for()
 
 
+def test_an_average_of_weights_that_deepspeed_keeps_to_itself_is_refused(launched):
+    launched(ACCELERATE_USE_DEEPSPEED="true")
+    with pytest.raises(UserError, match="train_config.ema_decay is 0.9, but DeepSpeed's engine"):
+        devices_for(ema_decay=0.9)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize(("variables", "variable"), [
     ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"),

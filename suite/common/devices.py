@@ -56,6 +56,7 @@ class Devices:
 
     num_processes = 1
     is_main = True  # whether this process writes the files
+    is_sharded = False  # whether each process holds a part of the weights only
 
     def __init__(self, config: Config):
         self.device = pick_device(config.train_config.device)  # of this process
@@ -149,6 +150,10 @@ class Devices:
     def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """All weights, as the unwrapped model names them."""
         return model.state_dict()
+
+    def local_weights(self, model: nn.Module) -> list[torch.Tensor]:
+        """The weights, or this process's shards of them, which may be changed in place."""
+        return list(model.parameters())
 
     def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Save what `read_state` needs to continue. Every process calls both."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, get_scheduler
+from transformers import PreTrainedConfig
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.devices import Devices, random_state, set_random_state, set_seed
@@ -32,9 +32,10 @@ from suite.encoders.loading import (
 from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
+from suite.training.optimization import AveragedWeights, build_optimizer, build_scheduler
 from suite.training.states import KEPT_STATES, Progress, RunFolder, load_progress, saved_states
 from suite.training.tracking import ProgressBar, Tracker
-from utils import Config, TrainConfig, UserError, process_rank, say
+from utils import Config, UserError, process_rank, say
 
 
 class Run:
@@ -108,6 +109,7 @@ class Run:
             model.encoder.compile(dynamic=True)
         self.model, self.optimizer = devices.prepare(model, build_optimizer(model, train_config))
         self.scheduler = build_scheduler(self.optimizer, train_config, self.total_steps)
+        self.average = AveragedWeights(self.model, devices, train_config.ema_decay)
         if process_rank() > 0:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
         self.progress = Progress(data.fingerprint, devices.kind)
@@ -115,8 +117,10 @@ class Run:
 
     @property
     def state_bytes(self) -> int:
-        """The size of a saved state: the weights and, with Adam, two moments of each."""
-        return self.model_bytes * (1 if self.config.train_config.optimizer == "sgd" else 3)
+        """The size of a saved state: the weights, with Adam two moments of each, and their average if there is one."""
+        train_config = self.config.train_config
+        copies = (1 if train_config.optimizer == "sgd" else 3) + (train_config.ema_decay is not None)
+        return self.model_bytes * copies
 
     def ensure_room(self) -> None:
         """Raises UserError if the disk has no room for what the run folder will hold at its largest: the kept states
@@ -136,6 +140,7 @@ class Run:
         if not own.exists():
             raise UserError(f"{state} was saved by fewer processes than are running now: start as many as before")
         self.devices.read_state(state, self.model, self.optimizer)
+        self.average.load(state)
         loop = torch.load(own, map_location="cpu", weights_only=True)
         self.scheduler.load_state_dict(loop["scheduler"])
         self.meter.load_state_dict(loop["meter"])
@@ -289,6 +294,7 @@ class Run:
 
         def write(folder: Path) -> None:
             self.devices.write_state(folder, self.model, self.optimizer)
+            self.average.save(folder)
             with open(folder / f"process_{process_rank()}.pt", "wb") as file:  # given a path, torch.save hides errors
                 torch.save({"scheduler": self.scheduler.state_dict(), "meter": self.meter.state_dict(),
                             "random": random_state()}, file)
@@ -300,11 +306,12 @@ class Run:
         self.saved_at = time.monotonic()
 
     def save_best(self) -> None:
-        """Replace the best model by the present one."""
-        weights = self.devices.state_dict(self.model)
-        if self.devices.is_main:
-            with room_for(self.folder.path, self.model_bytes):
-                self.folder.save_best(lambda folder: self.write_model(folder, weights))
+        """Replace the best model by the present one, with averaged weights if train_config.ema_decay asks for them."""
+        with self.average.in_model():
+            weights = self.devices.state_dict(self.model)
+            if self.devices.is_main:
+                with room_for(self.folder.path, self.model_bytes):
+                    self.folder.save_best(lambda folder: self.write_model(folder, weights))
 
     def best_model(self) -> nn.Module:
         """The best model so far, as it was saved."""
@@ -327,25 +334,3 @@ class Run:
         """What metrics.json says about training and validation."""
         return {"train": self.meter.figures() | {"optimizer_steps": self.progress.step},
                 "valid": self.progress.best_metrics | {"epoch": self.progress.best_epoch}}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimizer, and the schedule of its learning rate
-
-
-def build_optimizer(model: nn.Module, train_config: TrainConfig) -> torch.optim.Optimizer:
-    """With weight decay, if any, on matrices only: not on biases and norms, as in BERT's own training."""
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": train_config.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    fused = train_config.optimizer != "sgd"  # one kernel for all weights; SGD's does not know FSDP2's sharded ones
-    return kinds[train_config.optimizer](groups, lr=train_config.learning_rate, fused=fused)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, train_config: TrainConfig, total_steps: int
-                    ) -> torch.optim.lr_scheduler.LRScheduler:
-    name = train_config.scheduler
-    if name == "constant" and train_config.warmup_ratio > 0:
-        name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, num_warmup_steps=round(train_config.warmup_ratio * total_steps),
-                         num_training_steps=total_steps)
