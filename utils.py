@@ -161,6 +161,8 @@ class TrainConfig:
     early_stopping_patience: Count | None = setting(None, "stop after so many epochs without a better metric")
     best_metric: Literal["accuracy", "loss", "macro_f1", "mcc", "roc_auc", "average_precision"] = setting(
         "accuracy", "validation metric that chooses the best epoch; the loss decides between equal ones")
+    calibrate: bool = setting(
+        False, "divide the logits by the temperature under which the validation labels are most likely")
     test: bool = setting(True, "test the best model at the end; false: for runs that choose settings, which compare.py "
                          "compares on validation", shapes_result=False)
     resume: Literal["auto", "never", "must"] = setting(

@@ -40,6 +40,9 @@ FIGURES = {
     "surest_accuracy": Figure(MEASURED, "the accuracy of the 90 % of the reviews with the highest confidence",
                               "accuracy of the surest 90 %", ".4f", "card"),
     "surest_accuracy_ci95": Figure(MEASURED, "its 95 % interval: two numbers"),
+    "temperature": Figure("valid, calibration", "with train_config.calibrate: what the logits are divided by"),
+    "loss_before": Figure("calibration", "the test loss without the temperature; `loss_after` with it; `ece_before` "
+                          "and `ece_after` likewise. Each has a bootstrap's 95 % interval, such as `loss_after_ci95`"),
     "n": Figure(MEASURED, "number of reviews; of a pretraining run, of masked words", "reviews", ","),
     "epoch": Figure("valid", "the epoch of the best model"),
     "optimizer_steps": Figure("train", "optimizer steps; of a model that a solver fits, its iterations",

@@ -88,7 +88,8 @@ def without_encoder(config: Config, model_name: str) -> Config:
         config.run_name, config.output_dir, ModelConfig(model_name, num_labels=config.model_config.num_labels),
         DataConfig(**{key: getattr(data, key) for key in REVIEWS}),
         TrainConfig(train.seed, effective_batch_size=DataConfig.batch_size, device="cpu", mixed_precision="no",
-                    test=train.test, resume=train.resume, overwrite=train.overwrite), config.log_config)
+                    calibrate=train.calibrate and model_name == BAG_OF_WORDS, test=train.test, resume=train.resume,
+                    overwrite=train.overwrite), config.log_config)
 
 
 def run_of(folder: Path) -> Path | None:

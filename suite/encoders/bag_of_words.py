@@ -2,7 +2,7 @@
 Manning 2012, "Baselines and Bigrams: Simple, Good Sentiment and Topic Classification").
 
     best/
-        config.json          model_type, version, classes, line_breaks
+        config.json          model_type, version, classes, line_breaks, and a temperature if it is calibrated
         vocabulary.json      the words, in the order of their code points: the first columns
         words.safetensors    ngrams: int64 (pairs and triples of words,), see `codes` of NGrams
                              ratios, coefficients: float64 (1 or classes, columns); intercept: (1 or classes,)
@@ -110,6 +110,11 @@ class BagOfWords:
         self.data_fingerprint = config["data_fingerprint"]
         self.label_names = [config["id2label"][str(label)] for label in range(len(config["id2label"]))]
 
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by, if they are calibrated."""
+        return self.config.get("temperature", 1.0)
+
     def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64."""
         return np.concatenate([self._logits(texts[start:start + AT_A_TIME])
@@ -120,7 +125,7 @@ class BagOfWords:
         lengths = np.sqrt(features @ np.square(self.arrays["ratios"]).T)
         scores = features @ self.arrays["coefficients"].T / np.where(lengths, lengths, 1) + self.arrays["intercept"]
         # Softmax makes of these the shares of the probabilities of each class against the rest.
-        return class_logits(scores if scores.shape[1] == 1 else log_expit(scores))
+        return class_logits(scores if scores.shape[1] == 1 else log_expit(scores)) / self.temperature
 
     def save(self, folder: Path) -> None:
         write_json(folder / "vocabulary.json", self.ngrams.words)

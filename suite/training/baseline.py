@@ -12,6 +12,7 @@ from suite.common.devices import Devices
 from suite.common.hub import say_what_was_cached
 from suite.encoders.bag_of_words import fit
 from suite.reviews.splitting import load_split
+from suite.training.calibration import at_temperature, fit_temperature
 from suite.training.finish import FittedRun, predictions_of, show_finished, write_results
 from suite.training.meter import peak_memory_mb
 from suite.training.states import RunFolder
@@ -35,6 +36,12 @@ def baseline(config: Config, devices: Devices) -> None:
     say(f"{BAG_OF_WORDS}: {len(words.ngrams):,} words, pairs and triples of words")
     train = {"samples_per_second": len(texts) / seconds, "seconds": seconds,
              "peak_memory_mb": peak_memory_mb(devices.device), "optimizer_steps": iterations}
-    run = FittedRun(folder, devices, split, train, iterations, predictions_of(words.logits, split, "valid"))
+    valid = predictions_of(words.logits, split, "valid")
+    if config.train_config.calibrate:
+        words.config["temperature"] = fit_temperature(valid)
+        valid = at_temperature(valid, words.temperature)
+    run = FittedRun(folder, devices, split, train, iterations, valid)
+    if config.train_config.calibrate:
+        run.figures["valid"]["temperature"] = words.temperature
     folder.save_best(words.save)
     write_results(run, predictions_of(words.logits, split, "test") if config.train_config.test else None)

@@ -22,6 +22,7 @@ from suite.common.storage import write_json, write_text
 from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
 from suite.reviews.splitting import Split, load_split
+from suite.training.calibration import calibration_figures
 from suite.training.evaluation import (
     SPLITS,
     SUREST,
@@ -69,6 +70,8 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
         return
     config, folder = run.config, run.config.run_folder
     tested = {} if predictions is None else {"test": compute_metrics(predictions)}
+    if tested and (temperature := run.figures.get("valid", {}).get("temperature")):
+        tested["calibration"] = calibration_figures(predictions, temperature)
     metrics = run.figures | tested | {"environment": environment(run.devices)}
     if tested:
         label_names, history = run.data.label_names, read_history(folder / "history.jsonl")
@@ -118,6 +121,10 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
     lines = [f"{SPLITS[split]} {on_console(found)}, {show(found, 'n')} {unit}"]
     if "surest_accuracy" in found:
         lines.append(f"accuracy {show(found, 'surest_accuracy')} on the {100 * SUREST:.0f} % of highest confidence")
+    if calibration := metrics.get("calibration"):
+        loss, error = (f"{calibration[f'{name}_before']:.4f} -> {calibration[f'{name}_after']:.4f}"
+                       for name in ("loss", "ece"))
+        lines.append(f"calibrated: loss {loss}, calibration error {error}")
     if not train:
         lines.append("this run is not finished, and this is its best model so far: give the command that trains it "
                      "again")

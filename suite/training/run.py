@@ -30,6 +30,7 @@ from suite.encoders.loading import (
     save_model,
 )
 from suite.encoders.placement import checkpoint_gradients, pass_tokens, place_model
+from suite.training.calibration import at_temperature, fit_temperature
 from suite.training.evaluation import VALID_PREDICTIONS, Predictions, compute_metrics, quality, write_predictions
 from suite.training.meter import Meter
 from suite.training.optimization import AveragedWeights, build_optimizer, build_scheduler
@@ -43,6 +44,7 @@ class Run:
 
     unit = "reviews"  # what a row of the data is
     evaluate = None  # how it is validated, if not by main.py's `evaluate`
+    temperature = 1.0  # of the best model, see suite/training/calibration.py
     prepare_data, metrics_of = staticmethod(prepare_data), staticmethod(compute_metrics)
 
     @staticmethod
@@ -53,7 +55,8 @@ class Run:
         return model
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        save_model(folder, self.model_config, weights, self.data.tokenizer)
+        head = {name: weights[name] / self.temperature for name in ("head.weight", "head.bias")}
+        save_model(folder, self.model_config, weights | head, self.data.tokenizer)
         np.save(folder / TRAINED_TEXTS, self.data.digests)
 
     def write_predictions(self, predictions: Predictions) -> None:
@@ -266,7 +269,11 @@ class Run:
     def after_epoch(self, predictions: Any) -> None:
         """Record the metrics on validation, keep the model if it is the best so far, save the state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
-        metrics = self.metrics_of(predictions)
+        calibration = {}
+        if self.config.train_config.calibrate and not self.config.pretrains:
+            calibration["temperature"] = self.temperature = fit_temperature(predictions)
+            predictions = at_temperature(predictions, self.temperature)
+        metrics = self.metrics_of(predictions) | calibration
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
         progress.epoch, progress.steps_in_epoch = progress.epoch + 1, 0
         is_best = progress.best_epoch is None or (
