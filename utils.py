@@ -144,8 +144,8 @@ class TrainConfig:
     scheduler: Literal["constant", "linear", "cosine"] = setting("constant", "the learning rate after the warm-up")
     warmup_ratio: float = setting(0.0, "share of the optimizer steps that warm up from 0", ge=0, le=1)
     ema_decay: float | None = setting(
-        None, "decay of an exponential moving average of the weights, which is validated and kept in their place; null: "
-        "none", gt=0, lt=1)
+        None, "decay of an exponential moving average of the weights, which is validated and kept in their place; "
+        "null: none", gt=0, lt=1)
     max_grad_norm: float | None = setting(None, "clip each step's gradient to this L2 norm; null: never", gt=0)
     gradient_accumulation_steps: Count = setting(
         1, "micro-batches per optimizer step on each device; above 1 for main_accumulation.py")

@@ -1,4 +1,4 @@
-"""train_config.ema_decay: the average of the weights is validated, kept and tested, and survives what a run survives."""
+"""train_config.ema_decay: the average of the weights is validated, kept and tested, and a kill does not lose it."""
 
 import shutil
 
@@ -14,13 +14,12 @@ import main
 from main_accumulation import AcceleratedDevices
 from suite.common.devices import Devices
 from suite.encoders.loading import load_model
-from suite.training.finish import test_loader
+from suite.training import finish
 from suite.training.run import Run
 from suite.training.states import newest_good_state, saved_states
 from utils import load_config
 
 DECAY = "train_config.ema_decay=0.5"  # what the warm-up reaches at the 8th step
-test_loader.__test__ = False  # pytest would take it for a test
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_the_figures_are_those_of_the_average_and_training_is_as_without_it(undi
     assert is_equal(saved(off, "state.pt"), saved(folder, "state.pt"))
     assert distance(weights_of(off), weights_of(folder)) > 1e-4
     run, model = opened(*overrides, "run_name=again"), load_model(folder / "best")
-    for name, loader in (("valid", run.valid_loader), ("test", test_loader(run, model))):
+    for name, loader in (("valid", run.valid_loader), ("test", finish.test_loader(run, model))):
         predictions, rows = main.evaluate(model, loader, run.devices, name), rows_of(folder / f"{name}_predictions.csv")
         assert [int(row["id"]) for row in rows] == predictions.ids.tolist()
         assert [float(row["probability_good"]) for row in rows] == pytest.approx(predictions.probabilities[:, 1])

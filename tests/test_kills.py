@@ -41,10 +41,11 @@ def rounds(usual: int) -> int:
 
 def tensors_of(state: Path) -> list:
     """Everything that is saved in a state but the time that it took."""
-    weights, loop = (torch.load(state / name, weights_only=True) for name in ("state.pt", "process_0.pt"))
+    weights, average, loop = (torch.load(state / name, weights_only=True)
+                              for name in ("state.pt", "average_0.pt", "process_0.pt"))
     progress = json.loads((state / "progress.json").read_text())
     del loop["meter"]["seconds"]
-    return [progress, weights, loop]
+    return [progress, weights, average, loop]
 
 
 def is_equal(first, second) -> bool:
@@ -82,7 +83,7 @@ def undisturbed(tmp_path_factory, encoder_folder):
             "data_config.eval_batch_size=4", "train_config.effective_batch_size=16", "train_config.epochs=2",
             "train_config.learning_rate=0.003", "train_config.scheduler=cosine", "train_config.mixed_precision=no",
             "train_config.device=cpu", "train_config.save_every_steps=2", "log_config.log_every_steps=3",
-            "log_config.wandb_mode=disabled"]
+            "log_config.wandb_mode=disabled", "train_config.ema_decay=0.9"]
         if script not in finished:
             finish_run(script, [*arguments, "run_name=whole"])
             finished[script] = root / script / "whole"

@@ -34,9 +34,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, train_config: TrainConfig,
 class AveragedWeights:
     """An exponential moving average of a model's weights, in float32 as they are. With decay None, it does nothing.
 
-    After the n-th update, average = d * average + (1 - d) * weights with d = min(decay, (1 + n) / (10 + n)), the warm-up
-    of TensorFlow's ExponentialMovingAverage: without it, the weights that a short run started from would stay in.
-    Each process keeps the average of the weights that it holds: all of them, or its shards.
+    The n-th update makes it d * average + (1 - d) * weights with d = min(decay, (1 + n) / (10 + n)). This warm-up is
+    that of TensorFlow's ExponentialMovingAverage: without it, much of a short run's average would be the weights that
+    the run started from. Each process averages the weights that it holds: all of them, or its shards.
     """
 
     def __init__(self, model: nn.Module, devices: Devices, decay: float | None):
@@ -49,8 +49,8 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step. Does not wait for the device: where FiniteGuard has kept the step away from the
-        weights, the share that they get is 0."""
+        """After an optimizer step. A share on the device lets FiniteGuard hold back the average as it does the weights,
+        without waiting; on a GPU that costs a small kernel for each weight, where a plain number would take one."""
         if self.decay is None:
             return
         self.updates += 1
@@ -60,7 +60,7 @@ class AveragedWeights:
 
     @contextmanager
     def in_model(self):
-        """Inside, the model has the average for its weights."""
+        """Inside, the model has the average for its weights: their contents change places."""
         self._exchange()
         try:
             yield
