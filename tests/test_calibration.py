@@ -12,7 +12,7 @@ from suite.training.calibration import LEAST, at_temperature, calibration_figure
 from suite.training.evaluation import Predictions
 from utils import load_config
 
-NOISY = ["data_config.split=[0.5,0.3,0.2]", "train_config.learning_rate=0.02"]
+NOISY = ["data_config.split=[0.5,0.3,0.2]", "train_config.learning_rate=0.02", "model_config.pooling=cls"]
 
 
 def draw(n: int, temperature: float, classes: int = 3) -> Predictions:
