@@ -13,6 +13,7 @@ or read. Equal reviews give equal bits: the solver runs in one thread, with a se
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections import Counter
@@ -231,6 +232,19 @@ def split_words(texts: list[str], line_breaks: str) -> list[list[str]]:
     find, breaks = re.compile(TOKENS).findall, re.compile(LINE_BREAKS)
     return [list(map(sys.intern, find((breaks.sub(" ", text) if line_breaks == "space" else text).lower())))
             for text in texts]
+
+
+def marked(text: str, ngrams: list[str], line_breaks: str) -> list[tuple[str, bool]]:
+    """The text in pieces, and whether each belongs to one of these n-grams."""
+    tokens = [token for token in re.finditer(TOKENS, text)
+              if line_breaks == "keep" or not re.fullmatch(LINE_BREAKS, token[0])]
+    words, is_marked = [token[0].lower() for token in tokens], np.zeros(len(text), bool)
+    for length in range(1, MOST_WORDS + 1):
+        for place in range(len(words) - length + 1):
+            if " ".join(words[place:place + length]) in ngrams:
+                is_marked[tokens[place].start():tokens[place + length - 1].end()] = True
+    ends = [0, *(np.flatnonzero(is_marked[1:] != is_marked[:-1]) + 1).tolist(), len(text)]
+    return [(text[start:end], bool(is_marked[start])) for start, end in itertools.pairwise(ends)]
 
 
 def _is_new(values: np.ndarray) -> np.ndarray:
