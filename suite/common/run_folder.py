@@ -186,7 +186,8 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
     if int8 or audits:
         run = run_of(run) or run
         if not (run / "config.yaml").exists():
-            needs = "--mode audit reads the predictions" if audits else "--int8 is checked on validation reviews"
+            needs = ("--mode audit reads the predictions" if audits else
+                     "--int8 is checked on the validation reviews")
             raise UserError(f"{needs} of the model's run, and {run}/config.yaml is missing: name the run, or its best "
                             "model" + audits * ", or leave --model out")
     if int8 or audits or mode == "test" and (run / "config.yaml").exists():

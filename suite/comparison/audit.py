@@ -42,6 +42,8 @@ FOLDS = 5
 WORDS = 5  # n-grams that are shown for a suspect
 FIRST = (100, 500)  # suspects of which it is said how many labels people did not confirm
 ON_PAGE = 100  # suspects
+COLUMNS = ("rank", "id", "where", "split", "row", "label", "suggested", "probability_of_label", "flagged",
+           "words_against_label", "text")
 
 
 @dataclass
@@ -67,8 +69,7 @@ class Judged:
 
 
 def audit(command: Command, devices: Devices) -> None:
-    """Write `command.output` and the page beside it. Raises UserError for a run or a file that does not fit the data.
-    """
+    """Write `command.output` and the page beside it. Raises UserError if a run or a file does not fit the data."""
     config, output = command.config, Path(command.output)
     run = command.model and (run_of(Path(command.model)) or Path(command.model))
     results = run and read_run(run)
@@ -140,7 +141,7 @@ def judged_by_run(run: Path, results: Sequence[Result], split: Split) -> Judged:
     model = best_model(run)
     if results[0].data_fingerprint != split.fingerprint:
         raise UserError(f"--model: {run} was trained on other reviews, or another split of them, than these: leave "
-                        "data_config out of the command, and name the data as they were then")
+                        "data_config out of the command, or put the data back as they were")
     temperature = temperature_of(results[0].predictions)  # of validation
     predictions = Predictions(*(np.concatenate([getattr(result.predictions, name) for result in results])
                                 for name in ("ids", "labels", "logits")))
@@ -165,10 +166,6 @@ def temperature_of(predictions: Predictions) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is shown
-
-
-COLUMNS = ("rank", "id", "where", "split", "row", "label", "suggested", "probability_of_label", "flagged",
-           "words_against_label", "text")
 
 
 def rows_of(judged: Judged, split: Split) -> list[dict[str, Any]]:
@@ -211,7 +208,7 @@ def confirmed_summary(judged: Judged, confirmed: Confirmed, split: Split) -> lis
     the dataset's splits that the file names, because nobody was asked about others."""
     asked = np.isin(split.reviews.split_names[judged.ids], confirmed.splits)
     if not asked.any():
-        return [f"people were asked about {' and '.join(confirmed.splits) or 'no rows'}, none of which is judged here"]
+        return ["none of these labels is in a split of which --confirmed names rows"]
     labels = confirmed.labels[judged.ids]
     agreed, doubted = asked & (labels != NO_CLASS), asked & (labels != judged.labels)
     suspects = judged.suspects[asked[judged.suspects]]
