@@ -42,6 +42,7 @@ MODES = {
     "predict": Mode("label new reviews", "suite.inference.predict:predict"),
     "export": Mode("write the model as ONNX, or for transformers", "suite.inference.export:export"),
     "explain": Mode("show the words that a decision rests on", "suite.inference.explain:explain"),
+    "audit": Mode("list the labels that are probably wrong", "suite.comparison.audit:audit"),
     "publish": Mode("send the model to the Hugging Face Hub", "suite.inference.publish:publish"),
 }
 
@@ -58,16 +59,19 @@ class Command:
 
     mode: str
     config: Config
-    model: str | None = option("predict, export, explain, publish", "a trained model, or its run (default: the best "
-                               "one of the run)", metavar="FOLDER")
+    model: str | None = option("predict, export, explain, publish, audit", "a trained model, or its run (default: "
+                               "the best one of the run; for audit: bags of words that it fits)", metavar="FOLDER")
     text: str | None = option("predict, explain", "one review", metavar="TEXT")
     input: str | None = option("predict", "reviews in a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one review "
                                "per line), in a folder of .txt files (one review each), or - for lines from standard "
                                "input", metavar="FILE")
-    output: str | None = option("predict, export, explain", "for each in turn: a .csv or .jsonl file, or .parquet if "
-                                "the input is one (default: standard output); a folder; an .html file", metavar="FILE")
+    output: str | None = option("predict, export, explain, audit", "for each in turn: a .csv or .jsonl file, or "
+                                ".parquet if the input is one (default: standard output); a folder; an .html file; a "
+                                ".csv file", metavar="FILE")
     min_confidence: float | None = option("predict", "give no class to a text where none has this probability: a "
                                           "person decides", flag="min-confidence", metavar="P", type=float)
+    confirmed: str | None = option("audit", "what people said of some labels: a .csv file with the columns split, row "
+                                   "and label", metavar="FILE")
     formats: tuple[str, ...] = option("export", "one or both of them, with a comma between (default: onnx)",
                                       FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
                                       type=lambda text: tuple(text.split(",")))
@@ -164,12 +168,25 @@ def check_options(given: argparse.Namespace) -> None:
             raise UserError("--output is for the rows of --input FILE: leave it out, the label of --text is printed")
         if given.input is not None:
             check_files(given.input, output)
+    elif mode == "audit":
+        check_audit(output, given.confirmed)
     elif output is not None:
         if output in ("", "-"):
             raise UserError(f"--output {output!r}: give the name of a file or folder")
         if mode == "explain" and Path(output).suffix != ".html":
             raise UserError(f"--output: {output}: the file must end in .html")
         refuse_existing(output)
+
+
+def check_audit(output: str | None, confirmed: str | None) -> None:
+    """Raises UserError if the suspects cannot be written, or what people said of labels is no file."""
+    if output is None or Path(output).suffix != ".csv":
+        raise UserError("--mode audit: give --output FILE.csv; a page is written beside it")
+    refuse_existing(output, Path(output).with_suffix(".html"))
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
+    if confirmed is not None and not (Path(confirmed).is_file() and file_kind(confirmed) == ".csv"):
+        raise UserError(f"--confirmed: {confirmed}: give a .csv file with the columns split, row and label")
 
 
 def check_files(source: str, output: str | None) -> None:

@@ -27,6 +27,8 @@ def escaped(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", printable(text))
 
 
+# Control characters could change a terminal's state, and HTML has no place for them.
+UNPRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 # What a .html template is given is escaped; what a Markdown template shows of others' texts goes through `escaped`.
 TEMPLATES = Environment(loader=FileSystemLoader(PROJECT / "suite" / "templates"), undefined=StrictUndefined,
                         autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,

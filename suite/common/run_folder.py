@@ -161,12 +161,13 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
                int8: bool = False) -> Config:
     """The configuration of a command: that of `path` with the overrides applied, as its mode needs it.
 
-    `--mode baseline` takes only what shapes a bag of words. `--mode predict` takes the text column of the run, or of
-    the run folder `model`. `--mode test`, and an export whose `int8` is checked, take all that the run has saved.
+    `--mode baseline` and `--mode audit` take only what shapes a bag of words. `--mode predict` takes the text column of
+    the run, or of the run folder `model`. `--mode test`, `--mode audit` with a `model`, and an export whose `int8` is
+    checked, take what the run has saved.
     """
-    if mode == "baseline":
-        if num_processes() > 1:
-            raise UserError("--mode baseline is the work of one process: start it with python main.py --mode baseline")
+    if mode in ("baseline", "audit") and num_processes() > 1:
+        raise UserError(f"--mode {mode} is the work of one process: start it with python main.py --mode {mode}")
+    if mode == "baseline" or mode == "audit" and model is None:
         named = load_config(path, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"])
         return without_encoder(named, BAG_OF_WORDS)
     if mode == "pretrain":
@@ -182,14 +183,17 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
     run = Path(model) if model else config.run_folder
     if mode == "predict" and (run / "config.yaml").exists() and not _replaces(overrides, "data_config.text_column"):
         config.data_config.text_column = read_saved_config(run / "config.yaml").data_config.text_column
-    if int8:
+    audits = mode == "audit"  # a run
+    if int8 or audits:
         run = run_of(run) or run
         if not (run / "config.yaml").exists():
-            raise UserError(f"--int8 is checked on the validation reviews of the model's run, and {run}/config.yaml is "
-                            "missing: name the run, or its best model")
-    if int8 or mode == "test" and (run / "config.yaml").exists():
-        return _config_of_run(run / "config.yaml", path, overrides, config)
-    return config
+            needs = ("--mode audit reads the predictions" if audits else
+                     "--int8 is checked on the validation reviews")
+            raise UserError(f"{needs} of the model's run, and {run}/config.yaml is missing: name the run, or its best "
+                            "model" + audits * ", or leave --model out")
+    if int8 or audits or mode == "test" and (run / "config.yaml").exists():
+        config = _config_of_run(run / "config.yaml", path, overrides, config)
+    return without_encoder(config, BAG_OF_WORDS) if audits else config  # no encoder is loaded
 
 
 def _config_of_run(saved: Path, path: str | Path, overrides: Sequence[str], config: Config) -> Config:

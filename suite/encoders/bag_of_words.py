@@ -13,6 +13,7 @@ or read. Equal reviews give equal bits: the solver runs in one thread, with a se
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections import Counter
@@ -61,12 +62,12 @@ class NGrams:
     def __len__(self) -> int:
         return len(self.words) + len(self.codes)
 
-    def names(self) -> list[str]:
-        """(columns,) each n-gram, its words separated by spaces."""
-        names = list(self.words)
-        for code in self.codes.tolist():
-            names.append(f"{names[code // len(self.words)]} {names[code % len(self.words)]}")
-        return names
+    def name(self, column: int) -> str:
+        """The n-gram of a column, its words separated by spaces."""
+        if column < len(self.words):
+            return self.words[column]
+        before, last = divmod(int(self.codes[column - len(self.words)]), len(self.words))
+        return f"{self.name(before)} {self.words[last]}"
 
     def matrix(self, texts: list[list[str]], learn: bool = False) -> csr_matrix:
         """(texts, columns) float64: 1 where a text has an n-gram. `learn`: add its frequent pairs and triples first."""
@@ -117,15 +118,39 @@ class BagOfWords:
 
     def logits(self, texts: list[str]) -> np.ndarray:
         """(texts, classes) float64."""
-        return np.concatenate([self._logits(texts[start:start + AT_A_TIME])
+        return np.concatenate([self.logits_of(self.features(texts[start:start + AT_A_TIME]))
                                for start in range(0, max(len(texts), 1), AT_A_TIME)])
 
-    def _logits(self, texts: list[str]) -> np.ndarray:
-        features = self.ngrams.matrix(split_words(texts, self.config["line_breaks"]))
-        lengths = np.sqrt(features @ np.square(self.arrays["ratios"]).T)
-        scores = features @ self.arrays["coefficients"].T / np.where(lengths, lengths, 1) + self.arrays["intercept"]
+    def features(self, texts: list[str]) -> csr_matrix:
+        """(texts, columns) float64, see NGrams.matrix."""
+        return self.ngrams.matrix(split_words(texts, self.config["line_breaks"]))
+
+    def logits_of(self, features: csr_matrix) -> np.ndarray:
+        """(texts, classes) float64."""
+        scores = features @ self.arrays["coefficients"].T / self._lengths(features) + self.arrays["intercept"]
         # Softmax makes of these the shares of the probabilities of each class against the rest.
         return class_logits(scores if scores.shape[1] == 1 else log_expit(scores)) / self.temperature
+
+    def _lengths(self, features: csr_matrix) -> np.ndarray:
+        """(texts, 1 or classes): by what the regression divides a text's ratios; 1 for a text without n-grams."""
+        lengths = np.sqrt(features @ np.square(self.arrays["ratios"]).T)
+        return np.where(lengths, lengths, 1)
+
+    def speaking_for(self, classes: np.ndarray, others: np.ndarray, features: csr_matrix, most: int
+                     ) -> list[list[str]]:
+        """For each text, up to `most` n-grams that speak for its class in `classes` against that in `others`, the
+        strongest first: they raise the score of the one above the score of the other.
+
+        `classes`, `others`: (texts,) int64; `features`: (texts, columns).
+        """
+        found = []
+        for row, lengths in enumerate(self._lengths(features)):
+            columns = features.indices[features.indptr[row]:features.indptr[row + 1]]
+            scores = class_logits(self.arrays["coefficients"][:, columns].T / lengths)  # (columns, classes)
+            added = scores[:, classes[row]] - scores[:, others[row]]
+            strongest = np.argsort(-added, kind="stable")[:most]
+            found.append([self.ngrams.name(columns[place]) for place in strongest if added[place] > 0])
+        return found
 
     def save(self, folder: Path) -> None:
         write_json(folder / "vocabulary.json", self.ngrams.words)
@@ -147,11 +172,22 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
     Raises UserError if no word stands in enough of them.
     """
     ngrams, features = NGrams.of(split_words(texts, line_breaks))
-    if not ngrams.words:
-        raise UserError(f"no word stands in {MIN_REVIEWS} of the {len(texts):,} training reviews: raise "
+    return fit_features(ngrams, features, labels, label_names, line_breaks, data_fingerprint)
+
+
+def fit_features(ngrams: NGrams, features: csr_matrix, labels: np.ndarray, label_names: list[str], line_breaks: str,
+                 data_fingerprint: str) -> tuple[BagOfWords, int]:
+    """As `fit`, from the features (reviews, columns) of the reviews.
+
+    Where `ngrams` were learnt from more reviews, those that stand in fewer than MIN_REVIEWS of these get no weight. So
+    the logits are, to the last bit, those of `fit` on these reviews.
+    """
+    known = features.getnnz(axis=0) >= MIN_REVIEWS
+    if not known.any():
+        raise UserError(f"no word stands in {MIN_REVIEWS} of the {features.shape[0]:,} training reviews: raise "
                         "data_config.limit or add rows")
     classes = [1] if len(label_names) == 2 else range(len(label_names))
-    fits = [_fit_class(features, labels == label) for label in classes]
+    fits = [_fit_class(features, known, labels == label) for label in classes]
     ratios, coefficients, intercept, iterations = zip(*fits, strict=True)
     config = {"model_type": BAG_OF_WORDS, "version": VERSION,
               "id2label": {str(i): name for i, name in enumerate(label_names)},
@@ -160,16 +196,18 @@ def fit(texts: list[str], labels: np.ndarray, label_names: list[str], line_break
     return BagOfWords(config, ngrams, arrays), int(max(iterations))
 
 
-def _fit_class(features: csr_matrix, is_class: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
+def _fit_class(features: csr_matrix, known: np.ndarray, is_class: np.ndarray
+               ) -> tuple[np.ndarray, np.ndarray, float, int]:
     """(log-count ratios (columns,), coefficients times ratios, intercept, iterations) of one class against the rest.
 
-    A ratio is log((p / |p|) / (q / |q|)); p and q count the reviews with an n-gram, of the class and of the rest.
+    A ratio is log((p / |p|) / (q / |q|)); p and q count the reviews with an n-gram, of the class and of the rest. It
+    is 0 for an n-gram that is not `known` (columns,).
     """
     from sklearn.linear_model import LogisticRegression  # here, because no other model needs scikit-learn
     from sklearn.preprocessing import normalize
 
     p, q = (SMOOTHING + np.asarray(features[rows].sum(axis=0)).ravel() for rows in (is_class, ~is_class))
-    ratios = np.log(p / p.sum()) - np.log(q / q.sum())
+    ratios = np.where(known, np.log(p / p[known].sum()) - np.log(q / q[known].sum()), 0)
     regression = LogisticRegression(C=INVERSE_REGULARIZATION, solver="liblinear", dual=True, random_state=0,
                                     max_iter=MOST_ITERATIONS)
     weighted = features.copy()
@@ -199,6 +237,19 @@ def split_words(texts: list[str], line_breaks: str) -> list[list[str]]:
     find, breaks = re.compile(TOKENS).findall, re.compile(LINE_BREAKS)
     return [list(map(sys.intern, find((breaks.sub(" ", text) if line_breaks == "space" else text).lower())))
             for text in texts]
+
+
+def marked(text: str, ngrams: list[str], line_breaks: str) -> list[tuple[str, bool]]:
+    """The text in pieces, and whether each belongs to one of these n-grams."""
+    tokens = [token for token in re.finditer(TOKENS, text)
+              if line_breaks == "keep" or not re.fullmatch(LINE_BREAKS, token[0])]
+    words, is_marked = [token[0].lower() for token in tokens], np.zeros(len(text), bool)
+    for length in range(1, MOST_WORDS + 1):
+        for place in range(len(words) - length + 1):
+            if " ".join(words[place:place + length]) in ngrams:
+                is_marked[tokens[place].start():tokens[place + length - 1].end()] = True
+    ends = [0, *(np.flatnonzero(is_marked[1:] != is_marked[:-1]) + 1).tolist(), len(text)]
+    return [(text[start:end], bool(is_marked[start])) for start, end in itertools.pairwise(ends)]
 
 
 def _is_new(values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from suite.common.cli import Command
 from suite.common.devices import Devices
-from suite.common.pages import render
+from suite.common.pages import UNPRINTABLE, render
 from suite.common.run_folder import read_mistakes
 from suite.common.storage import room_for, write_text
 from suite.encoders.tokenizers import refuse_unknown_words
@@ -26,8 +26,6 @@ from utils import UserError, printable, say
 MISTAKES, SHOWN_MISTAKES, SHOWN_WORDS = 20, 3, 10
 FAINT = 0.1  # of the strongest attribution: the terminal shows weaker words without a colour
 GREENS, REDS = (194, 157, 120, 83, 46), (224, 217, 210, 203, 196)  # numbers of terminal colours, from weak to strong
-# Control characters could change the terminal's state, and HTML has no place for them.
-UNPRINTABLE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def remarks(explanation: Explanation) -> list[str]:

@@ -1,0 +1,228 @@
+"""--mode audit: which labels of a dataset are probably wrong, as a .csv file and a web page.
+
+Each label is compared with the probabilities of a model that has not seen it: of bags of words, each fitted on four
+fifths of all labelled reviews, or of a finished run, for its validation and test reviews. confident_learning.py says
+which labels are flagged.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import softmax
+from tqdm import tqdm
+
+from suite.common.cli import Command
+from suite.common.devices import Devices
+from suite.common.hub import check_hub, say_what_was_cached
+from suite.common.pages import UNPRINTABLE, render
+from suite.common.run_folder import best_model, read_metrics, run_of
+from suite.common.storage import atomic_write, room_for, write_text
+from suite.comparison.confident_learning import class_thresholds, expected_flags, fit_temperature, flagged
+from suite.comparison.results import Result, read_result
+from suite.encoders.bag_of_words import BagOfWords, NGrams, fit_features, load_bag_of_words, marked, split_words
+from suite.encoders.loading import kind_of
+from suite.inference.classifier import LEAST
+from suite.reviews.classes import name_rows
+from suite.reviews.confirmed import NO_CLASS, Confirmed, read_confirmed, rows_in_split
+from suite.reviews.grouping import draw_units, units_of
+from suite.reviews.splitting import Split, load_split
+from suite.training.evaluation import SPLITS, Predictions, wilson_interval
+from utils import BAG_OF_WORDS, Config, UserError, say
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+FOLDS = 5
+WORDS = 5  # n-grams that are shown for a suspect
+FIRST = (100, 500)  # suspects of which it is said how many labels people did not confirm
+ON_PAGE = 100  # suspects
+COLUMNS = ("rank", "id", "where", "split", "row", "label", "suggested", "probability_of_label", "flagged",
+           "words_against_label", "text")
+
+
+@dataclass
+class Judged:
+    """Labels, and what a model that has not seen them says."""
+
+    predictions: Predictions
+    temperature: float  # that calibrates them
+    words: dict[int, list[str]]  # {id: n-grams that speak against the label}, where a bag of words contradicts a label
+    by: str  # what has predicted them
+
+    def __post_init__(self):
+        logits = np.log(np.maximum(self.predictions.probabilities, LEAST))
+        self.ids, self.labels, self.predicted = (getattr(self.predictions, name) for name in (
+            "ids", "labels", "predicted"))
+        self.probabilities = softmax(logits / self.temperature, axis=1)  # (n, classes)
+        self.of_label = self.probabilities[np.arange(len(self.ids)), self.labels]  # (n,)
+        thresholds = class_thresholds(self.probabilities, self.labels)
+        self.flagged = flagged(self.probabilities, self.labels, thresholds)
+        self.expected_flags = expected_flags(self.probabilities, thresholds)
+        contradicted = np.flatnonzero(self.predicted != self.labels)
+        self.suspects = contradicted[np.argsort(self.of_label[contradicted], kind="stable")]  # places, worst first
+
+
+def audit(command: Command, devices: Devices) -> None:
+    """Write `command.output` and the page beside it. Raises UserError if a run or a file does not fit the data."""
+    config, output = command.config, Path(command.output)
+    run = command.model and (run_of(Path(command.model)) or Path(command.model))
+    results = run and read_run(run)
+    check_hub(config)
+    split = load_split(config)
+    say_what_was_cached()
+    confirmed = command.confirmed and read_confirmed(command.confirmed, split.reviews)
+    judged = judged_by_run(run, results, split) if run else cross_fitted(split, config.data_config.line_breaks)
+    summary = summary_of(judged) + (confirmed_summary(judged, confirmed, split) if confirmed else [])
+    rows, page = rows_of(judged, split), output.with_suffix(".html")
+    with room_for(output.parent, fix="make room or choose another --output"):
+        with atomic_write(output) as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        write_page(page, config, summary, rows, judged.words)
+    say("\n".join(config.demo_mark + line for line in [
+        *summary, f"all {len(rows):,} labels that the predictions contradict, the most suspicious first: {output}; the "
+        f"first of them as a page: {page}"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probabilities of a model that has not seen the label
+
+
+def cross_fitted(split: Split, line_breaks: str) -> Judged:
+    """All labelled reviews of the split, each fold by a bag of words that was fitted on the other folds."""
+    ids = np.sort(np.concatenate(list(split.ids_of.values())))
+    labels, names = split.reviews.labels[ids], split.label_names
+    fold_of = draw_folds(split, ids)
+    ngrams, features = NGrams.of(split_words(list(split.reviews.table.select(ids)["text"]), line_breaks))
+    logits, words = np.empty((len(ids), len(names))), {}
+    for fold in tqdm(range(FOLDS), desc="fit", unit="fold", leave=False, dynamic_ncols=True, disable=None):
+        seen, held_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+        model, _ = fit_features(ngrams, features[seen], labels[seen], names, line_breaks, split.fingerprint)
+        logits[held_out] = model.logits_of(features[held_out])
+        places = held_out[logits[held_out].argmax(axis=1) != labels[held_out]]
+        words |= words_against(model, features[places], Predictions(ids[places], labels[places], logits[places]))
+    predictions = Predictions(ids, labels, logits)
+    return Judged(predictions, temperature_of(predictions), words,
+                  f"bags of words that were fitted without them, on {FOLDS - 1} of {FOLDS} folds")
+
+
+def draw_folds(split: Split, ids: np.ndarray) -> np.ndarray:
+    """(reviews,) the fold of each of these reviews. Copies of a text, and with a group column whole groups, share one.
+
+    Raises UserError if a class stands in one fold alone.
+    """
+    labels, digests = split.reviews.labels[ids], split.digests[ids]
+    units = units_of(digests, digests if split.groups is None else split.groups[ids])
+    fold_of = draw_units(units, labels, [1 / FOLDS] * FOLDS, seed=0)
+    for label, name in enumerate(split.label_names):
+        if len(np.unique(fold_of[labels == label])) < 2:
+            raise UserError(f"the class {name!r} has too few different reviews or groups to be judged by a model that "
+                            "has not seen them: add some, or remove the class")
+    return fold_of
+
+
+def read_run(run: Path) -> list[Result]:
+    """A finished run as it was measured on validation, and if it was tested, on the test reviews."""
+    return [read_result(run, name) for name in SPLITS if name in read_metrics(run)] or [read_result(run)]
+
+
+def judged_by_run(run: Path, results: Sequence[Result], split: Split) -> Judged:
+    """The validation and test reviews of a run, by its saved predictions: `read_run`.
+
+    Raises UserError if the run's reviews are not those of `split`.
+    """
+    model = best_model(run)
+    if results[0].data_fingerprint != split.fingerprint:
+        raise UserError(f"--model: {run} was trained on other reviews, or another split of them, than these: leave "
+                        "data_config out of the command, or put the data back as they were")
+    temperature = temperature_of(results[0].predictions)  # of validation
+    predictions = Predictions(*(np.concatenate([getattr(result.predictions, name) for result in results])
+                                for name in ("ids", "labels", "logits")))
+    words = {}
+    if kind_of(model) == BAG_OF_WORDS:
+        wrong, loaded = predictions.predicted != predictions.labels, load_bag_of_words(model)
+        contradicted = Predictions(predictions.ids[wrong], predictions.labels[wrong], predictions.logits[wrong])
+        features = loaded.features(list(split.reviews.table.select(contradicted.ids)["text"]))
+        words = words_against(loaded, features, contradicted)
+    return Judged(predictions, temperature, words, f"{run}, which has not learnt from them")
+
+
+def words_against(model: BagOfWords, features: csr_matrix, contradicted: Predictions) -> dict[int, list[str]]:
+    """{id: the n-grams that speak most against the label} of these reviews, whose labels the model contradicts."""
+    speaking = model.speaking_for(contradicted.predicted, contradicted.labels, features, WORDS)
+    return dict(zip(contradicted.ids.tolist(), speaking, strict=True))
+
+
+def temperature_of(predictions: Predictions) -> float:
+    return fit_temperature(np.log(np.maximum(predictions.probabilities, LEAST)), predictions.labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def rows_of(judged: Judged, split: Split) -> list[dict[str, Any]]:
+    """Those of the .csv file. `split`, `row` and `label` are what --confirmed takes; `where` is the row as its author
+    counts it."""
+    reviews, names, numbers, rows = split.reviews, split.label_names, rows_in_split(split.reviews), []
+    for rank, place in enumerate(judged.suspects, start=1):
+        review = int(judged.ids[place])
+        rows.append(dict(zip(COLUMNS, (
+            rank, review, name_rows(reviews.parts, [review]), reviews.split_names[review], numbers[review],
+            names[judged.labels[place]], names[judged.predicted[place]], f"{judged.of_label[place]:.6g}",
+            "yes" if judged.flagged[place] else "no", " | ".join(judged.words.get(review, [])), split.text(review)),
+            strict=True)))
+    return rows
+
+
+def write_page(path: Path, config: Config, summary: Sequence[str], rows: Sequence[dict[str, Any]],
+               words: dict[int, list[str]]) -> None:
+    """The first of these rows, the words that speak against their labels marked, on a page that needs neither a server
+    nor the network."""
+    shown = [(row, marked(row["text"], words.get(row["id"], []), config.data_config.line_breaks))
+             for row in rows[:ON_PAGE]]
+    page = render("suspects.html", summary=summary, is_demo=config.is_demo, shown=shown, contradicted=len(rows))
+    write_text(path, page.translate(UNPRINTABLE))
+
+
+def summary_of(judged: Judged) -> list[str]:
+    n, flags = len(judged.ids), int(judged.flagged.sum())
+    return [
+        f"{n:,} labels compared with the predictions of {judged.by}: accuracy "
+        f"{accuracy(judged.predicted == judged.labels)}",
+        f"flagged as probably wrong: {flags:,} ({flags / n:.1%}), by confident learning, at the temperature "
+        f"{judged.temperature:.3f}",
+        f"if no label were wrong and reviews were as hard as the probabilities say, {judged.expected_flags:,.0f} would "
+        "be flagged: the number is no estimate of the wrong labels, so read them from the top"]
+
+
+def confirmed_summary(judged: Judged, confirmed: Confirmed, split: Split) -> list[str]:
+    """Accuracy on all labels and on those that people confirmed or corrected, and what people said of the suspects; of
+    the dataset's splits that the file names, because nobody was asked about others."""
+    asked = np.isin(split.reviews.split_names[judged.ids], confirmed.splits)
+    if not asked.any():
+        return ["none of these labels is in a split of which --confirmed names rows"]
+    labels = confirmed.labels[judged.ids]
+    agreed, doubted = asked & (labels != NO_CLASS), asked & (labels != judged.labels)
+    suspects = judged.suspects[asked[judged.suspects]]
+    first = ", ".join(f"{doubted[suspects[:count]].sum()} of the first {len(suspects[:count])}"
+                      for count in FIRST)
+    flags = asked & judged.flagged
+    return [
+        f"{' and '.join(confirmed.splits)}: accuracy {accuracy((judged.predicted == judged.labels)[asked])} on all "
+        f"{asked.sum():,} labels; {accuracy((judged.predicted == labels)[agreed])} on the {agreed.sum():,} that people "
+        "confirmed or corrected, or were not asked about",
+        f"people did not confirm {doubted.sum():,} labels: {first}, {(doubted & flags).sum():,} of the {flags.sum():,} "
+        "that are flagged"]
+
+
+def accuracy(correct: np.ndarray) -> str:
+    low, high = wilson_interval(int(correct.sum()), len(correct))
+    return f"{correct.mean():.4f} (95 % interval {low:.4f} to {high:.4f})"
