@@ -23,6 +23,7 @@ from data import IGNORED, classes_of
 from suite.common import cli
 from suite.common.devices import Devices
 from suite.common.stopping import SIGNALS, StopRequested
+from suite.common.storage import seal
 from suite.comparison.results import group, read_result
 from suite.comparison.stacking import stack_runs
 from suite.inference.classifier import Words, open_classifier
@@ -310,8 +311,8 @@ def stop_at_once(devices):
 @pytest.mark.parametrize(("teacher", "more", "words"), [
     ("stack", ["data_config.split_seed=1"], "was trained on other reviews or another split"),
     ("stack", ["data_config.limit=60"], "was trained on other reviews or another split"),
-    ("nowhere", [], "is no folder of a run that has a trained model"),
-    ("../dataset", [], "is no folder of a run that has a trained model"),
+    ("nowhere", [], "there is no trained model in"),
+    ("../dataset", [], "there is no trained model in"),
     ("damaged", [], "it has changed since it was saved"),
     ("renamed", [], "has the classes neg, pos, and the reviews have 0, 1"),
     ("words", ["run_name=words", "train_config.resume=never", "train_config.overwrite=true"],
@@ -324,11 +325,9 @@ def test_refusals(overrides, teachers, finished, tmp_path, teacher, more, words)
     for name in ("damaged", "renamed"):
         shutil.copytree(teachers["words"], tmp_path / name)
     (tmp_path / "damaged/best/config.json").write_text("{}")
-    config = json.loads((tmp_path / "renamed/best/config.json").read_text())
-    shutil.rmtree(tmp_path / "renamed/best")
-    (tmp_path / "renamed/best").mkdir()
-    (tmp_path / "renamed/best/config.json").write_text(json.dumps(config | {"id2label": {"0": "neg", "1": "pos"}}))
-    distillation.seal(tmp_path / "renamed/best")
+    config = tmp_path / "renamed/best/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": {"0": "neg", "1": "pos"}}))
+    seal(config.parent)
     labelled = tmp_path / "labelled"
     labelled.mkdir()
     dataset = next(item for item in overrides if item.startswith("data_config.dataset=")).partition("=")[2]

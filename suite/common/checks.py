@@ -76,8 +76,8 @@ def contradictions(config: Any, processes: int) -> dict[str, str]:
             "train_config.gradient_checkpointing and train_config.compile are both true, but compiled layers would not "
             "give the same bits: set one of them to false"),
         "train_config.class_weights": train.class_weights and train.objective == "distillation" and (
-            "train_config.class_weights is 'balanced', but the teacher's labels are no classes that could be weighted: "
-            "leave it out"),
+            "train_config.class_weights is 'balanced', but a teacher spreads a review over all classes, and a weight "
+            "belongs to one: leave it out"),
         "train_config.effective_batch_size": _batch_problem(data.batch_size, train, processes),
         "train_config.auto_micro_batch": train.auto_micro_batch and processes > 1 and (
             f"train_config.auto_micro_batch is true, but {processes} processes cannot agree on a new micro-batch "

@@ -42,7 +42,7 @@ REVIEWS = ("dataset", "subset", "text_column", "label_column", "group_column", "
 WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
                    *(f"data_config.{key}" for key in REVIEWS))
 SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared
-TEACHER = "teacher"  # the folder, in a run's, of a teacher's labels
+TEACHER = "teacher"  # in the run folder of a student: what its teacher says
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
 

@@ -72,7 +72,7 @@ def teacher_model(config: Config) -> Path:
     given = Path(config.train_config.teacher)
     folder = given if (given / MANIFEST).is_file() else given / "best"
     if not folder.is_dir():
-        raise UserError(f"--teacher: {given} is no folder of a run that has a trained model: name one such as "
+        raise UserError(f"--teacher: there is no trained model in {given}: name the folder of a run, such as "
                         "checkpoints/stack")
     if folder.resolve() == config.run_folder.resolve() / "best":
         raise UserError(f"--teacher: {given} is the folder that the new run would write: choose another run_name")
