@@ -30,7 +30,7 @@ from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.classes import name_rows
 from suite.reviews.sampling import StepSampler, evaluation_batches
-from suite.reviews.splitting import load_split
+from suite.reviews.splitting import Split, load_split
 from utils import Config, DataConfig, UserError, num_processes, process_rank, say
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ def pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor,
     return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
 
+def classes_of(labels: torch.Tensor) -> torch.Tensor:
+    """(batch,) int64: the labels, or the most probable classes of targets (batch, num_labels), IGNORED for zeros."""
+    return labels if labels.ndim == 1 else labels.argmax(dim=1).where(labels.any(dim=1), IGNORED)
+
+
 class Step(NamedTuple):
     """An optimizer step on the mean over its effective batch, which all micro-batches of all processes form."""
 
@@ -66,18 +71,20 @@ class IMDBDataset(torch.utils.data.Dataset):
     All splits share `tokens` (tokens of all windows,), `offsets` (windows + 1,), `first_windows` (reviews + 1,), the
     places of the reviews in `offsets` (None: each review is one window), and `texts`, the pooled data. A split has
     `rows` (n,), its places in `first_windows`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
-    `class_weights`: (num_labels,) what a review of each class counts in the loss; None: all count the same.
+    `class_weights`: (num_labels,) what a review of each class counts in the loss; None: all count the same. `targets`:
+    (n, num_labels) float32, the probability of each class, with which the loss is taken in place of the labels.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, ids: np.ndarray,
                  pad_token_id: int, has_token_types: bool = False, texts: Dataset | None = None,
-                 first_windows: np.ndarray | None = None, class_weights: np.ndarray | None = None):
+                 first_windows: np.ndarray | None = None, class_weights: np.ndarray | None = None,
+                 targets: np.ndarray | None = None):
         first_windows = np.arange(len(offsets)) if first_windows is None else first_windows
         self.tokens, self.offsets, self.labels, self.ids, self.texts = tokens, offsets, labels, ids, texts
         self.first_windows, self.windows = first_windows[rows], first_windows[rows + 1] - first_windows[rows]
         self.lengths = self.window_lengths(self.first_windows)  # (n,) tokens of each review's first window, its longest
         self.pad_token_id, self.has_token_types = pad_token_id, has_token_types
-        self.class_weights = class_weights
+        self.class_weights, self.targets = class_weights, targets
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,16 +98,18 @@ class IMDBDataset(torch.utils.data.Dataset):
 
         It holds `input_ids`, `attention_mask` where anything is padded, and `token_type_ids` where the encoder takes
         them, all (windows of these reviews, longest); `labels` and `id`: (batch,); and where a review is more than one
-        window, `windows`: (batch,), how many each one is; all int64. A row ~i stands for review i with the label
-        IGNORED and the id -1: it is there only to keep processes in step.
+        window, `windows`: (batch,), how many each one is; all int64. With targets, these are the `labels`: (batch,
+        num_labels) float32. A row ~i stands for review i with the label IGNORED, or a target of zeros, and the id -1:
+        it is there only to keep processes in step.
         """
         ignored = rows < 0
         rows = np.where(ignored, ~rows, rows)
         places = self.windows_of(rows)
         bounds = zip(self.offsets[places], self.offsets[places + 1], strict=True)
         input_ids, mask = pad([self.tokens[start:stop] for start, stop in bounds], self.pad_token_id)
-        batch = {"input_ids": input_ids,
-                 "labels": torch.from_numpy(np.where(ignored, IGNORED, self.labels[rows])),
+        labels = (np.where(ignored, IGNORED, self.labels[rows]) if self.targets is None
+                  else np.where(ignored[:, None], np.float32(0), self.targets[rows]))
+        batch = {"input_ids": input_ids, "labels": torch.from_numpy(labels),
                  "id": torch.from_numpy(np.where(ignored, -1, self.ids[rows]))}
         if not mask.all():  # attention without a mask is faster
             batch["attention_mask"] = mask
@@ -228,12 +237,13 @@ class PreparedData:
         return self.splits["train"].text(review_id)
 
 
-def prepare_data(config: Config, trained_model: str | None = None) -> PreparedData:
+def prepare_data(config: Config, trained_model: str | None = None, split: Split | None = None) -> PreparedData:
     """Load, clean, split and tokenize, once for all three splits.
 
-    `trained_model`: the folder whose tokenizer is used; None means the encoder of the configuration.
+    `trained_model`: the folder whose tokenizer is used; None means the encoder of the configuration. `split`: what
+    `load_split` gave; None loads it.
     """
-    data_config, split = config.data_config, load_split(config)
+    data_config, split = config.data_config, split or load_split(config)
     reviews, ids_of = split.reviews, split.ids_of
     for part in reviews.unlabelled:
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")

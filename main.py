@@ -20,6 +20,7 @@
     python experiment.py experiments/exp2.yaml                          a grid of settings and seeds, and its report
     python compare.py checkpoints/RUN checkpoints/RUN                   finished runs side by side
     python ensemble.py checkpoints/RUN checkpoints/RUN --output FOLDER  finished runs combined by stacking
+    python main.py --mode distill --teacher checkpoints/RUN             one model that learns from a run, or a stack
 """
 
 from suite.common import cli
@@ -33,7 +34,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import Step
+from data import Step, classes_of
 from suite.common.devices import Devices
 from suite.comparison.report import show_baseline
 from suite.encoders.placement import compute_logits, to_device
@@ -78,7 +79,7 @@ def train_step(run: Run, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
             # to that of its mean. DDP averages over the processes, which the factor undoes.
             devices.backward(output.loss * (devices.num_processes / step.total_weight))
         loss += output.loss.detach()
-        correct += (output.logits.argmax(dim=1) == labels).sum()
+        correct += (output.logits.argmax(dim=1) == classes_of(labels)).sum()
     norm = devices.clip_gradients(model, run.optimizer, run.config.train_config.max_grad_norm)
     if devices.step(run.optimizer, norm, loss):  # fp16's loss scaler may skip the step
         run.scheduler.step()
@@ -98,15 +99,15 @@ def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The modes train, pretrain and test
+# The modes train, pretrain, distill and test
 
 
-def train_and_test(config: Config, devices: Devices) -> None:
+def train_and_test(config: Config, devices: Devices, kind: type[Run] = Run) -> None:
     """--mode train: a new run, or the rest of one that was interrupted."""
     if show_finished(config):
         show_baseline(config)
         return
-    run = Run.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
+    run = kind.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
     train(run)
     if config.train_config.test:
         test(run, run.best_model())
@@ -125,6 +126,13 @@ def pretrain(config: Config, devices: Devices) -> None:
         write_results(run)
 
 
+def distill(config: Config, devices: Devices) -> None:
+    """--mode distill: the same on a teacher's labels of the unlabelled reviews, too."""
+    from suite.training.distillation import DistillationRun
+
+    train_and_test(config, devices, DistillationRun)
+
+
 def test(run: Run | TrainedRun, model: nn.Module) -> None:
     """Measure `model` on the test reviews and write metrics, predictions, mistakes, plots and model card."""
     write_results(run, evaluate(model, test_loader(run, model), run.devices, "test"))
@@ -139,7 +147,8 @@ def test_again(config: Config, devices: Devices) -> None:
         write_results(run, run.predictions())
 
 
-MODES = {"train": train_and_test, "pretrain": pretrain, "test": test_again}  # suite/common/cli.py knows the others
+# suite/common/cli.py knows the others
+MODES = {"train": train_and_test, "pretrain": pretrain, "distill": distill, "test": test_again}
 
 
 def main(command: cli.Command, devices_class: type[Devices] = Devices) -> None:

@@ -89,9 +89,10 @@ class EncoderForClassification(PreTrainedModel):
         `input_ids`, `attention_mask` (1 for real tokens, None if all are) and `token_type_ids`: (batch, tokens) int64.
         `windows`: (batch,) int64, how many windows each review was cut into; the inputs then have one row for each of
         them, (windows, tokens), in the order of the reviews. None: each review is one window.
-        `labels`: (batch,) int64, -100 is skipped. `loss`: cross-entropy in float32, the mean over the batch or, with
-        reduction="sum", the sum, each review times the weight of its class if `class_weights` (num_labels,) are given;
-        None without labels. `logits`: (batch, num_labels) float32, or float64 in a model of float64.
+        `labels`: (batch,) int64, -100 is skipped; or the probability of each class, (batch, num_labels) float.
+        `loss`: cross-entropy in float32, the mean over the batch or, with reduction="sum", the sum, each review times
+        the weight of its class if `class_weights` (num_labels,) are given; None without labels. `logits`: (batch,
+        num_labels) float32, or float64 in a model of float64.
         """
         masks = attention_masks(self.encoder, attention_mask) if self.has_fast_path else attention_mask
         token_types = {"token_type_ids": token_type_ids} if self.takes_token_types else {}

@@ -27,7 +27,8 @@ from pydantic.fields import FieldInfo
 from suite.common.checks import choices, contradictions, problems_of, shown, suggestion
 
 PROJECT = Path(__file__).resolve().parent
-INPUTS = ("model_config.model_name", "data_config.dataset")  # keys whose values may be paths of what is read
+# Keys whose values may be paths of what is read
+INPUTS = ("model_config.model_name", "data_config.dataset", "train_config.teacher")
 ROW_FILES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")  # suite/reviews/rows.py reads them
 BAG_OF_WORDS = "bag-of-words"  # the model_name of a run of --mode baseline
 DEMO_WARNING = "DEMO: generated reviews and small encoders from scratch. These figures say nothing about IMDB."
@@ -131,8 +132,11 @@ class DataConfig:
 @dataclass(config=CHECKED)
 class TrainConfig:
     seed: Seed = setting(42, "seed of the head's weights, dropout and review order")
-    objective: Literal["classification", "masked_lm"] = setting(
-        "classification", "classes or masked words; `--mode pretrain` sets it")
+    objective: Literal["classification", "masked_lm", "distillation"] = setting(
+        "classification", "classes, masked words, or classes and what a teacher says; `--mode pretrain` and `--mode "
+        "distill` set it")
+    teacher: PathText | None = setting(None, "the run folder of the model that labels the unlabelled reviews; "
+                                       "`--mode distill --teacher FOLDER` sets it")
     epochs: Count = setting(5, "passes over the training reviews")
     max_steps: Count | None = setting(None, "end after this many optimizer steps, if not before")
     optimizer: Literal["adam", "adamw", "sgd"] = setting(
@@ -353,7 +357,8 @@ def short_name(path: str) -> str:
 
 def _default_run_name(config: Config) -> str:
     model = re.sub(r"[^\w.-]+", "-", short_name(config.model_config.model_name)) or "encoder"
-    demo, kind = "DEMO-" if config.is_demo else "", "pretrain-" if config.pretrains else ""
+    demo = "DEMO-" if config.is_demo else ""
+    kind = {"masked_lm": "pretrain-", "distillation": "distill-"}.get(config.train_config.objective, "")
     if config.model_config.model_name == BAG_OF_WORDS:
         return demo + BAG_OF_WORDS
     return (f"{demo}{kind}{model.removeprefix(demo)}-len{config.data_config.max_len}"

@@ -75,6 +75,9 @@ def contradictions(config: Any, processes: int) -> dict[str, str]:
         "train_config.gradient_checkpointing": train.gradient_checkpointing and train.compile and (
             "train_config.gradient_checkpointing and train_config.compile are both true, but compiled layers would not "
             "give the same bits: set one of them to false"),
+        "train_config.class_weights": train.class_weights and train.objective == "distillation" and (
+            "train_config.class_weights is 'balanced', but a teacher spreads a review over all classes, and a weight "
+            "belongs to one: leave it out"),
         "train_config.effective_batch_size": _batch_problem(data.batch_size, train, processes),
         "train_config.best_metric": config.pretrains and train.best_metric not in ("accuracy", "loss") and (
             f"train_config.best_metric is {train.best_metric}, which masked words do not have: use loss or accuracy"),

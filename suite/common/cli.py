@@ -39,6 +39,7 @@ MODES = {
     "test": Mode("test the best model of the run again", None, writes_run=True),
     "baseline": Mode("a bag of words on the same split", "suite.training.baseline:baseline", writes_run=True),
     "pretrain": Mode("learn the masked words of reviews without labels", None, writes_run=True),
+    "distill": Mode("train on a finished run's labels of unlabelled reviews, too", None, writes_run=True),
     "predict": Mode("label new reviews", "suite.inference.predict:predict"),
     "export": Mode("write the model as ONNX, or for transformers", "suite.inference.export:export"),
     "explain": Mode("show the words that a decision rests on", "suite.inference.explain:explain"),
@@ -76,6 +77,8 @@ class Command:
                                       FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
                                       type=lambda text: tuple(text.split(",")))
     int8: bool = option("export", "the ONNX in 8 bits, too", False, action="store_true")
+    teacher: str | None = option("distill", "the finished run, such as a stack, that labels the unlabelled reviews",
+                                 metavar="FOLDER")
     yes: bool = option("publish", "send to the Hub what is listed without it", False, action="store_true")
     public: bool = option("publish", "for everybody (default: private)", False, action="store_true")
     license: str | None = option("publish", "the licence, such as apache-2.0 (default: none)", metavar="NAME")
@@ -103,7 +106,7 @@ def read_command(description: str, accumulates: bool) -> Command:
     try:
         refuse_lost_processes()
         check_options(given)
-        config = config_for(given.mode, given.config, given.overrides, given.model, bool(given.int8))
+        config = config_for(given.mode, given.config, given.overrides, given.model, bool(given.int8), given.teacher)
         if not accumulates:
             refuse_accumulation(given.mode, config)
     except UserError as error:

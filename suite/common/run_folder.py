@@ -42,6 +42,7 @@ REVIEWS = ("dataset", "subset", "text_column", "label_column", "group_column", "
 WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
                    *(f"data_config.{key}" for key in REVIEWS))
 SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared
+TEACHER = "teacher"  # in the run folder of a student: what its teacher says
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
 
@@ -121,8 +122,10 @@ def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> li
             and not (key in INPUTS and is_same_place(saved[key], current[key]))]
 
 
-def is_same_place(path: str, other: str) -> bool:
+def is_same_place(path: str | None, other: str | None) -> bool:
     """Whether two paths lead to the same file or folder, from here or, for a relative one, from where it was given."""
+    if path is None or other is None:
+        return False
     if os.path.exists(path) and os.path.exists(other):
         return os.path.samefile(path, other)
     return not os.path.isabs(path) and os.path.exists(other) and Path(other).as_posix().endswith(f"/{path}")
@@ -158,12 +161,12 @@ def read_mistakes(run_folder: Path, most: int | None = None) -> list[dict[str, s
 
 
 def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str | None = None,
-               int8: bool = False) -> Config:
+               int8: bool = False, teacher: str | None = None) -> Config:
     """The configuration of a command: that of `path` with the overrides applied, as its mode needs it.
 
-    `--mode baseline` and `--mode audit` take only what shapes a bag of words. `--mode predict` takes the text column of
-    the run, or of the run folder `model`. `--mode test`, `--mode audit` with a `model`, and an export whose `int8` is
-    checked, take what the run has saved.
+    `--mode baseline` and `--mode audit` take only what shapes a bag of words. `--mode distill` takes `teacher`, a folder.
+    `--mode predict` takes the text column of the run, or of the run folder `model`. `--mode test`, `--mode audit` with a
+    `model`, and an export whose `int8` is checked, take what the run has saved.
     """
     if mode in ("baseline", "audit") and num_processes() > 1:
         raise UserError(f"--mode {mode} is the work of one process: start it with python main.py --mode {mode}")
@@ -173,11 +176,21 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
     if mode == "pretrain":
         config = load_config(path, [*overrides, "train_config.objective=masked_lm", "train_config.test=false"],
                              {"--mode pretrain": {"train_config.best_metric": "loss"}})
+    elif mode == "distill":
+        named = [] if teacher is None else [f"train_config.teacher={teacher}"]
+        config = load_config(path, [*overrides, *named, "train_config.objective=distillation"])
+        if config.train_config.teacher is None:
+            raise UserError("--mode distill: it has no teacher: give --teacher FOLDER, a finished run such as "
+                            "checkpoints/stack")
     else:
         config = load_config(path, overrides)
     if mode == "train" and config.pretrains:
         raise UserError("train_config.objective is 'masked_lm': leave it out and give --mode pretrain, which sets it")
-    if mode in ("train", "pretrain") and not is_encoder(config):
+    train_config = config.train_config
+    if mode in ("train", "pretrain") and (train_config.teacher or train_config.objective == "distillation"):
+        raise UserError("train_config.teacher and train_config.objective=distillation are set by --mode distill "
+                        "--teacher FOLDER: give that command, or leave them out")
+    if mode in ("train", "pretrain", "distill") and not is_encoder(config):
         raise UserError(f"model_config.model_name={config.model_config.model_name} does not name an encoder: make a "
                         "bag of words with --mode baseline, a stack with ensemble.py")
     run = Path(model) if model else config.run_folder
@@ -205,7 +218,7 @@ def _config_of_run(saved: Path, path: str | Path, overrides: Sequence[str], conf
     before, there = shaping_values(kept), shaping_values(config)
     # A relative path may have been found from another folder. Then what the given configuration says is looked at.
     gone = {key: there[key] for key in INPUTS
-            if not os.path.exists(before[key]) and is_same_place(before[key], there[key])}
+            if is_same_place(before[key], there[key]) and not os.path.exists(before[key])}
     # The run's batch may not suit the number of processes that test it, and need not, because they take no optimizer
     # step. The model card still names the batch that the run was trained with.
     config = load_config(saved, overrides, {str(path): gone | {
@@ -226,6 +239,6 @@ def refuse_accumulation(mode: str, config: Config) -> None:
     if num_processes() > 1:
         raise UserError(f"WORLD_SIZE is {num_processes()}: main.py is for one process; run main_accumulation.py with "
                         "the same arguments, or unset WORLD_SIZE")
-    if mode in ("train", "pretrain") and steps > 1:
+    if mode in ("train", "pretrain", "distill") and steps > 1:
         raise UserError(f"train_config.gradient_accumulation_steps={steps} (effective_batch_size={effective}): main.py "
                         "trains on one micro-batch a step; run main_accumulation.py with the same arguments")

@@ -23,7 +23,7 @@ from suite.common.run_folder import (
 )
 from suite.common.storage import read_json
 from suite.training.evaluation import SPLITS, TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
-from utils import Config, UserError, short_name
+from utils import INPUTS, Config, UserError, short_name
 
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
 PREDICTIONS = {"valid": VALID_PREDICTIONS, "test": TEST_PREDICTIONS}
@@ -178,7 +178,9 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
 
     Where more than MOST_NAMED keys differ, a setting is named by what it has in place of the first setting's values.
     """
-    implied = {STEPS}  # it follows from the micro-batch and the effective batch; without accumulation, these are equal
+    # The steps follow from the micro-batch and the effective batch, which are equal without accumulation; the objective
+    # follows from the teacher.
+    implied = {STEPS, "train_config.objective"}
     if all(values.get(STEPS, 1) == 1 for values in settings):
         implied.add("data_config.batch_size")
     labels = []
@@ -190,9 +192,10 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
         if len(varying) > MOST_NAMED:
             varying = [key for key in varying if values[key] != alike[0][key]]
         # The folders of a path mean nothing on another machine.
-        labels.append(", ".join(short_name(values[key]) if key in (NAME, "data_config.dataset") else
-                                f"{SHORT_NAMES.get(key, key.rpartition('.')[2])} {values[key]}"
-                                for key in varying) or "base")
+        said = {key: short_name(values[key]) if key in INPUTS and values[key] else values[key] for key in varying}
+        labels.append(", ".join(value if key in (NAME, "data_config.dataset") else
+                                f"{SHORT_NAMES.get(key, key.rpartition('.')[2])} {value}"
+                                for key, value in said.items()) or "base")
     if len(set(labels)) < len(labels):  # two paths end in the same name
         labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
     return labels

@@ -20,9 +20,9 @@ from suite.encoders.loading import PRETRAINED_TEXTS, trained_texts
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import to_device
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
-from suite.reviews.classes import refuse_empty
-from suite.reviews.grouping import draw_groups, draw_units, group_digests, units_of
-from suite.reviews.splitting import fingerprint, load_split, text_digests
+from suite.reviews.grouping import draw_units
+from suite.reviews.splitting import fingerprint, load_split
+from suite.reviews.unlabelled import each_text_once, with_unlabelled
 from suite.training.run import Run
 from suite.training.tracking import watched
 from utils import Config, DataConfig, UserError, say
@@ -39,17 +39,11 @@ def prepare_texts(config: Config) -> PreparedData:
 
     The splits are `train` and `valid`, a row of them is a window, and `digests` are those of both, and of their groups.
     """
-    from datasets import concatenate_datasets  # here, because most modes do not need it
-
     data_config, name = config.data_config, config.model_config.model_name
-    split = load_split(config)
-    reviews, labelled = split.reviews, split.digests
-    refuse_empty(reviews.unlabelled)
-    table = concatenate_datasets([part.table.select_columns("text") for part in (*reviews.parts, *reviews.unlabelled)])
-    digests = np.concatenate([labelled, *(text_digests(part.table) for part in reviews.unlabelled)])
-    groups = None if split.groups is None else np.concatenate(
-        [split.groups, *(group_digests(part.table) for part in reviews.unlabelled)])
-    train, valid = choose(split.ids_of["train"], np.arange(len(labelled), len(table)), digests, split.held_out,
+    labelled = load_split(config)
+    split = with_unlabelled(labelled)
+    table, digests, groups = split.reviews.table, split.digests, split.groups
+    train, valid = choose(split.ids_of["train"], np.arange(len(labelled.digests), len(table)), digests, split.held_out,
                           data_config, groups)
     seen = trained_texts(config.model_config, split.held_out)
     tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks, texts=table[:COMPARED_TEXTS]["text"])
@@ -58,7 +52,7 @@ def prepare_texts(config: Config) -> PreparedData:
                         "pretrained with one, such as bert-base-uncased")
     used = np.sort(np.concatenate([train, valid]))
     encode = Encode(tokenizer, data_config.max_len, "windows", max_windows=sys.maxsize)
-    tokens, offsets, first_windows = tokenize(table, used, digests, encode, [*reviews.parts, *reviews.unlabelled])
+    tokens, offsets, first_windows = tokenize(table, used, digests, encode, split.reviews.parts)
     text_of = np.repeat(used, np.diff(first_windows))  # (windows,)
     splits = {}
     for name_of_split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
@@ -75,28 +69,10 @@ def prepare_texts(config: Config) -> PreparedData:
 
 def choose(labelled: np.ndarray, unlabelled: np.ndarray, digests: np.ndarray, held_out: np.ndarray,
            data_config: DataConfig, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to train on, rows to validate on), both ascending, of the given rows; each text once, none in `held_out`.
-
-    `digests`: of all rows; `held_out`: those of the valid and test reviews. Of the unlabelled rows, there are at most
-    data_config.limit. With `groups` (rows,), the digests of the groups, no group is held out or in both; then the limit
-    is that of whole groups.
-    """
-    rows = np.concatenate([labelled, unlabelled])
-    rows = rows[~np.isin(digests[rows], held_out)]
-    if groups is not None:
-        rows = rows[~np.isin(groups[rows], held_out)]
-        units = np.zeros(len(digests), np.int64)
-        units[rows] = units_of(digests[rows], groups[rows])
-    rows = rows[np.unique(digests[rows], return_index=True)[1]]  # the first of each text
-    rows = np.random.default_rng(data_config.split_seed).permutation(np.sort(rows))
+    """(rows to train on, rows to validate on), both ascending, of what `each_text_once` gives; with `groups`, no group
+    is in both."""
+    rows, units = each_text_once(labelled, unlabelled, digests, held_out, data_config, groups)
     is_labelled = np.isin(rows, labelled)
-    limit = data_config.limit or len(rows)
-    if groups is None:
-        rows = rows[is_labelled | (np.cumsum(~is_labelled) <= limit)]
-    elif limit < (~is_labelled).sum():
-        share = limit / (~is_labelled).sum()
-        some, _ = draw_groups(rows[~is_labelled], units, np.zeros_like(units), (share, 1 - share), data_config, "limit")
-        rows = np.concatenate([rows[is_labelled], some])
     say(f"{data_config.dataset}: {is_labelled.sum():,} training reviews and {len(rows) - is_labelled.sum():,} "
         "unlabelled ones to pretrain on")
     valid = max(1, min(round(VALID_SHARE * len(rows)), MOST_VALID))

@@ -40,7 +40,8 @@ from utils import Config, UserError, process_rank, say
 
 
 class Run:
-    """What the loop in main.py works on. A PretrainingRun differs in the methods down to `write_predictions`."""
+    """What the loop in main.py works on. A PretrainingRun or a DistillationRun differs in the methods down to
+    `write_predictions`."""
 
     unit = "reviews"  # what a row of the data is
     evaluate = None  # how it is validated, if not by main.py's `evaluate`
@@ -53,6 +54,9 @@ class Run:
         model.config.update({"max_len": read.max_len, "truncation": read.truncation, "max_windows": read.max_windows,
                              "data_fingerprint": data.fingerprint})
         return model
+
+    def complete_data(self) -> None:
+        """Add to the data what takes long, when nothing else can be wrong any more. Every process calls it."""
 
     def write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         head = {name: weights[name] / self.temperature for name in ("head.weight", "head.bias")}
@@ -88,6 +92,7 @@ class Run:
                 folder.begin()
         else:
             run.resume(state)
+        run.complete_data()
         run.open_records()
         run.model.train()
         say(f"{config.run_name}: {len(data.splits['train']):,} {cls.unit} to train on, "

@@ -4,6 +4,7 @@
     best/                  the best model, replaced whole, with its list of sums
     last/0003-step-00000120/    a saved state, from which the run continues as if it had never stopped
     last/0002-step-00000100/    the state before it, which is removed only when a third one is safe
+    teacher/               of a distillation: the teacher's labels, see suite/training/distillation.py
     history.jsonl          one record a line
     metrics.json           written last: it says that the run is finished
 """
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suite.common.run_folder import REPLACED, differences, read_metrics, save_config
+from suite.common.run_folder import REPLACED, TEACHER, differences, read_metrics, save_config
 from suite.common.storage import (
     PARTIAL,
     atomic_write,
@@ -132,6 +133,8 @@ class RunFolder:
             for name in ("metrics.json", "valid_predictions.csv", "test_predictions.csv", "misclassified.csv",
                          "misclassified.html", "last", *REPLACED):
                 remove(self.path / name)
+            if self.config.train_config.resume == "never":  # else this very run was killed before its first state
+                remove(self.path / TEACHER)
             save_config(self.config, self.path / "config.yaml")
             self.last.mkdir()
         except OSError as error:
