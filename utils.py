@@ -115,6 +115,8 @@ class DataConfig:
     drop_duplicates: bool = setting(
         True, "keep only the first of exactly equal texts; false: keep them all, in the same part of the split")
     limit: Count | None = setting(None, "use only this many rows, for a quick look")
+    train_limit: Count | None = setting(None, "train on only this many of the training reviews; what validates and "
+                                        "tests stays the same")
     max_len: int = setting(128, "longest input in tokens, special tokens included", ge=4, le=2**31)
     truncation: Literal["head", "tail", "head_tail", "windows"] = setting(
         "head", "what is read of a review longer than max_len: its head, its tail, half from each end, or all of it "

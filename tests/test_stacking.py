@@ -222,6 +222,10 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
                            (tmp_path / ".hidden", "does not begin with a dot")):
         assert reason in refusal(capsys, runs, output)
     assert content_of(stacked) == before
+    overrides = [*members[0], "data_config.train_limit=50", "run_name=smaller"]
+    train_here(*overrides, mode="baseline")
+    smaller = runs[0].parent / "smaller"
+    assert "(data_config.train_limit: None and 50)" in refusal(capsys, [*runs, smaller], tmp_path / "new")
     monkeypatch.setattr(stacking, "load_split", lambda config: SimpleNamespace(fingerprint="other"))
     assert "has changed since" in refusal(capsys, runs, tmp_path / "new")
     assert not (tmp_path / "new").exists()

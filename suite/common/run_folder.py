@@ -38,10 +38,11 @@ REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folder
             "onnx")  # what earlier versions have exported
 
 REVIEWS = ("dataset", "subset", "text_column", "label_column", "group_column", "split", "split_seed", "drop_duplicates",
-           "limit", "line_breaks")
+           "limit", "train_limit", "line_breaks")
 WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
                    *(f"data_config.{key}" for key in REVIEWS))
-SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared
+SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS  # to be compared
+                  if key not in ("dataset", "train_limit", "line_breaks"))
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
 

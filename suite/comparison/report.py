@@ -136,7 +136,9 @@ def show_baseline(config: Config) -> None:
     run = read_result(config.run_folder)
     for path in sorted(Path(config.output_dir).glob("*/config.yaml")):
         with suppress(Exception):
-            if read_saved_config(path).model_config.model_name == BAG_OF_WORDS:
+            saved = read_saved_config(path)
+            if (saved.model_config.model_name == BAG_OF_WORDS
+                    and saved.data_config.train_limit == config.data_config.train_limit):
                 words = read_result(path.parent)
                 refuse_different_tests([run, words])
                 break

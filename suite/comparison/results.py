@@ -14,6 +14,7 @@ import numpy as np
 from suite.common.run_folder import (
     SAME_TEST,
     WITHOUT_ENCODER,
+    how_to_write_again,
     is_encoder,
     read_history,
     read_metrics,
@@ -44,6 +45,10 @@ class Result:
     predictions: Predictions  # logits: the logarithms of the saved probabilities
     data_fingerprint: str | None  # of all reviews and their split; None if the model has been removed
     split: str = "test"  # or "valid"
+
+    @property
+    def train_limit(self) -> int | None:
+        return self.config.data_config.train_limit
 
     @property
     def seed(self) -> int:
@@ -138,23 +143,35 @@ def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions]:
 
 
 def refuse_different_tests(results: Sequence[Result]) -> None:
-    """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data."""
+    """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data. Runs of
+    different data_config.train_limit may have been trained on different ones."""
     first = results[0]
     for other in results[1:]:
         reasons = [f"{key}: {first.values[key]} and {other.values[key]}" for key in SAME_TEST
                    if first.values[key] != other.values[key]]
         # Not by the dataset's name: the same data may lie in two places, and other data may have taken over a name.
-        same = [first.data_fingerprint == other.data_fingerprint or None in (first.data_fingerprint,
-                                                                             other.data_fingerprint),
-                first.label_names == other.label_names,
-                np.array_equal(first.predictions.ids, other.predictions.ids),
-                np.array_equal(first.predictions.labels, other.predictions.labels)]
-        if not reasons and not all(same):
+        if not reasons and not _is_same_data(first, other):
             names = dict.fromkeys(run.config.data_config.dataset for run in (first, other))
             reasons = [f"data_config.dataset: {' and '.join(names)}, with different contents"]
         if reasons:
             raise UserError(f"{first.folder} and {other.folder} were not tested on the same reviews "
                             f"({'; '.join(reasons)}): name runs of one split")
+
+
+def _is_same_data(first: Result, other: Result) -> bool:
+    then, now = ((run.data_fingerprint for run in (first, other)) if first.train_limit == other.train_limit else
+                 map(_held_out, (first, other)))
+    return ((then == now or None in (then, now)) and first.label_names == other.label_names
+            and np.array_equal(first.predictions.ids, other.predictions.ids)
+            and np.array_equal(first.predictions.labels, other.predictions.labels))
+
+
+def _held_out(run: Result) -> str:
+    """The fingerprint of what validates and tests. Raises UserError if an earlier version has measured the run."""
+    if "data" not in run.metrics:
+        raise UserError(f"{run.folder / 'metrics.json'} does not say which texts were held out, which tells "
+                        f"whether runs of another data_config.train_limit compare: {how_to_write_again(run.folder)}")
+    return run.metrics["data"]["held_out"]
 
 
 def group(results: Sequence[Result]) -> list[Setting]:
@@ -185,7 +202,7 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
     for values in settings:
         alike = [other for other in settings if other.keys() == values.keys()]  # encoders, or models that are none
         varying = [key for key in values if key not in implied and len({repr(other[key]) for other in alike}) > 1]
-        if STEPS not in values or not varying:
+        if STEPS not in values or len(alike) < len(settings) or not varying:
             varying = list(dict.fromkeys([NAME, *varying]))
         if len(varying) > MOST_NAMED:
             varying = [key for key in varying if values[key] != alike[0][key]]

@@ -48,6 +48,10 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     quiet_libraries()
     runs = [read_result(folder) for folder in folders]
     refuse_different_tests(runs)
+    if other := next((run for run in runs if run.train_limit != runs[0].train_limit), None):
+        raise UserError(f"{runs[0].folder} and {other.folder} were trained on different parts of the training reviews "
+                        f"(data_config.train_limit: {runs[0].train_limit} and {other.train_limit}): name runs of one "
+                        "part")
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
     for model in models:
         if kind_of(model) == BAG_OF_WORDS:
