@@ -247,7 +247,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
     items = [(str(path), key, _found_from(path, value) if key in INPUTS else value)
              for key, value in leaves(read_yaml(path))]
     items += [(origin, key, value) for origin, values in (between or {}).items() for key, value in values.items()]
-    items += [("command line", key, value) for item in overrides for key, value in _read_override(item)]
+    items += [("command line", key, value) for item in overrides for key, value in read_override(item)]
     given = {key: (origin, value) for origin, key, value in items}  # the last one counts
     known = config_fields()
     problems = {key: f"unknown key {key}{suggestion(key, known)}" for key in given if key not in known}
@@ -315,7 +315,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _read_override(item: str) -> list[tuple[str, Any]]:
+def read_override(item: str) -> list[tuple[str, Any]]:
     """(dotted key, value) of each value in `section.key=value`, or in `section={key: value}`.
 
     A value is the text that was typed. If it is YAML in brackets or quotes, it is what stands in them.

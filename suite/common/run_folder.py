@@ -7,7 +7,8 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def is_encoder(config: Config) -> bool:
     """Whether the run's model is an encoder, and no bag of words or stack."""
     name = config.model_config.model_name
     return name != BAG_OF_WORDS and not name.startswith(STACK_OF)
+
+
+def stack_name(names: Iterable[str]) -> str:
+    """The model_name of a stack of runs with these names: the same for all seeds and training sizes of one grid."""
+    ending = r"[-_]?seed[-_]?\d+|-train_limit=\w+|-[0-9a-f]{8}$"  # the last is put after a name that was taken
+    return STACK_OF + ", ".join(re.sub(ending, "", name) or name for name in names)
 
 
 def without_encoder(config: Config, model_name: str) -> Config:
