@@ -143,27 +143,24 @@ def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions]:
 
 
 def refuse_different_tests(results: Sequence[Result]) -> None:
-    """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data. Runs of
-    different data_config.train_limit may have been trained on different ones."""
-    first = results[0]
-    for other in results[1:]:
+    """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data. Where
+    data_config.train_limit differs, they were trained on different parts of it."""
+    first, one_size = results[0], len({run.train_limit for run in results}) == 1
+    fingerprints = [run.data_fingerprint if one_size else _held_out(run) for run in results]
+    then = fingerprints[0]
+    for other, now in zip(results[1:], fingerprints[1:], strict=True):
         reasons = [f"{key}: {first.values[key]} and {other.values[key]}" for key in SAME_TEST
                    if first.values[key] != other.values[key]]
         # Not by the dataset's name: the same data may lie in two places, and other data may have taken over a name.
-        if not reasons and not _is_same_data(first, other):
+        same = [then == now or None in (then, now), first.label_names == other.label_names,
+                np.array_equal(first.predictions.ids, other.predictions.ids),
+                np.array_equal(first.predictions.labels, other.predictions.labels)]
+        if not reasons and not all(same):
             names = dict.fromkeys(run.config.data_config.dataset for run in (first, other))
             reasons = [f"data_config.dataset: {' and '.join(names)}, with different contents"]
         if reasons:
             raise UserError(f"{first.folder} and {other.folder} were not tested on the same reviews "
                             f"({'; '.join(reasons)}): name runs of one split")
-
-
-def _is_same_data(first: Result, other: Result) -> bool:
-    then, now = ((run.data_fingerprint for run in (first, other)) if first.train_limit == other.train_limit else
-                 map(_held_out, (first, other)))
-    return ((then == now or None in (then, now)) and first.label_names == other.label_names
-            and np.array_equal(first.predictions.ids, other.predictions.ids)
-            and np.array_equal(first.predictions.labels, other.predictions.labels))
 
 
 def _held_out(run: Result) -> str:
@@ -188,6 +185,18 @@ def group(results: Sequence[Result]) -> list[Setting]:
     runs_of = [[runs[seed] for seed in sorted(runs)] for runs in grouped.values()]
     labels = _labels([runs[0].values for runs in runs_of])
     return [Setting(label, runs) for label, runs in zip(labels, runs_of, strict=True)]
+
+
+def by_kind(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """{name: the settings that differ in data_config.train_limit alone}, in the order of their first ones."""
+    found: dict[str, list[Setting]] = {}
+    values_of = []
+    for setting in settings:
+        values = {key: value for key, value in setting.runs[0].values.items() if key != "data_config.train_limit"}
+        if (of_kind := found.setdefault(repr(values), [])) == []:
+            values_of.append(values)
+        of_kind.append(setting)
+    return dict(zip(_labels(values_of), found.values(), strict=True))
 
 
 def _labels(settings: list[dict[str, Any]]) -> list[str]:
