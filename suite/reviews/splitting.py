@@ -136,8 +136,7 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
         copies = np.setdiff1d(together, pool)
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
                   for split, rows in splits.items()}
-    if data_config.train_limit is not None and data_config.train_limit < len(splits["train"]):
-        splits["train"] = draw_nested(splits["train"], digests, units, labels, data_config, label_names)
+    splits["train"] = draw_nested(splits["train"], digests, units, labels, data_config, label_names)
     if is_dropped.any():
         what = "a text of the official test split" if groups is None else (
             f"a text or {data_config.group_column} of the official test or validation split")
@@ -224,13 +223,16 @@ def draw_stratified(rows: np.ndarray, labels: np.ndarray, count: int, data_confi
 
 def draw_nested(rows: np.ndarray, digests: np.ndarray, units: np.ndarray, labels: np.ndarray, data_config: DataConfig,
                 label_names: Sequence[str]) -> np.ndarray:
-    """About data_config.train_limit of the rows, drawn at random, each class by its share. Units are drawn whole, see
-    `units_of`; where each is a single row, the number is exact. What a smaller limit draws, a larger one draws, too.
+    """About data_config.train_limit of the rows, drawn at random, each class by its share; without a limit, or with a
+    larger one, all. Units are drawn whole, see `units_of`; where each is a single row, the number is exact. What a
+    smaller limit draws, a larger one draws, too.
 
     `digests`, `units`, `labels`: of all rows. Raises UserError if a class has none of the rows drawn, or if whole units
     come to less than half of the limit, or more than twice.
     """
     limit, classes = data_config.train_limit, len(label_names)
+    if limit is None or limit >= len(rows):
+        return rows
     rows = rows[np.argsort(digests[rows], kind="stable")]  # so that the order of the rows changes nothing
     unit, labels = np.unique(units[rows], return_inverse=True)[1], labels[rows]
     # A unit counts as of its most frequent class; of several, as of that of its smallest digest.
