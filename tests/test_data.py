@@ -72,7 +72,7 @@ def test_train_limit_draws_nested_strata_and_leaves_valid_and_test_alone(configu
 
     whole, before = split_with("null"), set()
     assert split_with(10_000).fingerprint == whole.fingerprint
-    for limit in (2, 3, 31, 90, 150):
+    for limit in (4, 5, 31, 90, 150):
         split = split_with(limit)
         drawn = set(split.ids_of["train"].tolist())
         assert before <= drawn < set(whole.ids_of["train"].tolist())
@@ -85,6 +85,17 @@ def test_train_limit_draws_nested_strata_and_leaves_valid_and_test_alone(configu
         before = drawn
     with pytest.raises(UserError, match="train_limit=1 is too few for 2 classes: no row to train on has the class"):
         split_with(1)
+
+
+def test_the_draw_of_train_limit_does_not_depend_on_the_order_of_rows():
+    """Nor on the numbers of the classes. The official validation split leaves nothing else to draw."""
+    generator, digests = np.random.default_rng(0), np.array([f"{text:016d}".encode() for text in range(300)], "V16")
+    names, labels = np.repeat(["train", "validation", "test"], 100), np.arange(300) % 3
+    config = DataConfig(split="official", train_limit=20)
+    drawn = splitting.split_reviews(digests, labels, names, config)["train"]
+    order = generator.permutation(300)
+    again = splitting.split_reviews(digests[order], 2 - labels[order], names[order], config)["train"]
+    assert set(order[again]) == set(drawn)
 
 
 def test_without_train_limit_the_split_is_that_of_earlier_versions():

@@ -168,7 +168,7 @@ def test_what_is_the_same_beside_two_encoders_is_made_once(arguments):
 @pytest.mark.long
 def test_killed_again_and_again_it_makes_every_run(arguments, tmp_path):
     """With the real processes: SIGKILL during a bag of words, an encoder, and a stack."""
-    path, overrides = arguments
+    path, overrides = arguments[0], [*arguments[1], "seeds=[1]"]
     cells = read_experiment(path, overrides).cells
     begins = [lambda: cells[0].is_begun, is_training(cells[1].folder), lambda: cells[2].is_begun]
     for begun in begins:

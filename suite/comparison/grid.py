@@ -146,8 +146,9 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     own = [item for item in overrides if re.split("[.=]", item)[0] in ExperimentFile.model_fields]
     overrides = [item for item in overrides if item not in own]
     for key, value in itertools.chain(*map(read_override, own)):
-        section, _, key_of_grid = key.partition(".")
-        tree[section] = dict(leaves(tree.get(section) or {})) | {key_of_grid: value} if key_of_grid else value
+        section, _, inner = key.partition(".")
+        before = tree.get(section)
+        tree[section] = (dict(leaves(before)) if isinstance(before, dict) else {}) | {inner: value} if inner else value
     try:
         file = ExperimentFile.model_validate({key: value for key, value in tree.items() if value is not None})
     except ValidationError as error:

@@ -58,7 +58,7 @@ def _conditions(runs: Sequence[Result]) -> list[str]:
     dataset = Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
     limit = f", limited to {data.limit:,} rows" if data.limit else ""
     if data.train_limit and len({run.train_limit for run in runs}) == 1:
-        limit += f", {data.train_limit:,} of them trained on"
+        limit += f", train_limit {data.train_limit:,}"
     groups = f", each {data.group_column} in one part" if data.group_column else ""
     lines = [f"Data: {dataset}, split {data.split}{groups}, split_seed {data.split_seed}{limit}. All runs were "
              f"measured on the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that "

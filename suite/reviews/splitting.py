@@ -161,7 +161,7 @@ def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
 
 
 def _first_rows(digests: np.ndarray) -> np.ndarray:
-    """(rows,) the first row that has the same text as each row."""
+    """(rows,) the first row that has the same digest as each row."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     return first[inverse]
 
@@ -234,7 +234,7 @@ def draw_nested(rows: np.ndarray, digests: np.ndarray, units: np.ndarray, labels
     if limit is None or limit >= len(rows):
         return rows
     rows = rows[np.argsort(digests[rows], kind="stable")]  # so that the order of the rows changes nothing
-    unit, labels = np.unique(units[rows], return_inverse=True)[1], labels[rows]
+    unit, labels = np.unique(_first_rows(units[rows]), return_inverse=True)[1], labels[rows]
     # A unit counts as of its most frequent class; of several, as of that of its smallest digest.
     cells, first, counts = np.unique(unit * classes + labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts, cells // classes))
