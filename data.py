@@ -30,7 +30,7 @@ from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.classes import name_rows
 from suite.reviews.sampling import StepSampler, evaluation_batches
-from suite.reviews.splitting import Split, load_split
+from suite.reviews.splitting import Split, data_record, load_split
 from utils import Config, DataConfig, UserError, num_processes, process_rank, say
 
 if TYPE_CHECKING:
@@ -235,6 +235,11 @@ class PreparedData:
     def text(self, review_id: int) -> str:
         """The review whose `id` this is."""
         return self.splits["train"].text(review_id)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """See `data_record`."""
+        return data_record(len(self.splits["train"]), self.held_out)
 
 
 def prepare_data(config: Config, trained_model: str | None = None, split: Split | None = None) -> PreparedData:

@@ -7,15 +7,18 @@
     python experiment.py experiments/exp2.yaml --report          the report on what is finished; nothing is run
     python experiment.py experiments/exp2.yaml output_dir=/scratch/runs data_config.limit=2000
                                                                  overrides hold for every run
+    python experiment.py experiments/data_size.yaml seeds=[42] "grid.data_config.train_limit=[500,1000]"
+                                                                 fewer seeds and settings than the file names
 
-Each run is a process of main.py or main_accumulation.py. Ctrl-C and SIGTERM let it save its state. When a run fails,
-the others still take place. Two such commands at the same time share the work.
+Each run is a process of main.py, main_accumulation.py or ensemble.py. Ctrl-C and SIGTERM let it save its state. When a
+run fails, the others still take place. Two such commands at the same time share the work.
 """
 
 import argparse
 from pathlib import Path
 
 from suite.common import cli
+from suite.common.run_folder import is_encoder
 from suite.comparison.grid import Cell, Experiment, describe, find_finished, read_experiment
 from suite.comparison.running import remaining_time, run_cells
 from utils import UserError, say
@@ -59,7 +62,7 @@ def write_report(experiment: Experiment, failed: dict[int, str]) -> None:
     if len(finished) < 2:
         say(f"no report: {len(finished)} of {len(experiment.cells)} runs finished")
         return
-    published = {cell.folder: experiment.published_for(cell.setting) for cell in finished}
+    published = {cell.folder: experiment.published_for(cell.setting) for cell in finished if is_encoder(cell.config)}
     notes = []
     if missing := len(experiment.cells) - len(finished):
         reasons = "; ".join(f"run {index} failed: {line}" for index, line in failed.items()) or "they are not finished"

@@ -116,6 +116,8 @@ class DataConfig:
     drop_duplicates: bool = setting(
         True, "keep only the first of exactly equal texts; false: keep them all, in the same part of the split")
     limit: Count | None = setting(None, "use only this many rows, for a quick look")
+    train_limit: Count | None = setting(None, "train on only this many of the training reviews; what validates and "
+                                        "tests stays the same")
     max_len: int = setting(128, "longest input in tokens, special tokens included", ge=4, le=2**31)
     truncation: Literal["head", "tail", "head_tail", "windows"] = setting(
         "head", "what is read of a review longer than max_len: its head, its tail, half from each end, or all of it "
@@ -255,7 +257,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), between: Mappin
     items = [(str(path), key, _found_from(path, value) if key in INPUTS else value)
              for key, value in leaves(read_yaml(path))]
     items += [(origin, key, value) for origin, values in (between or {}).items() for key, value in values.items()]
-    items += [("command line", key, value) for item in overrides for key, value in _read_override(item)]
+    items += [("command line", key, value) for item in overrides for key, value in read_override(item)]
     given = {key: (origin, value) for origin, key, value in items}  # the last one counts
     known = config_fields()
     problems = {key: f"unknown key {key}{suggestion(key, known)}" for key in given if key not in known}
@@ -323,7 +325,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _read_override(item: str) -> list[tuple[str, Any]]:
+def read_override(item: str) -> list[tuple[str, Any]]:
     """(dotted key, value) of each value in `section.key=value`, or in `section={key: value}`.
 
     A value is the text that was typed. If it is YAML in brackets or quotes, it is what stands in them.

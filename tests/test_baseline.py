@@ -124,7 +124,7 @@ def test_its_predictions_are_those_of_the_formulas_written_out(tmp_path, monkeyp
 
 def test_its_run_folder_is_like_any_other(finished):
     overrides, folder = finished
-    assert set(metrics_of(folder)) == {"train", "valid", "test", "environment"}
+    assert set(metrics_of(folder)) == {"train", "valid", "test", "data", "environment"}
     assert metrics_of(folder)["train"]["optimizer_steps"] > 0
     for name in ("misclassified.csv", "history.jsonl", "best/README.md", "best/manifest.json",
                  "plots/learning_curves.png", "plots/confusion_matrix.png", "plots/reliability.png"):
@@ -255,7 +255,10 @@ def test_its_figure_stands_beside_the_encoder_s(finished, encoder_folder, tmp_pa
     name = results[1].config.model_config.model_name.rpartition("/")[2]
     assert [setting.label for setting in group(results[:2])] == ["bag-of-words", name]
     results[2].config.data_config.max_len = 16
-    assert [setting.label for setting in group(results)] == ["bag-of-words", "len 32", "len 16"]
+    assert [setting.label for setting in group(results)] == [
+        "bag-of-words", f"{name}, len 32", f"{name}, len 16"]
+    smaller = train_here(*encoder, "run_name=smaller", "data_config.train_limit=100").stdout
+    assert "a bag of words on" not in smaller  # which was trained on more reviews
 
     path = runs / "words" / "test_predictions.csv"
     path.write_text(path.read_text()[:-30])  # a damaged sibling fails no training run
@@ -266,6 +269,6 @@ def test_it_can_leave_the_test_split_alone_until_later(finished):
     overrides, folder = finished
     untested, arguments = folder.with_name("untested"), [*overrides, "run_name=untested"]
     assert "validation accuracy" in train_here(*arguments, "train_config.test=false", mode="baseline").stdout
-    assert metrics_of(untested).keys() == {"train", "valid", "environment"}
+    assert metrics_of(untested).keys() == {"train", "valid", "data", "environment"}
     assert "test accuracy" in train_here(*arguments, mode="baseline").stdout
     assert metrics_of(untested)["test"] == metrics_of(folder)["test"]

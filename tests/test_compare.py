@@ -36,7 +36,8 @@ def text_of(review: int) -> str:
 
 
 def write_run(folder, accuracy: float, *overrides: str, reviews: int = REVIEWS, fingerprint: str = "same",
-              base: str = "config.yaml", split: str = "test", environment: dict | None = None):
+              base: str = "config.yaml", split: str = "test", environment: dict | None = None,
+              held_out: str | None = "same"):
     """A finished run in `folder` that gets about this share of the split right; returns (folder, predictions)."""
     folder.mkdir(parents=True)
     config = load_config(PROJECT / base, [*overrides, f"run_name={folder.name}"])
@@ -54,7 +55,8 @@ def write_run(folder, accuracy: float, *overrides: str, reviews: int = REVIEWS, 
               for epoch in (1, 2, 3)]
     (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in epochs))
     train = {"seconds": 10.0, "optimizer_steps": 30, "peak_memory_mb": None, "samples_per_second": 50.0}
-    write_json(folder / "metrics.json", {"train": train, split: compute_metrics(predictions),
+    data = {"data": {"train": config.data_config.train_limit or 8000, "held_out": held_out}} if held_out else {}
+    write_json(folder / "metrics.json", {"train": train, split: compute_metrics(predictions), **data,
                                         "environment": environment or {}})
     save_config(config, folder / "config.yaml")
     (folder / "best").mkdir()
@@ -144,6 +146,21 @@ def test_runs_that_were_not_tested_on_the_same_reviews_are_refused(tmp_path, cap
     assert reason in line
     assert str(first) in line
     assert str(other) in line
+
+
+def test_runs_of_other_training_sizes_are_compared_where_they_were_tested_on_the_same_texts(tmp_path, capsys):
+    """Their fingerprints of all data differ. Equal ids and labels do not prove equal texts."""
+    limit = "data_config.train_limit=500"
+    whole, _ = write_run(tmp_path / "whole", 0.9)
+    small, _ = write_run(tmp_path / "small", 0.8, limit, fingerprint="of fewer")
+    assert labels_of([whole, small]) == ["train_limit None", "train_limit 500"]
+    refuse_different_tests([read_result(whole), read_result(small)])
+    other, _ = write_run(tmp_path / "other", 0.8, limit, fingerprint="of fewer", held_out="other texts")
+    assert "with different contents" in refusal(capsys, [whole, other], tmp_path / "report")
+    earlier, _ = write_run(tmp_path / "earlier", 0.8, held_out=None)  # by a version that did not write it
+    refuse_different_tests([read_result(whole), read_result(earlier)])
+    line = refusal(capsys, [small, earlier], tmp_path / "report")
+    assert f"python main.py --mode test output_dir={tmp_path} run_name=earlier" in line
 
 
 def test_runs_that_were_not_tested_are_compared_on_validation(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import PROJECT, SHARED
+from conftest import PROJECT, SHARED, write_reviews
 from transformers import AutoTokenizer
 
 import data
@@ -59,6 +59,49 @@ def test_no_text_stands_in_two_splits_and_duplicates_are_counted(configured, rev
     assert len(set.union(*texts)) == sum(map(len, texts))
     assert sum(map(len, split.ids_of.values())) == rows
     assert "50 exact duplicates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("drop", ["true", "false"])
+def test_train_limit_draws_nested_strata_and_leaves_valid_and_test_alone(configured, reviews_file, drop):
+    header, *lines = write_reviews(reviews_file, rows=300).read_text().splitlines()
+    lines = [line for place, line in enumerate(lines) if place % 4]  # 75 of the one class, 150 of the other
+    reviews_file.write_text("\n".join([header, *lines, *lines[:100:2]]) + "\n")  # 50 of them twice
+
+    def split_with(limit) -> splitting.Split:
+        return data.load_split(configured(f"data_config.drop_duplicates={drop}", f"data_config.train_limit={limit}"))
+
+    whole, before = split_with("null"), set()
+    assert split_with(10_000).fingerprint == whole.fingerprint
+    for limit in (4, 5, 31, 90, 150):
+        split = split_with(limit)
+        drawn = set(split.ids_of["train"].tolist())
+        assert before <= drawn < set(whole.ids_of["train"].tolist())
+        assert len(drawn) == limit or drop == "false" and abs(len(drawn) - limit) <= 1  # copies are drawn together
+        assert abs(split.reviews.labels[sorted(drawn)].sum() - limit * 2 / 3) <= 2
+        assert [split.ids_of[name].tolist() for name in ("valid", "test")] == [
+            whole.ids_of[name].tolist() for name in ("valid", "test")]
+        assert split.record == {"train": len(drawn), "held_out": whole.record["held_out"]}
+        assert split.fingerprint != whole.fingerprint
+        before = drawn
+    with pytest.raises(UserError, match="train_limit=1 is too few for 2 classes: no row to train on has the class"):
+        split_with(1)
+
+
+def test_the_draw_of_train_limit_does_not_depend_on_the_order_of_rows():
+    """Nor on the numbers of the classes. The official validation split leaves nothing else to draw."""
+    generator, digests = np.random.default_rng(0), np.array([f"{text:016d}".encode() for text in range(300)], "V16")
+    names, labels = np.repeat(["train", "validation", "test"], 100), np.arange(300) % 3
+    config = DataConfig(split="official", train_limit=20)
+    drawn = splitting.split_reviews(digests, labels, names, config)["train"]
+    order = generator.permutation(300)
+    again = splitting.split_reviews(digests[order], 2 - labels[order], names[order], config)["train"]
+    assert set(order[again]) == set(drawn)
+
+
+def test_without_train_limit_the_split_is_that_of_earlier_versions():
+    """What a run of theirs was trained and tested on must not change: their fingerprint, on the demo's reviews."""
+    assert data.load_split(load_config(PROJECT / "demo.yaml")).fingerprint == (
+        "2770d3f5bf505cc0cd515097439015db97b9a6343dd7b398bf6ee59200f0a041")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

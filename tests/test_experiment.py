@@ -17,7 +17,7 @@ from conftest import PROJECT, SHARED, run_script, start_script, write_reviews
 from test_compare import write_run
 
 from experiment import list_cells, main, read_command
-from suite.common.run_folder import shaping_values
+from suite.common.run_folder import config_for, shaping_values
 from suite.common.storage import write_json
 from suite.comparison.grid import read_experiment
 from suite.comparison.running import remaining_time, run_cell
@@ -41,7 +41,7 @@ def finished_experiment(folder: Path, **changes):
     """(the experiment, its arguments) with all runs finished, without having been run."""
     arguments = write_experiment(folder, **changes), [f"output_dir={folder / 'runs'}"]
     for cell in read_experiment(*arguments).cells:
-        write_run(cell.folder, 0.8, *cell.arguments[2:], base=cell.arguments[1])
+        write_run(cell.folder, 0.8, *cell.arguments[3:], base=cell.arguments[2])
     return read_experiment(*arguments), arguments
 
 
@@ -57,15 +57,17 @@ def shipped(name: str):
 @pytest.mark.parametrize("name", [path.stem for path in PROJECT.glob("experiments/*.yaml")])
 def test_the_shipped_experiments_are_what_they_say(name):
     experiment = shipped(name)
-    runs = {"exp1": 6, "exp2": 18, "demo": 12, "minilm": 6, "line_breaks": 6, "recipe": 39}[name]
+    runs = {"exp1": 6, "exp2": 18, "demo": 12, "minilm": 6, "line_breaks": 6, "recipe": 39, "data_size": 42}[name]
     assert len(experiment.cells) == len({cell.folder for cell in experiment.cells}) == runs
     assert [cell.index for cell in experiment.cells] == list(range(1, runs + 1))
     published = sum(len(experiment.published_for(cell.setting)) for cell in experiment.cells[:runs // 3])
     assert published == sum(len(entry.accuracy) for entry in experiment.published) == {
         "exp1": 8, "exp2": 21}.get(name, 0)
     for cell in experiment.cells[::5]:  # a run gets the settings of its cell
-        _, base, *arguments = cell.arguments
-        assert load_config(base, [*arguments, f"run_name={cell.config.run_name}"]) == cell.config
+        if not cell.members:
+            options = cell.command[1:cell.command.index("--config")]
+            base, *overrides = cell.command[cell.command.index("--config") + 1:]
+            assert config_for("baseline" if options else "train", base, overrides) == cell.config
 
 
 def test_the_settings_are_the_published_ones():
@@ -213,8 +215,8 @@ def is_training(folder: Path):
 def ended(tmp_path: Path, script: str) -> str | None:
     """What `run_cell` says about a script with this content."""
     (tmp_path / "script.py").write_text(script)
-    cell = SimpleNamespace(config=SimpleNamespace(run_name="run"), arguments=[])
-    return run_cell(SimpleNamespace(report_folder=tmp_path, script=tmp_path / "script.py"), cell)
+    cell = SimpleNamespace(config=SimpleNamespace(run_name="run"), command=[str(tmp_path / "script.py")])
+    return run_cell(SimpleNamespace(report_folder=tmp_path), cell)
 
 
 def test_a_run_does_not_wait_for_a_reader_that_has_left(tmp_path, monkeypatch):
@@ -242,7 +244,7 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capsys)
     def run(experiment, cell):
         if cell.index == 2:
             return "error: no such folder"
-        write_run(cell.folder, 0.8, *cell.arguments[2:], base=cell.arguments[1])
+        write_run(cell.folder, 0.8, *cell.arguments[3:], base=cell.arguments[2])
         return None
 
     monkeypatch.setattr("suite.comparison.running.run_cell", run)

@@ -108,6 +108,26 @@ def test_a_limit_draws_whole_films(capsys):
             "50.0% of all\n") in capsys.readouterr().out
 
 
+def test_train_limit_draws_whole_films_whatever_names_and_order_are():
+    film, text, generator = np.repeat(np.arange(120), 5), np.arange(600), np.random.default_rng(0)
+    label = (film % 4 == 0).astype(int)  # films of one class each
+    whole, before = parts_of(text, film, label), set()
+    for limit in (20, 100, 300):
+        parts = parts_of(text, film, label, train_limit=limit)
+        drawn = set(parts["train"])
+        assert before <= drawn <= set(whole["train"])
+        assert all(parts[name].tolist() == whole[name].tolist() for name in ("valid", "test"))
+        assert len(drawn) == limit
+        assert set(np.bincount(film[parts["train"]])) == {0, 5}
+        assert abs(label[parts["train"]].sum() - limit / 4) <= 5
+        order = generator.permutation(600)
+        again = parts_of(text[order], 999 - film[order], (1 - label)[order], train_limit=limit)
+        assert set(text[order][again["train"]]) == drawn
+        before = drawn
+    with pytest.raises(UserError, match="train_limit=2 comes to 5 training rows, because groups and copies"):
+        parts_of(text, film, label, train_limit=2)
+
+
 def test_a_class_that_a_part_lacks_is_named(capsys):
     """A class of one film: the groups do not allow more."""
     film = np.repeat(np.arange(100), 6)

@@ -20,7 +20,7 @@ from suite.comparison.results import read_result
 from suite.encoders.loading import load_encoder_config, new_model
 from suite.encoders.masked_lm import MaskedLanguageModel, new_masked_lm
 from suite.reviews.classes import load_reviews
-from suite.reviews.splitting import text_digests
+from suite.reviews.splitting import load_split, text_digests
 from suite.training.pretraining import PretrainingRun, prepare_texts
 from utils import Config, DataConfig, ModelConfig, UserError, load_config
 
@@ -98,6 +98,16 @@ def test_no_valid_or_test_text_is_read_and_each_other_text_once(overrides, limit
         assert max(map(len, windows)) <= 14
         assert np.concatenate([window[1:-1] for window in windows]).tolist() == tokenizer(
             texts[text_id], add_special_tokens=False)["input_ids"]
+
+
+def test_training_reviews_that_are_cut_are_not_read(overrides):
+    """Except as unlabelled texts, if they stand there, too: else a curve over training sizes would be too good."""
+    config = config_of(overrides, "data_config.train_limit=40")
+    whole, data, labelled = prepare_texts(config_of(overrides)), prepare_texts(config), load_split(config)
+    read = np.concatenate([split.ids for split in data.splits.values()])
+    assert set(read[read < len(labelled.digests)]) == set(labelled.ids_of["train"])
+    assert len(labelled.ids_of["train"]) == 40
+    assert data.record["held_out"] == whole.record["held_out"]
 
 
 def masked_words(batches) -> dict[tuple, tuple]:
@@ -237,7 +247,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(overrides, finishe
 def test_the_run_folder(overrides, finished):
     _, folder = finished
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.keys() == {"train", "valid", "environment"}
+    assert metrics.keys() == {"train", "valid", "data", "environment"}
     valid = metrics["valid"]
     assert valid["perplexity"] == pytest.approx(np.exp(valid["loss"]))
     validation = prepare_texts(config_of(overrides)).splits["valid"]

@@ -163,13 +163,14 @@ def test_each_figure_of_a_run_is_in_the_table_that_cards_console_and_docs_are_ma
 @pytest.mark.parametrize(("names", "seeds", "kinds", "expected"), [
     (["bert-seed42", "bert-seed43"], [42, 43], ["bert", "bert"], ("stack of bert, bert", 42)),
     (["words", "bert-len128-seed43"], [42, 43], ["bag-of-words", "bert"], ("stack of words, bert-len128", 43)),
-    (["DEMO-a_seed1", "b-seed1-x"], [1, 1], ["bert", "bert"], ("stack of DEMO-a, b-x", 1))])
+    (["DEMO-a_seed1", "b-seed1-x"], [1, 1], ["bert", "bert"], ("stack of DEMO-a, b-x", 1)),
+    (["w-train_limit=None", "b-seed1-train_limit=500-0123abcd"], [1, 1], ["bert", "bert"], ("stack of w, b", 1))])
 def test_a_stack_is_called_after_its_members(tmp_path, names, seeds, kinds, expected):
     runs = []
     for name, seed, kind in zip(names, seeds, kinds, strict=True):
         config = load_config(PROJECT / "demo.yaml", [f"run_name={name}", f"train_config.seed={seed}",
                                                      f"model_config.model_name={kind}"])
-        runs.append(SimpleNamespace(config=config, seed=seed))
+        runs.append(SimpleNamespace(config=config, seed=seed, folder=tmp_path / name))
     config = stacking.configuration(runs, tmp_path / "stack")
     assert (config.model_config.model_name, config.train_config.seed) == expected
     assert config.demo_mark
@@ -223,6 +224,10 @@ def test_what_is_asked_wrongly_is_refused_in_one_line(members, stacked, tmp_path
                            (tmp_path / ".hidden", "does not begin with a dot")):
         assert reason in refusal(capsys, runs, output)
     assert content_of(stacked) == before
+    overrides = [*members[0], "data_config.train_limit=50", "run_name=smaller"]
+    train_here(*overrides, mode="baseline")
+    smaller = runs[0].parent / "smaller"
+    assert "(data_config.train_limit: None and 50)" in refusal(capsys, [*runs, smaller], tmp_path / "new")
     monkeypatch.setattr(stacking, "load_split", lambda config: SimpleNamespace(fingerprint="other"))
     assert "has changed since" in refusal(capsys, runs, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -25,7 +25,7 @@ def test_the_run_folder_is_complete(undisturbed):
     _, folder = undisturbed
     assert {name for name in FILES if not (folder / name).is_file()} == set()
     measured = metrics_of(folder)
-    assert set(measured) == {"train", "valid", "test", "environment"}
+    assert set(measured) == {"train", "valid", "test", "data", "environment"}
     assert set(measured["train"]) == {
         "samples_per_second", "tokens_per_second", "seconds", "peak_memory_mb", "model_tflops_per_second",
         "executed_tflops_per_second", "model_flops_utilization", "executed_flops_utilization", "optimizer_steps"}
@@ -67,7 +67,7 @@ def test_a_run_can_leave_the_test_split_alone_until_later(undisturbed):
     for words in ("validation accuracy", "finished: nothing was done again"):
         assert words in train_here(*arguments, "train_config.test=false").stdout
         assert not {"test_predictions.csv", "misclassified.csv"} & {path.name for path in untested.iterdir()}
-        assert metrics_of(untested).keys() == {"train", "valid", "environment"}
+        assert metrics_of(untested).keys() == {"train", "valid", "data", "environment"}
     assert "test accuracy" in train_here(*arguments).stdout
     assert bits_of(untested) == bits_of(folder) | {
         "best/README.md": (folder / "best/README.md").read_bytes().replace(b"# run", b"# untested").replace(

@@ -7,7 +7,8 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,11 @@ REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folder
             "onnx")  # what earlier versions have exported
 
 REVIEWS = ("dataset", "subset", "text_column", "label_column", "group_column", "split", "split_seed", "drop_duplicates",
-           "limit", "line_breaks")
+           "limit", "train_limit", "line_breaks")
 WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
                    *(f"data_config.{key}" for key in REVIEWS))
-SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS if key not in ("dataset", "line_breaks"))  # to be compared
+SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS  # to be compared
+                  if key not in ("dataset", "train_limit", "line_breaks"))
 TEACHER = "teacher"  # in the run folder of a student: what its teacher says
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
@@ -77,6 +79,12 @@ def is_encoder(config: Config) -> bool:
     """Whether the run's model is an encoder, and no bag of words or stack."""
     name = config.model_config.model_name
     return name != BAG_OF_WORDS and not name.startswith(STACK_OF)
+
+
+def stack_name(names: Iterable[str]) -> str:
+    """The model_name of a stack of runs with these names: the same for all seeds and training sizes of one grid."""
+    ending = r"[-_]?seed[-_]?\d+|-train_limit=\w+|-[0-9a-f]{8}$"  # the last is put after a name that was taken
+    return STACK_OF + ", ".join(re.sub(ending, "", name) or name for name in names)
 
 
 def without_encoder(config: Config, model_name: str) -> Config:

@@ -29,9 +29,12 @@ DASHES = ("-", "--", ":", "-.")  # the next one each time the colours have run o
 
 
 def save_plots(folder: Path, summary: dict[str, Any], settings: Sequence[Setting]) -> list[Path]:
-    """Write accuracy.png, learning_curves.png and reliability.png; returns their paths. `summary`: see `summarize`."""
+    """Write accuracy.png, learning_curves.png, reliability.png and, where training sizes differ, data_size.png; returns
+    their paths. `summary`: see `summarize`."""
     figures = {"accuracy": plot_accuracies(summary, settings), "learning_curves": plot_curves(settings),
                "reliability": plot_reliabilities(settings)}
+    if summary["data_size"]:
+        figures["data_size"] = plot_sizes(summary, settings)
     return save_figures(folder, figures)
 
 
@@ -63,6 +66,41 @@ def plot_accuracies(summary: dict[str, Any], settings: Sequence[Setting]) -> Fig
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"{summary['split']} accuracy (% of reviews)")
     axis.grid(axis="x", alpha=0.3)
+    legend_below(figure, axis)
+    return figure
+
+
+def plot_sizes(summary: dict[str, Any], settings: Sequence[Setting]) -> Figure:
+    """Accuracy against the number of training reviews: a line for each kind of model, and its power law, dashed, up to
+    twice the largest size."""
+    curves = summary["data_size"]["curves"]
+    figure = new_figure(settings[0].runs[0].config, "accuracy against training reviews, with 95 % intervals\ndashed: a "
+                        "power law, and what it expects of twice the data", (9, 5 + 0.2 * len(curves)))
+    axis, sizes, heights = figure.subplots(), set(), []
+
+    def draw(points: Sequence[dict[str, Any]], **style: Any) -> np.ndarray:
+        x, y = [point["trained_on"] for point in points], 100 * np.array([point["accuracy"] for point in points])
+        low, high = 100 * np.transpose([point["accuracy_ci95"] for point in points])
+        axis.errorbar(x, y, yerr=[y - low, high - y], capsize=3, **style)
+        sizes.update(x)
+        return np.concatenate([y, low, high])
+
+    for curve, colour in zip(curves, itertools.cycle(COLOURS)):
+        points, law = curve["points"], curve["law"]
+        heights += draw(points, fmt="o-", color=colour, label=no_formula(curve["model"])).tolist()
+        if law:
+            line = np.geomspace(points[0]["trained_on"], law["twice"]["trained_on"], 100)
+            axis.plot(line, 100 * (1 - law["factor"] * line**-law["exponent"]), "--", color=colour, linewidth=1)
+            forecast = draw([law["twice"]], fmt="s", color=colour, markerfacecolor="none")
+            heights.append(forecast[0])  # the interval of few sizes is wide, and may leave the frame
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(sizes), [f"{size:,}" for size in sorted(sizes)], rotation=30)
+    axis.minorticks_off()
+    room = 0.05 * (max(heights) - min(heights)) + 0.1
+    axis.set_ylim(min(heights) - room, max(heights) + room)
+    axis.set_xlabel("training reviews")
+    axis.set_ylabel(f"{summary['split']} accuracy (% of reviews)")
+    axis.grid(alpha=0.3)
     legend_below(figure, axis)
     return figure
 

@@ -10,35 +10,48 @@
       - {}                                            that of `config` and `overrides`
       - {model_config.pooling: mean}
     seeds: [42, 43, 44]                               each setting runs with each of these seeds
+    also: [bag-of-words, stack]                       what is made beside each encoder: a bag of words on the same
+                                                      reviews, with the first seed; the stack of the two
     published:                                        figures of others, shown beside ours
       - where: {train_config.effective_batch_size: 64}
         accuracy: {their name: 0.8918}
 
-A cell is one setting with one seed. Every setting runs with the first seed before any runs with the second, so that an
-experiment that is cut short has something of each setting. Nothing here imports torch.
+On the command line, grid.KEY=[...], seeds=[...] and also=[...] replace what the file says.
+
+A cell is one setting with one seed, or what is made beside it. Every setting runs with the first seed before any runs
+with the second, so that an experiment that is cut short has something of each setting. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from suite.common.checks import in_plain_words, shown
-from suite.common.run_folder import SAME_TEST, read_metrics, read_saved_config, shaping_values
-from utils import LONGEST_RUN_NAME, Config, UserError, leaves, load_config, read_yaml
+from suite.common.run_folder import (
+    SAME_TEST,
+    STACK_OF,
+    WITHOUT_ENCODER,
+    read_metrics,
+    read_saved_config,
+    shaping_values,
+    stack_name,
+    without_encoder,
+)
+from utils import BAG_OF_WORDS, LONGEST_RUN_NAME, Config, UserError, leaves, load_config, read_override, read_yaml
 
+MODEL = "model"  # in the setting of a cell that is made beside an encoder's: which model it is
 # The default run_name names these already.
-NAMED = ("model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")
+NAMED = (MODEL, "model_config.model_name", "data_config.max_len", "train_config.effective_batch_size")
 
 
 Sections = BeforeValidator(lambda tree: dict(leaves(tree)) if isinstance(tree, dict) else tree)  # dotted keys
@@ -63,6 +76,7 @@ class ExperimentFile(BaseModel, extra="forbid"):
     grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Sections] = {}
     settings: list[Values] = []
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
+    also: list[Literal["bag-of-words", "stack"]] = []  # a stack needs a bag of words, so it brings one
     published: list[Published] = []
 
     def all_settings(self) -> list[dict[str, Any]]:
@@ -79,7 +93,8 @@ class Cell:
     setting: dict[str, Any]  # {dotted key: value} of what differs between the experiment's settings
     seed: int
     config: Config
-    arguments: list[str]  # for the script; run_name is added when the cell runs
+    arguments: list[str]  # the script and what it gets; run_name is added when the cell runs
+    members: list[Cell] = field(default_factory=list)  # of a stack
     is_finished: bool = False
 
     @property
@@ -90,7 +105,13 @@ class Cell:
     def is_begun(self) -> bool:
         return (self.folder / "config.yaml").exists()
 
-    @functools.cached_property
+    @property
+    def command(self) -> list[str]:
+        if self.members:
+            return ["ensemble.py", *(str(member.folder) for member in self.members), "--output", str(self.folder)]
+        return [*self.arguments, f"run_name={self.config.run_name}"]
+
+    @property
     def result_key(self) -> str:
         return result_key(self.config)
 
@@ -104,7 +125,6 @@ def result_key(config: Config) -> str:
 class Experiment:
     name: str
     question: str
-    script: str
     cells: list[Cell]
     published: list[Published]
     overrides: list[str]  # those of the command line that change results, so that the file alone does not describe them
@@ -123,22 +143,39 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     """Raises a UserError that lists every problem of the file and of the overrides (`section.key=value`): first those
     of its shape, then those of what it asks for."""
     tree = read_yaml(path, "name an experiment such as experiments/demo.yaml")
+    own = [item for item in overrides if re.split("[.=]", item)[0] in ExperimentFile.model_fields]
+    overrides = [item for item in overrides if item not in own]
+    for key, value in itertools.chain(*map(read_override, own)):
+        section, _, inner = key.partition(".")
+        before = tree.get(section)
+        tree[section] = (dict(leaves(before)) if isinstance(before, dict) else {}) | {inner: value} if inner else value
     try:
         file = ExperimentFile.model_validate({key: value for key, value in tree.items() if value is not None})
     except ValidationError as error:
         problems = [_problem(found) for found in error.errors()]
     else:
-        settings = file.all_settings()
-        problems = _impossible(file, settings)
+        problems = _impossible(file, file.all_settings())
     if problems:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise UserError(f"{path}: {count}{'; '.join(problems)}")
-    found: dict[str, Cell] = {}  # {result_key: the first cell with that result}
-    for index, (seed, setting) in enumerate(itertools.product(file.seeds, settings), start=1):
-        replaced = file.overrides | setting | {"train_config.seed": seed}
+    cells = _cells(file, path, overrides)
+    _name_runs(cells)
+    shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
+    return Experiment(file.name or Path(path).stem, file.question, cells, file.published, [*own, *shaping])
+
+
+def _cells(file: ExperimentFile, path: str, overrides: Sequence[str]) -> list[Cell]:
+    """Raises a UserError that lists every problem of what the file asks for."""
+    cells: list[Cell] = []
+    found: dict[str, Cell] = {}  # {result_key: the first cell with that result}, of all but stacks
+    problems = []
+
+    def given(replaced: dict[str, Any]) -> list[str]:
         # JSON is valid YAML, so each value reaches the script with its type.
-        arguments = ["--config", file.config, *(f"{key}={json.dumps(value)}" for key, value in replaced.items()),
-                     *overrides]
+        return ["--config", file.config, *(f"{key}={json.dumps(value)}" for key, value in replaced.items()), *overrides]
+
+    for seed, setting in itertools.product(file.seeds, file.all_settings()):
+        replaced = file.overrides | setting | {"train_config.seed": seed}
         try:
             config = load_config(file.config, overrides, {path: replaced})
         except UserError as error:
@@ -147,17 +184,32 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
         if file.script == "main.py" and (steps := config.train_config.gradient_accumulation_steps) > 1:
             problems.append(f"{path}: script main.py takes one micro-batch a step, and {describe(setting)} needs "
                             f"{steps}: set script: main_accumulation.py")
-        cell = Cell(index, setting, seed, config, arguments)
+        if file.also:
+            of_words = {key: value for key, value in setting.items() if key in WITHOUT_ENCODER and key not in NAMED}
+            replaced_here = replaced | {"train_config.seed": file.seeds[0]}  # it has no use for another one
+            named = load_config(file.config, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"],
+                                {path: replaced_here})
+            words = Cell(len(cells) + 1, {MODEL: BAG_OF_WORDS} | of_words, file.seeds[0],
+                         without_encoder(named, BAG_OF_WORDS),
+                         ["main.py", "--mode", "baseline", *given(replaced_here)])
+            words = found.setdefault(words.result_key, words)
+            if words.index > len(cells):  # else it is the same beside another encoder
+                cells.append(words)
+        cell = Cell(len(cells) + 1, setting, seed, config, [file.script, *given(replaced)])
+        cells.append(cell)
         twin = found.setdefault(cell.result_key, cell)
         if twin is not cell:
-            problems.append(f"{path}: runs {twin.index} and {index} are the same ({describe(setting)}, seed {seed}): "
-                            "leave one out")
+            problems.append(f"{path}: runs {twin.index} and {cell.index} are the same ({describe(setting)}, seed "
+                            f"{seed}): leave one out")
+        if "stack" in file.also:
+            if not config.train_config.test:
+                problems.append(f"{path}: also: a stack needs tested runs: leave out train_config.test=false, or stack")
+            stack = without_encoder(config, STACK_OF)  # its name follows from those of its members, see `find_finished`
+            stack.run_name = f"stack-{config.run_name}"
+            cells.append(Cell(len(cells) + 1, {MODEL: "stack"} | setting, seed, stack, [], [words, cell]))
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))  # most problems are common to all cells
-    cells = list(found.values())
-    _name_runs(cells)
-    shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
-    return Experiment(file.name or Path(path).stem, file.question, file.script, cells, file.published, shaping)
+    return cells
 
 
 def _problem(error: dict[str, Any]) -> str:
@@ -198,7 +250,8 @@ def _name_runs(cells: list[Cell]) -> None:
         cell.config.run_name = name
         is_taken = names.count(name) > 1 or cell.folder.exists() and any(cell.folder.iterdir())
         if is_taken or len(name) > LONGEST_RUN_NAME:
-            digest = hashlib.sha256(cell.result_key.encode()).hexdigest()[:8]
+            keys = "".join(part.result_key for part in (*cell.members, cell))
+            digest = hashlib.sha256(keys.encode()).hexdigest()[:8]
             cell.config.run_name = f"{name[:LONGEST_RUN_NAME - 9]}-{digest}"
     find_finished(cells)
 
@@ -210,7 +263,9 @@ def find_finished(cells: list[Cell]) -> None:
         with suppress(UserError):  # not a run of this version; if a cell needs its name, the script says so
             found.setdefault(result_key(read_saved_config(path)), []).append(
                 (set(read_metrics(path.parent)), path.parent.name))
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: len(cell.members)):  # stacks last
+        if cell.members:
+            cell.config.model_config.model_name = stack_name(member.config.run_name for member in cell.members)
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
         if matching := [(needed <= parts, name) for parts, name in found.get(cell.result_key, ())]:
             own = cell.config.run_name

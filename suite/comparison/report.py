@@ -15,6 +15,7 @@ from suite.common.figures import show
 from suite.common.pages import render
 from suite.common.run_folder import read_saved_config
 from suite.common.storage import atomic_write, write_json, write_text
+from suite.comparison.data_size import ABOUT
 from suite.comparison.results import Setting, group, read_result, read_results, refuse_different_tests, texts
 from suite.comparison.running import LOGS
 from suite.comparison.significance import compare, sentence
@@ -63,6 +64,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         say("")
     for pair in summary["pairs"]:
         say(pair["sentence"])
+    for curve in (summary["data_size"] or {}).get("curves", ()):
+        say(curve["sentence"])
     say(counts(summary))
 
 
@@ -79,9 +82,11 @@ def write_report(folder: Path, summary: dict[str, Any], settings: Sequence[Setti
     for name, places in hard_reviews(runs).items():
         _write_reviews(folder / f"{name}.csv", settings, places, found)
     plots = try_plots("suite.comparison.comparison_plots", folder / "plots", summary, settings)
+    words = {"data_size": summary["data_size"]["words"]} if summary["data_size"] else {}
     shared = {"summary": summary, "settings": settings_table(summary), "published": published_table(summary),
               "legend": LEGEND, "about_published": PUBLISHED, "counts": counts(summary),
-              "plots": [{"file": path.name, "name": path.stem.replace("_", " "),
+              "about_sizes": ABOUT,
+              "plots": [{"file": path.name, "alt": words.get(path.stem, path.stem.replace("_", " ")),
                          "base64": base64.b64encode(path.read_bytes()).decode()} for path in plots]}
     write_text(folder / "report.md", render("report.md", **shared))
     write_text(folder / "report.html", render("report.html", **shared, **_wrong_reviews(settings, found)))
@@ -136,7 +141,9 @@ def show_baseline(config: Config) -> None:
     run = read_result(config.run_folder)
     for path in sorted(Path(config.output_dir).glob("*/config.yaml")):
         with suppress(Exception):
-            if read_saved_config(path).model_config.model_name == BAG_OF_WORDS:
+            saved = read_saved_config(path)
+            if (saved.model_config.model_name == BAG_OF_WORDS
+                    and saved.data_config.train_limit == config.data_config.train_limit):
                 words = read_result(path.parent)
                 refuse_different_tests([run, words])
                 break

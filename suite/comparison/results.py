@@ -14,6 +14,7 @@ import numpy as np
 from suite.common.run_folder import (
     SAME_TEST,
     WITHOUT_ENCODER,
+    how_to_write_again,
     is_encoder,
     read_history,
     read_metrics,
@@ -44,6 +45,10 @@ class Result:
     predictions: Predictions  # logits: the logarithms of the saved probabilities
     data_fingerprint: str | None  # of all reviews and their split; None if the model has been removed
     split: str = "test"  # or "valid"
+
+    @property
+    def train_limit(self) -> int | None:
+        return self.config.data_config.train_limit
 
     @property
     def seed(self) -> int:
@@ -138,15 +143,16 @@ def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions]:
 
 
 def refuse_different_tests(results: Sequence[Result]) -> None:
-    """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data."""
-    first = results[0]
-    for other in results[1:]:
+    """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data. Where
+    data_config.train_limit differs, they were trained on different parts of it."""
+    first, one_size = results[0], len({run.train_limit for run in results}) == 1
+    fingerprints = [run.data_fingerprint if one_size else _held_out(run) for run in results]
+    then = fingerprints[0]
+    for other, now in zip(results[1:], fingerprints[1:], strict=True):
         reasons = [f"{key}: {first.values[key]} and {other.values[key]}" for key in SAME_TEST
                    if first.values[key] != other.values[key]]
         # Not by the dataset's name: the same data may lie in two places, and other data may have taken over a name.
-        same = [first.data_fingerprint == other.data_fingerprint or None in (first.data_fingerprint,
-                                                                             other.data_fingerprint),
-                first.label_names == other.label_names,
+        same = [then == now or None in (then, now), first.label_names == other.label_names,
                 np.array_equal(first.predictions.ids, other.predictions.ids),
                 np.array_equal(first.predictions.labels, other.predictions.labels)]
         if not reasons and not all(same):
@@ -155,6 +161,14 @@ def refuse_different_tests(results: Sequence[Result]) -> None:
         if reasons:
             raise UserError(f"{first.folder} and {other.folder} were not tested on the same reviews "
                             f"({'; '.join(reasons)}): name runs of one split")
+
+
+def _held_out(run: Result) -> str:
+    """The fingerprint of what validates and tests. Raises UserError if an earlier version has measured the run."""
+    if "data" not in run.metrics:
+        raise UserError(f"{run.folder / 'metrics.json'} does not say which texts were held out, which tells "
+                        f"whether runs of another data_config.train_limit compare: {how_to_write_again(run.folder)}")
+    return run.metrics["data"]["held_out"]
 
 
 def group(results: Sequence[Result]) -> list[Setting]:
@@ -173,6 +187,18 @@ def group(results: Sequence[Result]) -> list[Setting]:
     return [Setting(label, runs) for label, runs in zip(labels, runs_of, strict=True)]
 
 
+def by_kind(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """{name: the settings that differ in data_config.train_limit alone}, in the order of their first ones."""
+    found: dict[str, list[Setting]] = {}
+    values_of = []
+    for setting in settings:
+        values = {key: value for key, value in setting.runs[0].values.items() if key != "data_config.train_limit"}
+        if (of_kind := found.setdefault(repr(values), [])) == []:
+            values_of.append(values)
+        of_kind.append(setting)
+    return dict(zip(_labels(values_of), found.values(), strict=True))
+
+
 def _labels(settings: list[dict[str, Any]]) -> list[str]:
     """A name for each setting, such as `bert-base-uncased, batch 64`: the values in which the settings differ.
 
@@ -187,7 +213,7 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
     for values in settings:
         alike = [other for other in settings if other.keys() == values.keys()]  # encoders, or models that are none
         varying = [key for key in values if key not in implied and len({repr(other[key]) for other in alike}) > 1]
-        if STEPS not in values or not varying:
+        if STEPS not in values or len(alike) < len(settings) or not varying:
             varying = list(dict.fromkeys([NAME, *varying]))
         if len(varying) > MOST_NAMED:
             varying = [key for key in varying if values[key] != alike[0][key]]

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from suite.common.run_folder import read_metrics
+from suite.common.run_folder import is_encoder, read_metrics
 from suite.common.stopping import EXIT_CODES, SIGNALS
 from suite.common.storage import is_locked
 from suite.comparison.grid import Cell, Experiment, describe, find_finished
@@ -57,10 +57,12 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
 
 
 def _next_free(pending: Sequence[Cell]) -> Cell | None:
-    """The first cell that no other process is working on; waits until there is one. None if a signal asks to stop."""
+    """The first cell that no other process is working on; waits until there is one. A stack comes after its members.
+    None if a signal asks to stop."""
     is_waiting = False
     while not SIGNALS.received:
-        if free := next((cell for cell in pending if not is_locked(cell.folder)), None):
+        if free := next((cell for cell in pending if not is_locked(cell.folder) and not any(
+                member in pending or is_locked(member.folder) for member in cell.members)), None):
             return free
         if not is_waiting:
             say(f"{', '.join(str(cell.folder) for cell in pending)}: in use by other processes; waiting")
@@ -70,20 +72,20 @@ def _next_free(pending: Sequence[Cell]) -> Cell | None:
 
 
 def run_cell(experiment: Experiment, cell: Cell) -> str | None:
-    """Run the script for a cell, show its output, and append it to a log file beside the report.
+    """Run the script of a cell, show its output, and append it to a log file beside the report.
 
     A signal is passed on, so that the script saves its state and ends. Returns None if the script succeeded, else one
     line that says why it failed: its first line that starts with "error:", or else its last line.
     """
     log = experiment.report_folder / LOGS / f"{cell.config.run_name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.executable, str(PROJECT / experiment.script), *cell.arguments, f"run_name={cell.config.run_name}"]
+    script, *arguments = cell.command
     last = ""
     # The script gets a process group of its own. Otherwise the terminal would send it Ctrl-C, we would pass on a second
     # one, and at the second one the script leaves without saving.
     with (open(log, "a", encoding="utf-8") as file,
-          subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                           start_new_session=True) as process):
+          subprocess.Popen([sys.executable, str(PROJECT / script), *arguments], stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True) as process):
         SIGNALS.passed_to = process
         if SIGNALS.received:  # while the process began
             process.send_signal(getattr(signal, SIGNALS.received))
@@ -105,6 +107,8 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
 
 
 def remaining_time(experiment: Experiment, pending: Sequence[Cell]) -> str:
-    """How long the pending cells will train, if they take as long as the finished ones."""
-    known = [read_metrics(cell.folder)["train"]["seconds"] for cell in experiment.cells if cell.is_finished]
-    return f", about {tqdm.format_interval(len(pending) * fmean(known))} of training" if known else ""
+    """How long the pending encoders will train, if they take as long as the finished ones."""
+    known = [read_metrics(cell.folder)["train"]["seconds"] for cell in experiment.cells
+             if cell.is_finished and is_encoder(cell.config)]
+    left = sum(is_encoder(cell.config) for cell in pending)
+    return f", about {tqdm.format_interval(left * fmean(known))} of training" if known and left else ""

@@ -7,7 +7,6 @@ confident. The validation figures are cross-fitted: each review is predicted by 
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from sklearn.model_selection import PredefinedSplit, StratifiedKFold, cross_val_
 from suite.common.checks import problems_of
 from suite.common.devices import Devices
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
-from suite.common.run_folder import STACK_OF, best_model, differences, is_encoder, read_metrics, without_encoder
+from suite.common.run_folder import best_model, differences, is_encoder, read_metrics, stack_name, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits, refuse_other_version
@@ -48,6 +47,10 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     quiet_libraries()
     runs = [read_result(folder) for folder in folders]
     refuse_different_tests(runs)
+    if other := next((run for run in runs if run.train_limit != runs[0].train_limit), None):
+        raise UserError(f"{runs[0].folder} and {other.folder} were trained on different parts of the training reviews "
+                        f"(data_config.train_limit: {runs[0].train_limit} and {other.train_limit}): name runs of one "
+                        "part")
     models = [best_model(folder) for folder in folders]  # whole, and the run's own
     for model in models:
         if kind_of(model) == BAG_OF_WORDS:
@@ -98,8 +101,7 @@ def read_valid(runs: Sequence[Result]) -> list[Predictions]:
 
 def configuration(runs: Sequence[Result], output: Path) -> Config:
     """That of the stack: the members' data, their names, and the seed that the encoders share, or else the first's."""
-    members = [re.sub(r"[-_]?seed[-_]?\d+", "", run.config.run_name) or run.config.run_name for run in runs]
-    config = without_encoder(runs[0].config, STACK_OF + ", ".join(members))
+    config = without_encoder(runs[0].config, stack_name(run.folder.resolve().name for run in runs))
     seeds = {run.seed for run in runs if is_encoder(run.config)}
     config.train_config.seed = seeds.pop() if len(seeds) == 1 else runs[0].seed
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from suite.common.figures import heading, show, shown_in
+from suite.comparison.data_size import data_size
 from suite.comparison.results import Result, Setting
 from suite.comparison.significance import accuracy_interval, compare, sentence
 from suite.training.evaluation import SPLITS
@@ -26,11 +27,12 @@ def summarize(settings: Sequence[Setting], title: str, question: str = "", notes
     """The contents of comparison.json. Accuracies and differences are shares of reviews."""
     runs = [run for setting in settings for run in setting.runs]
     config, hard = runs[0].config, hard_reviews(runs)
+    rows = [_row(setting) for setting in settings]
     pairs = compare([setting.label for setting in settings], [setting.correct for setting in settings])
     return {
         "title": config.demo_mark + title, "question": question, "demo": config.is_demo,
         "split": SPLITS[runs[0].split], "reviews": len(runs[0].predicted),
-        "settings": [_row(setting) for setting in settings],
+        "settings": rows, "data_size": data_size(settings, rows),
         "pairs": [asdict(pair) | {"is_shown": pair.is_shown, "sentence": sentence(pair)} for pair in pairs],
         "wrong_in_all_runs": len(hard["wrong_in_all_runs"]), "runs_disagree": len(hard["disagreements"]),
         "notes": [*notes, *_conditions(runs)]}
@@ -41,7 +43,8 @@ def _row(setting: Setting) -> dict[str, Any]:
     figures = {name: setting.figures("train" if figure.section == "train" else setting.runs[0].split, name)
                for name, figure in COLUMNS.items()}
     return {"setting": setting.label, "runs": [run.folder.name for run in setting.runs],
-            "seeds": [run.seed for run in setting.runs], "accuracies": accuracies.tolist(),
+            "seeds": [run.seed for run in setting.runs],
+            "trained_on": setting.runs[0].metrics.get("data", {}).get("train"), "accuracies": accuracies.tolist(),
             "accuracy": float(accuracies.mean()),
             "accuracy_sd": float(accuracies.std(ddof=1)) if len(accuracies) > 1 else None,
             "accuracy_ci95": list(accuracy_interval(setting.correct)),
@@ -54,6 +57,8 @@ def _conditions(runs: Sequence[Result]) -> list[str]:
     data = runs[0].config.data_config
     dataset = Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
     limit = f", limited to {data.limit:,} rows" if data.limit else ""
+    if data.train_limit and len({run.train_limit for run in runs}) == 1:
+        limit += f", train_limit {data.train_limit:,}"
     groups = f", each {data.group_column} in one part" if data.group_column else ""
     lines = [f"Data: {dataset}, split {data.split}{groups}, split_seed {data.split_seed}{limit}. All runs were "
              f"measured on the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that "
@@ -83,11 +88,13 @@ def hard_reviews(runs: Sequence[Result]) -> dict[str, np.ndarray]:
 
 def settings_table(summary: dict[str, Any]) -> list[list[str]]:
     """Rows of text, the headings first."""
-    rows = [["setting", "seeds", f"{summary['split']} accuracy", "95 % interval", *map(heading, COLUMNS)]]
+    sizes = ["training reviews"] if summary["data_size"] else []
+    rows = [["setting", *sizes, "seeds", f"{summary['split']} accuracy", "95 % interval", *map(heading, COLUMNS)]]
     for row in summary["settings"]:
         spread = f" ± {row['accuracy_sd']:.4f}" if row["accuracy_sd"] is not None else ""
         interval = "{:.4f} to {:.4f}".format(*row["accuracy_ci95"])
-        rows.append([row["setting"], str(len(row["seeds"])), f"{row['accuracy']:.4f}{spread}", interval,
+        trained_on = [f"{row['trained_on']:,}" for _ in sizes]
+        rows.append([row["setting"], *trained_on, str(len(row["seeds"])), f"{row['accuracy']:.4f}{spread}", interval,
                      *(show(row, name) for name in COLUMNS)])
     return rows
 

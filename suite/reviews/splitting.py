@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from suite.reviews.classes import Reviews, load_reviews, name_rows
-from suite.reviews.grouping import draw_groups, group_digests, say_groups, units_of
+from suite.reviews.grouping import FAR, draw_groups, group_digests, say_groups, units_of
 from utils import Config, DataConfig, UserError, say
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ class Split:
     def label_names(self) -> list[str]:
         return self.reviews.label_names
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """See `data_record`."""
+        return data_record(len(self.ids_of["train"]), self.held_out)
+
     def text(self, review_id: int) -> str:
         """The review whose `id` this is."""
         return self.reviews.table[int(review_id)]["text"]
@@ -63,6 +68,12 @@ def load_split(config: Config) -> Split:
 
 def fingerprint(*parts: np.ndarray) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
+
+
+def data_record(trained_on: int, held_out: np.ndarray) -> dict[str, Any]:
+    """What metrics.json says about a run's data: the number of training rows, and a fingerprint of the digests of what
+    validates and tests. Runs of different data_config.train_limit share the second alone."""
+    return {"train": trained_on, "held_out": fingerprint(held_out)}
 
 
 def text_digests(table: Dataset) -> np.ndarray:
@@ -125,6 +136,7 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
         copies = np.setdiff1d(together, pool)
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
                   for split, rows in splits.items()}
+    splits["train"] = draw_nested(splits["train"], digests, units, labels, data_config, label_names)
     if is_dropped.any():
         what = "a text of the official test split" if groups is None else (
             f"a text or {data_config.group_column} of the official test or validation split")
@@ -149,7 +161,7 @@ def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
 
 
 def _first_rows(digests: np.ndarray) -> np.ndarray:
-    """(rows,) the first row that has the same text as each row."""
+    """(rows,) the first row that has the same digest as each row."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     return first[inverse]
 
@@ -207,3 +219,42 @@ def draw_stratified(rows: np.ndarray, labels: np.ndarray, count: int, data_confi
                         f"class, are too few for each of the {len(counts)} classes to be in every part of "
                         f"data_config.{key}={getattr(data_config, key)}: {raised}, or change data_config.{key}"
                         ) from None
+
+
+def draw_nested(rows: np.ndarray, digests: np.ndarray, units: np.ndarray, labels: np.ndarray, data_config: DataConfig,
+                label_names: Sequence[str]) -> np.ndarray:
+    """About data_config.train_limit of the rows, drawn at random, each class by its share; without a limit, or with a
+    larger one, all. Units are drawn whole, see `units_of`; where each is a single row, the number is exact. What a
+    smaller limit draws, a larger one draws, too.
+
+    `digests`, `units`, `labels`: of all rows. Raises UserError if a class has none of the rows drawn, or if whole units
+    come to less than half of the limit, or more than twice.
+    """
+    limit, classes = data_config.train_limit, len(label_names)
+    if limit is None or limit >= len(rows):
+        return rows
+    rows = rows[np.argsort(digests[rows], kind="stable")]  # so that the order of the rows changes nothing
+    unit, labels = np.unique(_first_rows(units[rows]), return_inverse=True)[1], labels[rows]
+    # A unit counts as of its most frequent class; of several, as of that of its smallest digest.
+    cells, first, counts = np.unique(unit * classes + labels, return_index=True, return_counts=True)
+    order = np.lexsort((first, -counts, cells // classes))
+    label_of = (cells % classes)[order][np.unique(cells[order] // classes, return_index=True)[1]]  # (units,)
+    # A unit's place is the share of its class's rows that come before it in a random order. Places ascend as one list.
+    sizes = np.bincount(unit)
+    shuffled = np.random.default_rng(data_config.split_seed).permutation(len(label_of))
+    by_class = shuffled[np.argsort(label_of[shuffled], kind="stable")]
+    totals = np.bincount(label_of, sizes, classes)
+    before = np.cumsum(sizes[by_class]) - sizes[by_class] - (np.cumsum(totals) - totals)[label_of[by_class]]
+    places = np.empty(len(sizes))
+    places[by_class] = before / totals[label_of[by_class]]
+    order = shuffled[np.argsort(places[shuffled], kind="stable")]
+    drawn = order[:1 + np.abs(np.cumsum(sizes[order]) - limit).argmin()]
+    is_drawn = np.isin(unit, drawn)
+    key, count = f"{data_config.dataset}: data_config.train_limit={limit}", is_drawn.sum()
+    if not limit / FAR <= count <= limit * FAR:
+        raise UserError(f"{key} comes to {count:,} training rows, because groups and copies of a text stay together: "
+                        "raise it")
+    if lacking := set(range(classes)) - set(labels[is_drawn].tolist()):
+        raise UserError(f"{key} is too few for {classes} classes: no row to train on has the class "
+                        f"{label_names[min(lacking)]!r}: raise it")
+    return rows[is_drawn]

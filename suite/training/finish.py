@@ -72,7 +72,7 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
     tested = {} if predictions is None else {"test": compute_metrics(predictions)}
     if tested and (temperature := run.figures.get("valid", {}).get("temperature")):
         tested["calibration"] = calibration_figures(predictions, temperature)
-    metrics = run.figures | tested | {"environment": environment(run.devices)}
+    metrics = run.figures | tested | {"data": run.data.record, "environment": environment(run.devices)}
     if tested:
         label_names, history = run.data.label_names, read_history(folder / "history.jsonl")
         rows = mistakes(predictions, run.data.text, label_names)
