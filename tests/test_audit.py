@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import content_of, expect, rows_of, run_here, train_here, write_reviews
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from test_baseline import ENCODER, error_of, settings_of
 
 from suite.common import cli
 from suite.comparison.audit import cross_fitted, draw_folds
-from suite.comparison.confident_learning import class_thresholds, expected_flags, fit_temperature, flagged
+from suite.comparison.confident_learning import class_thresholds, expected_flags, flagged
 from suite.comparison.stacking import stack_runs
 from suite.encoders.bag_of_words import fit
 from suite.reviews.splitting import load_split
@@ -186,16 +186,10 @@ def test_a_run_judges_the_reviews_that_it_has_not_seen_and_nothing_is_computed_a
 # The figures
 
 
-def test_flags_and_temperature_are_those_of_the_formulas():
+def test_flags_are_those_of_the_formulas():
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(4000, 3)) * 2
     labels = np.array([generator.choice(3, p=row) for row in softmax(logits, axis=1)])
-    assert fit_temperature(3 * logits, labels) == pytest.approx(3 * fit_temperature(logits, labels), rel=1e-3)
-    assert fit_temperature(logits, labels) == pytest.approx(1, abs=0.1)
-    losses = [-log_softmax(logits / (fit_temperature(logits, labels) * factor), axis=1)[range(4000), labels].mean()
-              for factor in (0.98, 1, 1.02)]
-    assert losses[1] == min(losses)
-
     probabilities = softmax(logits, axis=1)
     thresholds = [np.mean([row[label] for row, given in zip(probabilities, labels, strict=True) if given == label])
                   for label in range(3)]

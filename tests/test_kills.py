@@ -247,8 +247,8 @@ def test_a_disk_without_room_is_refused_before_the_first_step(undisturbed, monke
     arguments, whole = undisturbed("main.py")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_100_000))
     error = refusal_here([*arguments, "run_name=small"])
-    # three states of the weights and Adam's two moments, and two best models: 11 times 0.4 MB
-    assert "no room to write 4 MB (1 MB are free" in error
+    # three states of the weights, their average and Adam's two moments, and two best models: 14 times 0.4 MB
+    assert "no room to write 6 MB (1 MB are free" in error
     assert "set output_dir" in error
     assert not (whole.parent / "small").exists()
 

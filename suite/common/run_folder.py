@@ -172,9 +172,9 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
                int8: bool = False, teacher: str | None = None) -> Config:
     """The configuration of a command: that of `path` with the overrides applied, as its mode needs it.
 
-    `--mode baseline` and `--mode audit` take only what shapes a bag of words. `--mode distill` takes `teacher`, a folder.
-    `--mode predict` takes the text column of the run, or of the run folder `model`. `--mode test`, `--mode audit` with a
-    `model`, and an export whose `int8` is checked, take what the run has saved.
+    `--mode baseline` and `--mode audit` take only what shapes a bag of words. `--mode distill` takes `teacher`, a
+    folder. `--mode predict` takes the text column of the run, or of the run folder `model`. `--mode test`, `--mode
+    audit` with a `model`, and an export whose `int8` is checked, take what the run has saved.
     """
     if mode in ("baseline", "audit") and num_processes() > 1:
         raise UserError(f"--mode {mode} is the work of one process: start it with python main.py --mode {mode}")

@@ -23,7 +23,7 @@ from suite.common.hub import check_hub, say_what_was_cached
 from suite.common.pages import UNPRINTABLE, render
 from suite.common.run_folder import best_model, read_metrics, run_of
 from suite.common.storage import atomic_write, room_for, write_text
-from suite.comparison.confident_learning import class_thresholds, expected_flags, fit_temperature, flagged
+from suite.comparison.confident_learning import class_thresholds, expected_flags, flagged
 from suite.comparison.results import Result, read_result
 from suite.encoders.bag_of_words import BagOfWords, NGrams, fit_features, load_bag_of_words, marked, split_words
 from suite.encoders.loading import kind_of
@@ -32,6 +32,7 @@ from suite.reviews.classes import name_rows
 from suite.reviews.confirmed import NO_CLASS, Confirmed, read_confirmed, rows_in_split
 from suite.reviews.grouping import draw_units, units_of
 from suite.reviews.splitting import Split, load_split
+from suite.training.calibration import fit_temperature
 from suite.training.evaluation import SPLITS, Predictions, wilson_interval
 from utils import BAG_OF_WORDS, Config, UserError, say
 
@@ -161,7 +162,8 @@ def words_against(model: BagOfWords, features: csr_matrix, contradicted: Predict
 
 
 def temperature_of(predictions: Predictions) -> float:
-    return fit_temperature(np.log(np.maximum(predictions.probabilities, LEAST)), predictions.labels)
+    logits = np.log(np.maximum(predictions.probabilities, LEAST))  # a saved probability may be 0
+    return fit_temperature(Predictions(predictions.ids, predictions.labels, logits))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,21 +12,6 @@ they are calibrated first.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import log_softmax
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """What to divide the logits (n, classes) by, so that the mean cross-entropy of the labels (n,) is least (Guo et al.
-    2017, "On Calibration of Modern Neural Networks").
-
-    It lies between 0.05 and 20, because without a mistake, a smaller one is always better.
-    """
-    from scipy.optimize import minimize_scalar
-
-    def loss(log_temperature: float) -> float:
-        return -log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(labels)), labels].mean()
-
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def class_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
