@@ -56,6 +56,10 @@ def test_the_report_has_a_curve_for_each_kind_of_model(tmp_path, capsys):
     smaller = fit_power_law([500, 1000, 2000], [1 - point["accuracy"] for point in points[:3]])
     assert first["law"]["without_last"]["accuracy"] == pytest.approx(1 - smaller.error(8000))
     assert f"expects {1 - law.error(16_000):.4f} (95 % interval " in first["sentence"]
+    assert first["sentence"].endswith(" there; what was seen lies within.")
+    level = [{"trained_on": size, "accuracy": 1 - 0.9 * size**-0.25 * factor, "accuracy_ci95": [0, 1]}
+             for size, factor in zip(SIZES, (1, 1.02, 0.98, 1, 1.4), strict=True)]
+    assert "outside, so the law does not hold here" in data_size._curve("it", level, "")["sentence"]
     assert second["sentence"] == "learning_rate 0.0002: a forecast needs 3 training sizes, and there are 2."
     perfect = [{"trained_on": size, "accuracy": min(1, size / 2000), "accuracy_ci95": [0, 1]} for size in SIZES]
     assert data_size._curve("it", perfect, "")["sentence"] == (

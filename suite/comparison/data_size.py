@@ -92,10 +92,14 @@ def _curve(model: str, rows: Sequence[dict[str, Any]], where: str) -> dict[str, 
     law = fit_power_law(sizes, errors)
     twice, without_last = _forecast(law, 2 * last), _forecast(fit_power_law(sizes[:-1], errors[:-1]), last)
     curve["law"] = {"factor": law.factor, "exponent": law.exponent, "twice": twice, "without_last": without_last}
+    seen, interval, verdict = points[-1]["accuracy"], without_last["accuracy_ci95"], ""
+    if interval:
+        verdict = ("; what was seen lies within" if interval[0] <= seen <= interval[1] else
+                   "; what was seen lies outside, so the law does not hold here, and its forecast is not to be trusted")
     return curve | {"sentence": (
-        f"{model}: {points[-1]['accuracy']:.4f} at {last:,} training reviews. With twice as many, a power law, error = "
+        f"{model}: {seen:.4f} at {last:,} training reviews. With twice as many, a power law, error = "
         f"{law.factor:.3g} x n^-{law.exponent:.3f} from {count} sizes, expects {_in_words(twice)} on the same {where}. "
-        f"Fitted without {last:,}, it expects {_in_words(without_last)} there.")}
+        f"Fitted without {last:,}, it expects {_in_words(without_last)} there{verdict}.")}
 
 
 def _forecast(law: PowerLaw, size: int) -> dict[str, Any]:
