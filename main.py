@@ -9,6 +9,7 @@
     python main.py --mode test                                          evaluate the best model of that run again
     python main.py --mode predict --text "A wonderful film."            label a review with that model
     python main.py --mode predict --input FILE --output FILE            or all rows of a file
+    python main.py --mode decide --threshold "precision>=0.95"          the threshold between two classes
     python main.py --mode explain --text "A wonderful film."            the words that the decision rests on
     python main.py --mode export                                        that model as ONNX or for transformers
     python main.py --mode publish OWNER/NAME                            that model on the Hub; --yes sends it

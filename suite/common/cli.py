@@ -42,6 +42,7 @@ MODES = {
     "distill": Mode("train on a finished run's labels of unlabelled reviews, too", None, writes_run=True),
     "predict": Mode("label new reviews", "suite.inference.predict:predict"),
     "export": Mode("write the model as ONNX, or for transformers", "suite.inference.export:export"),
+    "decide": Mode("choose the threshold between two classes on validation", "suite.comparison.threshold:decide"),
     "explain": Mode("show the words that a decision rests on", "suite.inference.explain:explain"),
     "audit": Mode("list the labels that are probably wrong", "suite.comparison.audit:audit"),
     "publish": Mode("send the model to the Hugging Face Hub", "suite.inference.publish:publish"),
@@ -60,8 +61,9 @@ class Command:
 
     mode: str
     config: Config
-    model: str | None = option("predict, export, explain, publish, audit", "a trained model, or its run (default: "
-                               "the best one of the run; for audit: bags of words that it fits)", metavar="FOLDER")
+    model: str | None = option("predict, export, explain, publish, audit, decide", "a trained model, or its run "
+                               "(default: the best one of the run; for audit: bags of words that it fits)",
+                               metavar="FOLDER")
     text: str | None = option("predict, explain", "one review", metavar="TEXT")
     input: str | None = option("predict", "reviews in a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one review "
                                "per line), in a folder of .txt files (one review each), or - for lines from standard "
@@ -71,6 +73,8 @@ class Command:
                                 ".csv file", metavar="FILE")
     min_confidence: float | None = option("predict", "give no class to a text where none has this probability: a "
                                           "person decides", flag="min-confidence", metavar="P", type=float)
+    threshold: str | None = option("decide", "f1, precision>=0.95 or recall>=0.99 of class 1, with your own number, or "
+                                   "none", metavar="AIM")
     confirmed: str | None = option("audit", "what people said of some labels: a .csv file with the columns split, row "
                                    "and label", metavar="FILE")
     formats: tuple[str, ...] = option("export", "one or both of them, with a comma between (default: onnx)",
@@ -171,6 +175,9 @@ def check_options(given: argparse.Namespace) -> None:
             raise UserError("--output is for the rows of --input FILE: leave it out, the label of --text is printed")
         if given.input is not None:
             check_files(given.input, output)
+    elif mode == "decide":
+        if given.threshold is None:
+            raise UserError('--mode decide: give --threshold f1, --threshold "precision>=0.95" or "recall>=0.99"')
     elif mode == "audit":
         check_audit(output, given.confirmed)
     elif output is not None:

@@ -43,6 +43,8 @@ FIGURES = {
     "temperature": Figure("valid, calibration", "with train_config.calibrate: what the logits are divided by"),
     "loss_before": Figure("calibration", "the test loss without the temperature; `loss_after` with it; `ece_before` "
                           "and `ece_after` likewise. Each has a bootstrap's 95 % interval, such as `loss_after_ci95`"),
+    "threshold": Figure("threshold", "of --mode decide: the probability from which on a review gets class 1, its "
+                        "`aim`, and what it gives on the test reviews: `accuracy`, `precision`, `recall`, `f1`"),
     "n": Figure(MEASURED, "number of reviews; of a pretraining run, of masked words", "reviews", ","),
     "epoch": Figure("valid", "the epoch of the best model"),
     "optimizer_steps": Figure("train", "optimizer steps; of a model that a solver fits, its iterations",

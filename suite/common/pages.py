@@ -58,7 +58,8 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
                                  metric_type=name, metric_value=test[name]) for name in ("accuracy", "f1")])
     write_text(folder / CARD, render(
         "classifier_card.md", metadata=metadata.to_yaml(), config=config, data=data, train=config.train_config,
-        model=_public(encoder), teacher=config.train_config.teacher and short_name(config.train_config.teacher),
+        model=_public(encoder), threshold=metrics.get("threshold"),
+        teacher=config.train_config.teacher and short_name(config.train_config.teacher),
         dataset=dataset, classes=label_names, figures=on_card(test), reviews=test["n"],
         kind="encoder" if is_encoder(config) else "bag of words" if encoder == BAG_OF_WORDS else "stack",
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),

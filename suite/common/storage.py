@@ -23,6 +23,7 @@ from utils import UserError, process_rank, say
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+THRESHOLD = "threshold.json"  # beside a model that --mode decide has given one
 NOT_SUMMED = {MANIFEST, CARD, f".{CARD}.tmp"}  # the owner of a model may edit its model card at any time
 PARTIAL, OLD = ".partial", ".old"  # endings of what lies beside a folder that is replaced
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk is full, the user's quota is, the file may not grow

@@ -23,7 +23,7 @@ from suite.common.checks import position_limit, too_long
 from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.run_folder import best_model
-from suite.common.storage import MANIFEST, read_json, refuse_damage
+from suite.common.storage import MANIFEST, THRESHOLD, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
 from suite.encoders.loading import STACK, kind_of, load_model
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
@@ -49,7 +49,10 @@ def chosen_model(command: Command) -> Path:
 def open_classifier(folder: Path, config: Config, devices: Devices) -> Labeller:
     """Raises UserError if the folder holds no trained model whose files belong together."""
     kinds = {BAG_OF_WORDS: Words, STACK: Stack}
-    return kinds.get(kind_of(folder), Classifier)(folder, config, devices)
+    classifier = kinds.get(kind_of(folder), Classifier)(folder, config, devices)
+    if (folder / THRESHOLD).exists():
+        classifier.threshold = read_json(folder / THRESHOLD)["threshold"]
+    return classifier
 
 
 class Labeller:
@@ -60,6 +63,7 @@ class Labeller:
     label_names: list[str]
     data_fingerprint: str | None  # of the reviews and the split that it was trained on; None if it does not say so
     logits: Callable[[list[str]], np.ndarray]  # (texts, classes) float64
+    threshold: float | None = None  # of two classes: from this probability of class 1 on, a text gets it
     min_confidence: float | None = None  # below this probability of the likeliest class, a text gets none
 
     @property
@@ -85,8 +89,8 @@ class Labeller:
 
     def columns(self, probabilities: np.ndarray) -> dict[str, Any]:
         """What is added to a row whose probabilities (classes,) these are."""
-        is_sure = probabilities.max() >= (self.min_confidence or 0)
-        predicted = self.label_names[probabilities.argmax()] if is_sure else None
+        label = probabilities.argmax() if self.threshold is None else int(probabilities[1] >= self.threshold)
+        predicted = self.label_names[label] if probabilities[label] >= (self.min_confidence or 0) else None
         return dict(zip(self.added, [predicted, *(float(f"{p:.9g}") for p in probabilities)], strict=True))
 
 

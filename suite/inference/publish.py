@@ -16,16 +16,16 @@ from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.pages import NOT_TESTED
 from suite.common.run_folder import read_metrics, read_saved_config, run_of
-from suite.common.storage import CARD, refuse_damage
+from suite.common.storage import CARD, THRESHOLD, refuse_damage
 from suite.encoders.checkpoints import kind_of
 from suite.encoders.loading import WITHOUT_ENCODER
 from suite.inference.classifier import chosen_model
 from utils import DEMO_WARNING, UserError, brief, say
 
-FILES = ["README.md", "config.json", "model.safetensors", "model.py", "sentence_bert_config.json", "onnx/model.onnx",
-         "onnx/model.onnx.data", "onnx/model_quantized.onnx", "tokenizer.json", "tokenizer_config.json",
-         "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spm.model",
-         "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"]
+FILES = ["README.md", "config.json", "model.safetensors", "model.py", THRESHOLD, "sentence_bert_config.json",
+         "onnx/model.onnx", "onnx/model.onnx.data", "onnx/model_quantized.onnx", "tokenizer.json",
+         "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+         "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"]
 
 
 def publish(command: Command, devices: Devices) -> None:

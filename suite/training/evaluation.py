@@ -111,6 +111,19 @@ def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
     return (-metrics["loss"],) if best_metric == "loss" else (metrics[best_metric], -metrics["loss"])
 
 
+def threshold_figures(predictions: Predictions, saved: dict[str, Any]) -> dict[str, Any]:
+    """What `saved`, the content of threshold.json, makes of these predictions of two classes."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    decided = (predictions.probabilities[:, 1] >= saved["threshold"]).astype(int)
+    precision, recall, f1, _ = precision_recall_fscore_support(predictions.labels, decided, average="binary",
+                                                               zero_division=0)
+    correct, n = int((decided == predictions.labels).sum()), len(decided)
+    return {"aim": saved["aim"], "threshold": saved["threshold"], "accuracy": correct / n,
+            "accuracy_ci95": list(wilson_interval(correct, n)), "precision": float(precision),
+            "recall": float(recall), "f1": float(f1)}
+
+
 def risk_coverage(predictions: Predictions) -> np.ndarray:
     """(n,) the share of mistakes among the k reviews with the highest confidence, k = 1 ... n (El-Yaniv and Wiener
     2010). Its mean is the area under the curve; reviews of equal confidence stand in the order of their ids."""

@@ -18,7 +18,7 @@ from suite.common.figures import on_console, show
 from suite.common.hub import say_what_was_cached
 from suite.common.pages import write_model_card
 from suite.common.run_folder import best_model, is_encoder, read_history, read_metrics
-from suite.common.storage import write_json, write_text
+from suite.common.storage import THRESHOLD, read_json, write_json, write_text
 from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
 from suite.reviews.splitting import Split, load_split
@@ -31,6 +31,7 @@ from suite.training.evaluation import (
     Predictions,
     compute_metrics,
     mistakes,
+    threshold_figures,
     write_mistakes,
     write_predictions,
 )
@@ -72,6 +73,8 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
     tested = {} if predictions is None else {"test": compute_metrics(predictions)}
     if tested and (temperature := run.figures.get("valid", {}).get("temperature")):
         tested["calibration"] = calibration_figures(predictions, temperature)
+    if tested and (chosen := folder / "best" / THRESHOLD).exists():
+        tested["threshold"] = threshold_figures(predictions, read_json(chosen))
     metrics = run.figures | tested | {"data": run.data.record, "environment": environment(run.devices)}
     if tested:
         label_names, history = run.data.label_names, read_history(folder / "history.jsonl")

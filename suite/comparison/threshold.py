@@ -1,0 +1,104 @@
+"""--mode decide: from which probability on a review gets class 1, of two, chosen on a run's validation reviews.
+
+    python main.py --mode decide --threshold f1                    the best F1 of class 1
+    python main.py --mode decide --threshold "precision>=0.95"     the most recall at this precision
+    python main.py --mode decide --threshold "recall>=0.99"        the most precision at this recall
+    python main.py --mode decide --threshold none                  the more probable class, as without it
+
+Nothing is computed again: the run has saved its predictions. The threshold lies beside the model, in threshold.json,
+where --mode predict finds it. The test reviews are judged both ways.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from suite.common.cli import Command
+from suite.common.devices import Devices
+from suite.common.figures import show
+from suite.common.pages import write_model_card
+from suite.common.run_folder import best_model, read_metrics, run_of
+from suite.common.storage import THRESHOLD, remove, write_json
+from suite.comparison.results import read_result
+from suite.training.evaluation import Predictions, threshold_figures
+from suite.training.states import RunFolder
+from utils import UserError, say
+
+
+class Aim(NamedTuple):
+    """`f1`, or the least value that `precision` or `recall` must have."""
+
+    metric: str
+    least: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Aim:
+        found = re.fullmatch(r"(f1)|(precision|recall)\s*>=\s*(0?\.\d+|1(?:\.0*)?)", text.strip())
+        if found is None:
+            raise UserError(f"--threshold: {text!r} is not an aim: give f1, precision>=0.95 or recall>=0.99, in "
+                            "quotes, or none")
+        return cls("f1") if found[1] else cls(found[2], float(found[3]))
+
+
+def decide(command: Command, devices: Devices) -> None:
+    """Raises UserError if the run is not finished, has other than two classes, or cannot reach the aim."""
+    aim = None if command.threshold == "none" else Aim.parse(command.threshold)
+    run = (run_of(Path(command.model)) or Path(command.model)) if command.model else command.config.run_folder
+    valid = read_result(run, "valid")
+    folder, config, names = RunFolder(valid.config), valid.config, valid.label_names
+    if len(names) != 2:
+        raise UserError(f"--threshold: {run} has {len(names)} classes, and a threshold divides two: use "
+                        "--min-confidence of --mode predict")
+    folder.path = run
+    folder.lock()
+    best, metrics = best_model(run), read_metrics(run)
+    metrics.pop("threshold", None)
+    if aim is None:
+        remove(best / THRESHOLD)
+        say(f"{run}: a review gets its more probable class again")
+    else:
+        threshold = choose(valid.predictions, aim)
+        saved = {"aim": command.threshold, "threshold": threshold, "class": names[1]}
+        write_json(best / THRESHOLD, saved)
+        of_valid = threshold_figures(valid.predictions, saved)
+        say(f"{run}: {names[1]} from a probability of {threshold:.4g} on ({command.threshold}); validation "
+            + in_words(of_valid))
+        if "test" in metrics:
+            test = read_result(run).predictions
+            metrics["threshold"] = threshold_figures(test, saved)
+            say(f"test {in_words(metrics['threshold'])}; at 0.5, {in_words(metrics['test'])}")
+    if "test" in metrics:
+        write_model_card(best, config, metrics, names)
+    write_json(run / "metrics.json", metrics)
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {show(figures, name)}" for name in ("accuracy", "precision", "recall", "f1"))
+
+
+def choose(predictions: Predictions, aim: Aim) -> float:
+    """The probability of class 1 from which on class 1 meets the aim best: half way between those of two reviews that
+    are decided differently. Of equally good ones, it is the nearest to 0.5.
+
+    Raises UserError if none meets it.
+    """
+    scores, is_positive = predictions.probabilities[:, 1], predictions.labels == 1
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores are decided together
+    thresholds, hits = scores[order][last], np.cumsum(is_positive[order])[last]
+    thresholds = (thresholds + np.append(thresholds[1:], 0)) / 2
+    precision = hits / (np.flatnonzero(last) + 1)
+    recall = hits / max(is_positive.sum(), 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    values = {"f1": f1, "precision": precision, "recall": recall}[aim.metric]
+    goal = {"f1": f1, "precision": recall, "recall": precision}[aim.metric]
+    reached = values >= aim.least
+    if not reached.any():
+        raise UserError(f"--threshold: no threshold reaches {aim.metric}>={aim.least:g} on the validation reviews: the "
+                        f"most is {values.max():.4f}")
+    best = reached & (goal == goal[reached].max())
+    return float(thresholds[best][np.abs(thresholds[best] - 0.5).argmin()])
