@@ -50,7 +50,7 @@ def stands_once(names, *parts) -> bool:
 @given(seed=st.integers(0, 10**6), films=st.integers(20, 60), classes=st.integers(2, 4), copies=st.integers(0, 12),
        drop=st.booleans(), limit=st.sampled_from([None, 150]))
 def test_no_film_and_no_text_is_on_two_sides_whatever_names_and_order_are(seed, films, classes, copies, drop, limit):
-    """Copies join films, so that the films of a text are on one side, too. The same reviews in another order, with
+    """Copies that are kept join films, so that the films of a text are on one side, too. The same reviews in another order, with
     other names of films, and with classes that are numbered in another way, are drawn alike."""
     generator = np.random.default_rng(seed)
     film = np.repeat(np.arange(films), generator.integers(1, 20, films))
@@ -95,6 +95,18 @@ def test_films_of_one_class_each_are_stratified():
     units = np.repeat(np.arange(200), 5)
     parts = draw_units(units, units % 4, [0.8, 0.1, 0.1], seed=1)
     assert [np.bincount((units % 4)[parts == part]).tolist() for part in range(3)] == [[200] * 4, [25] * 4, [25] * 4]
+
+
+def test_texts_that_many_films_share_do_not_join_them(capsys):
+    """A text such as "great", once for each film, would make one group of all; all copies but one are dropped."""
+    film, text = np.repeat(np.arange(100), 6), np.arange(600)
+    text[::6] = 0
+    parts = parts_of(text, film, np.arange(600) // 6 % 2)
+    assert [len(rows) for rows in parts.values()] == [401, 50, 50]
+    assert stands_once(film, *parts.values())
+    assert stands_once(text, *parts.values())
+    with pytest.raises(UserError, match=r"1 group\(s\) cannot be divided"):
+        parts_of(text, film, np.arange(600) // 6 % 2, drop_duplicates=False)
 
 
 def test_a_limit_draws_whole_films(capsys):
@@ -156,7 +168,7 @@ def test_the_official_halves_share_no_film(validation, capsys):
     names = np.where(np.arange(300) < 200, "train", "test").astype("U10")
     film[:6] = 50  # of the test
     text = np.arange(300)
-    text[10] = text[290]  # a text of a film of the test, so that all of film 2 counts as that film
+    text[10] = text[290]  # a text of the test
     if validation:
         names[150:200], film[100:103] = "validation", 35
     labels = np.arange(300) % 2
@@ -165,8 +177,8 @@ def test_the_official_halves_share_no_film(validation, capsys):
     assert not validation or parts["valid"].tolist() == list(range(150, 200))
     assert stands_once(film, *parts.values())
     assert stands_once(text, *parts.values())
-    assert len(parts["train"]) + len(parts["valid"]) == 200 - 6 - 5 - 3 * validation
-    assert f"{11 + 3 * validation} rows repeat a text or film of the official test" in capsys.readouterr().out
+    assert len(parts["train"]) + len(parts["valid"]) == 200 - 6 - 1 - 3 * validation
+    assert f"{7 + 3 * validation} rows repeat a text or film of the official test" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

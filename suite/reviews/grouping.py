@@ -1,8 +1,8 @@
 """data_config.group_column: rows of one group, such as a film, stay in one part of the split.
 
-Groups that share a text count as one, a unit. Units are drawn whole, largest first, each into a part that still has
-room for its rows of every class. The draw depends on the texts, on which rows belong together and on split_seed alone:
-neither the names of classes and groups nor the order of rows change it.
+Groups that share a text count as one, a unit, unless its copies are dropped. Units are drawn whole, largest first, each
+into a part that still has room for its rows of every class. The draw depends on the texts, on which rows belong
+together and on split_seed alone: neither the names of classes and groups nor the order of rows change it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,20 @@ def units_of(digests: np.ndarray, groups: np.ndarray) -> np.ndarray:
     nodes = len(texts) + len(names)  # texts first, in the order of their digests; a row joins its text and its group
     joined = coo_array((np.ones(len(texts), bool), (texts, len(texts) + names)), shape=(nodes, nodes))
     return connected_components(joined, directed=False)[1][texts]  # numbered by their first nodes
+
+
+def is_chosen_copy(digests: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(rows,) bool: whether a row is the only one of its text, or the one that stays of several. That is the first in
+    its group; where the text stands in several groups, what else they hold decides, not their names or order."""
+    names = np.unique(groups, return_inverse=True)[1]
+    order = np.argsort(names, kind="stable")
+    sums = [hashlib.blake2b(np.unique(digests[rows]).tobytes(), digest_size=16).digest()
+            for rows in np.split(order, np.cumsum(np.bincount(names))[:-1])]
+    place = np.unique(np.array(sums, "V16"), return_inverse=True)[1]  # (groups,)
+    rows = np.lexsort((names, place[names]))
+    chosen = np.zeros(len(rows), bool)
+    chosen[rows[np.unique(digests[rows], return_index=True)[1]]] = True
+    return chosen
 
 
 def draw_units(units: np.ndarray, labels: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:

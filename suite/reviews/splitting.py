@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from suite.reviews.classes import Reviews, load_reviews, name_rows
-from suite.reviews.grouping import FAR, draw_groups, group_digests, say_groups, units_of
+from suite.reviews.grouping import FAR, draw_groups, group_digests, is_chosen_copy, say_groups, units_of
 from utils import Config, DataConfig, UserError, say
 
 if TYPE_CHECKING:
@@ -102,17 +102,22 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
         raise UserError(f"data_config.split is official, but {name} has no labelled test split (found "
                         f"{', '.join(sorted(set(split_names)))}): give shares such as [0.8, 0.1, 0.1]")
     originals = _first_rows(digests)
-    units = originals if groups is None else units_of(digests, groups)
     # The official test split stays whole, so that its figures compare with those of others. What repeats one of its
     # texts or groups is not trained on. The official validation split keeps its groups in the same way.
     rank = np.where(is_test, 2, official and groups is not None and split_names == "validation")
-    highest = np.zeros(len(units), np.int64)
-    np.maximum.at(highest, units, rank)
-    is_dropped = rank < highest[units]
+    is_dropped = np.zeros(len(rank), bool)
+    for firsts in [originals] if groups is None else [originals, _first_rows(groups)]:
+        highest = np.zeros(len(rank), np.int64)
+        np.maximum.at(highest, firsts, rank)
+        is_dropped |= rank < highest[firsts]
     kept = np.flatnonzero(~is_dropped)
-    is_copy = np.zeros(len(units), bool)
-    is_copy[kept] = ~is_test[kept] & (_first_rows(digests[kept]) != np.arange(len(kept)))
+    stays = kept == kept[_first_rows(digests[kept])] if groups is None else is_chosen_copy(digests[kept], groups[kept])
+    is_copy = np.zeros(len(rank), bool)
+    is_copy[kept] = ~is_test[kept] & ~stays
     pool = np.flatnonzero(~is_dropped & (keep_copies | ~is_copy))
+    units = originals.copy()
+    if groups is not None:
+        units[pool] = units_of(digests[pool], groups[pool])
     label_names = label_names or range(labels.max() + 1)
     counts = np.bincount(labels[pool], minlength=len(label_names))
     if not official and (few := counts.min()) < 3:

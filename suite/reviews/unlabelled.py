@@ -47,9 +47,10 @@ def each_text_once(labelled: np.ndarray, unlabelled: np.ndarray, digests: np.nda
     rows, units = rows[~np.isin(digests[rows], held_out)], None
     if groups is not None:
         rows = rows[~np.isin(groups[rows], held_out)]
+    rows = rows[np.unique(digests[rows], return_index=True)[1]]  # the first of each text
+    if groups is not None:
         units = np.zeros(len(digests), np.int64)
         units[rows] = units_of(digests[rows], groups[rows])
-    rows = rows[np.unique(digests[rows], return_index=True)[1]]  # the first of each text
     rows = np.random.default_rng(data_config.split_seed).permutation(np.sort(rows))
     is_labelled = np.isin(rows, labelled)
     limit = data_config.limit or len(rows)
