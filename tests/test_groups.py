@@ -50,8 +50,8 @@ def stands_once(names, *parts) -> bool:
 @given(seed=st.integers(0, 10**6), films=st.integers(20, 60), classes=st.integers(2, 4), copies=st.integers(0, 12),
        drop=st.booleans(), limit=st.sampled_from([None, 150]))
 def test_no_film_and_no_text_is_on_two_sides_whatever_names_and_order_are(seed, films, classes, copies, drop, limit):
-    """Copies that are kept join films, so that the films of a text are on one side, too. The same reviews in another order, with
-    other names of films, and with classes that are numbered in another way, are drawn alike."""
+    """Copies that are kept join films, so that the films of a text are on one side, too. The same reviews in another
+    order, with other names of films, and with classes that are numbered in another way, are drawn alike."""
     generator = np.random.default_rng(seed)
     film = np.repeat(np.arange(films), generator.integers(1, 20, films))
     label = generator.integers(0, classes, len(film))
