@@ -59,5 +59,5 @@ def test_the_demo_says_what_it_is_and_learns_in_about_a_minute(tmp_path, encoder
     run = tmp_path / f"DEMO-{encoder}-len64-bs32-seed42"
     assert metrics_of(run)["test"]["n"] == 600
     assert limits or metrics_of(run)["test"]["accuracy"] >= 0.90
-    assert printed.count("DEMO (generated reviews, not IMDB)") == 3
+    assert printed.count("DEMO (generated reviews, not IMDB)") == 4
     assert "DEMO" in (run / "best" / "README.md").read_text()

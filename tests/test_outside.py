@@ -34,7 +34,7 @@ def test_a_home_that_cannot_be_written_and_secrets_that_nobody_may_read(short, t
     assert "Traceback" not in result.stderr
     assert metrics_of(tmp_path / "runs/run")["train"]["optimizer_steps"] == 4
     plots = list((tmp_path / "runs/run/plots").iterdir())
-    assert len(plots) == 3
+    assert len(plots) == 4
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert [path for path in written if path.suffix == ".wandb"], result.stdout
