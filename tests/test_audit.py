@@ -231,7 +231,7 @@ def test_what_people_said_against_a_computation_by_hand(data, bag_of_words, tmp_
     lines = [
         f"train: accuracy {shown(80 - wrong, 80)} on all 80 labels; {shown(80 - wrong + 1, 79)} on the 79 that people "
         "confirmed or corrected, or were not asked about",
-        f"people did not confirm 2 labels: 2 of the first {wrong}, 2 of the first {wrong}, "
+        f"people did not confirm 2 labels: 2 of the first {wrong}, "
         f"{sum(row['flagged'] == 'yes' for row in rows[:2])} of the {flags} that are flagged"]
     assert all(line in printed and line in (tmp_path / "second.html").read_text() for line in lines)
     # the audit's own file has the format, and confirms every label

@@ -153,7 +153,7 @@ def test_runs_of_other_training_sizes_are_compared_where_they_were_tested_on_the
     limit = "data_config.train_limit=500"
     whole, _ = write_run(tmp_path / "whole", 0.9)
     small, _ = write_run(tmp_path / "small", 0.8, limit, fingerprint="of fewer")
-    assert labels_of([whole, small]) == ["train_limit None", "train_limit 500"]
+    assert labels_of([whole, small]) == ["no train_limit", "train_limit 500"]
     refuse_different_tests([read_result(whole), read_result(small)])
     other, _ = write_run(tmp_path / "other", 0.8, limit, fingerprint="of fewer", held_out="other texts")
     assert "with different contents" in refusal(capsys, [whole, other], tmp_path / "report")

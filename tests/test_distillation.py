@@ -228,7 +228,7 @@ def test_nothing_needs_the_teacher_any_more(overrides, finished, tmp_path):
     assert "that the model words gave them" in card
     labels = {setting.label for setting in group([read_result(finished.with_name(name)) for name in (
         "finished", "encoder")])}
-    assert labels == {"teacher words", "teacher None"}
+    assert labels == {"teacher words", "no teacher"}
 
 
 def is_same_run(folder, other) -> bool:

@@ -70,7 +70,7 @@ def test_the_input_s_columns_and_order_with_the_probabilities_of_the_test(traine
 
 
 def test_a_text_without_a_confident_class_waits_for_a_person(trained, tmp_path):
-    """`predicted` stays empty where no class reaches --min-confidence."""
+    """`predicted` stays empty where the class does not reach --min-confidence."""
     texts = [row["review"] for row in rows_of(trained[1].parent.parent / "reviews.csv")]
     pyarrow.parquet.write_table(pa.table({"review": texts}), tmp_path / "in.parquet")
 
@@ -90,11 +90,11 @@ def test_a_text_without_a_confident_class_waits_for_a_person(trained, tmp_path):
             "parquet": lambda path: [label or "" for label in pyarrow.parquet.read_table(path)["predicted"].to_pylist()]
             }.items():
         printed = label(f"out.{kind}", min_confidence=least)
-        assert f"{expected.count('')} rows have no class and wait for a person" in printed
+        assert f"{expected.count('')} rows have no class, because its probability is below" in printed
         assert read(tmp_path / f"out.{kind}") == expected
     unsure = texts[expected.index("")]
     printed = expect(0, run_here(*trained[0], mode="predict", text=unsure, min_confidence=least)).stdout
-    assert printed.startswith("undecided: no class has a probability of ")
+    assert printed.startswith("undecided: below the probability of ")
 
 
 def test_every_kind_of_file_says_the_same(trained, predicting, stdin, tmp_path):

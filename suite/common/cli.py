@@ -71,8 +71,8 @@ class Command:
     output: str | None = option("predict, export, explain, audit", "for each in turn: a .csv or .jsonl file, or "
                                 ".parquet if the input is one (default: standard output); a folder; an .html file; a "
                                 ".csv file", metavar="FILE")
-    min_confidence: float | None = option("predict", "give no class to a text where none has this probability: a "
-                                          "person decides", flag="min-confidence", metavar="P", type=float)
+    min_confidence: float | None = option("predict", "give a text no class whose probability is below this: a person "
+                                          "decides", flag="min-confidence", metavar="P", type=float)
     threshold: str | None = option("decide", "f1, precision>=0.95 or recall>=0.99 of class 1, with your own number, or "
                                    "none", metavar="AIM")
     confirmed: str | None = option("audit", "what people said of some labels: a .csv file with the columns split, row "

@@ -199,7 +199,7 @@ def summary_of(judged: Judged) -> list[str]:
     return [
         f"{n:,} labels compared with the predictions of {judged.by}: accuracy "
         f"{accuracy(judged.predicted == judged.labels)}",
-        f"flagged as probably wrong: {flags:,} ({flags / n:.1%}), by confident learning, at the temperature "
+        f"flagged as probably wrong: {flags:,} ({100 * flags / n:.1f} %), by confident learning, at the temperature "
         f"{judged.temperature:.3f}",
         f"if no label were wrong and reviews were as hard as the probabilities say, {judged.expected_flags:,.0f} would "
         "be flagged: the number is no estimate of the wrong labels, so read them from the top"]
@@ -214,8 +214,8 @@ def confirmed_summary(judged: Judged, confirmed: Confirmed, split: Split) -> lis
     labels = confirmed.labels[judged.ids]
     agreed, doubted = asked & (labels != NO_CLASS), asked & (labels != judged.labels)
     suspects = judged.suspects[asked[judged.suspects]]
-    first = ", ".join(f"{doubted[suspects[:count]].sum()} of the first {len(suspects[:count])}"
-                      for count in FIRST)
+    first = ", ".join(f"{doubted[suspects[:count]].sum()} of the first {count}"
+                      for count in sorted({min(count, len(suspects)) for count in FIRST}))
     flags = asked & judged.flagged
     return [
         f"{' and '.join(confirmed.splits)}: accuracy {accuracy((judged.predicted == judged.labels)[asked])} on all "

@@ -82,9 +82,10 @@ def data_size(settings: Sequence[Setting], rows: Sequence[dict[str, Any]]) -> di
 
 def _curve(model: str, rows: Sequence[dict[str, Any]], where: str) -> dict[str, Any]:
     """`rows`: those of one kind of model, from the smallest size to the largest."""
+    rows = list({row["trained_on"]: row for row in rows}.values())  # a limit above all reviews is the same as none
     points = [{key: row[key] for key in ("trained_on", "accuracy", "accuracy_ci95")} for row in rows]
     sizes, errors = [point["trained_on"] for point in points], [1 - point["accuracy"] for point in points]
-    curve, last, count = {"model": model, "points": points, "law": None}, sizes[-1], len(set(sizes))
+    curve, last, count = {"model": model, "points": points, "law": None}, sizes[-1], len(sizes)
     if count < FEWEST:
         return curve | {"sentence": f"{model}: a forecast needs {FEWEST} training sizes, and there are {count}."}
     if min(errors) == 0:

@@ -220,7 +220,8 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
         # The folders of a path mean nothing on another machine.
         said = {key: short_name(values[key]) if key in INPUTS and values[key] else values[key] for key in varying}
         labels.append(", ".join(value if key in (NAME, "data_config.dataset") else
-                                f"{SHORT_NAMES.get(key, key.rpartition('.')[2])} {value}"
+                                f"{'no ' * (value is None)}{SHORT_NAMES.get(key, key.rpartition('.')[2])}"
+                                + f" {value}" * (value is not None)
                                 for key, value in said.items()) or "base")
     if len(set(labels)) < len(labels):  # two paths end in the same name
         labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]

@@ -64,7 +64,7 @@ class Labeller:
     data_fingerprint: str | None  # of the reviews and the split that it was trained on; None if it does not say so
     logits: Callable[[list[str]], np.ndarray]  # (texts, classes) float64
     threshold: float | None = None  # of two classes: from this probability of class 1 on, a text gets it
-    min_confidence: float | None = None  # below this probability of the likeliest class, a text gets none
+    min_confidence: float | None = None  # a text gets no class whose probability is below it
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -140,8 +140,8 @@ class Job:
         if counts["broken"]:
             say(f"{self.rejected}: the broken rows, {counts['broken']:,}, were skipped")
         if counts["undecided"]:
-            say(f"{counts['undecided']:,} rows have no class and wait for a person: none has a probability of "
-                f"{self.classifier.min_confidence:g}")
+            say(f"{counts['undecided']:,} rows have no class, because its probability is below "
+                f"{self.classifier.min_confidence:g}: they wait for a person")
 
     def open(self) -> bool:
         """Let the main process take the folder for this job; if it fails, all processes leave.

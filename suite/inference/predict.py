@@ -32,7 +32,9 @@ def print_label(classifier: Labeller, text: str) -> None:
     """Print the label of a text and the probability of each class."""
     columns = classifier.columns(classifier.probabilities([text])[0])
     width = max(len(printable(name)) for name in classifier.label_names)
-    say(printable(columns["predicted"] or f"undecided: no class has a probability of {classifier.min_confidence:g}"))
+    say(printable(columns["predicted"] or f"undecided: below the probability of {classifier.min_confidence:g}"))
+    if classifier.threshold is not None:
+        say(f"  {printable(classifier.label_names[1])} from a probability of {classifier.threshold:.4g} on")
     for name in classifier.label_names:
         say(f"  {printable(name):{width}}  {columns[f'probability_{name}']:.4f}")
 

@@ -58,6 +58,8 @@ def read_confirmed(path: str, reviews: Reviews) -> Confirmed:
             problems.append(f"row {row.number}: the same label as in row {named[review]}: remove one of them")
         else:
             named[review], labels[review] = row.number, classes[label]
+    if not named and not problems:
+        problems.append("it has no rows: give it those whose labels people have looked at")
     if problems:
         more = f"; {len(problems) - 1:,} more rows are wrong" if len(problems) > 1 else ""
         raise UserError(f"--confirmed: {path}: {problems[0]}{more}")

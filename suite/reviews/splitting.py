@@ -105,11 +105,9 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     # The official test split stays whole, so that its figures compare with those of others. What repeats one of its
     # texts or groups is not trained on. The official validation split keeps its groups in the same way.
     rank = np.where(is_test, 2, official and groups is not None and split_names == "validation")
-    is_dropped = np.zeros(len(rank), bool)
-    for firsts in [originals] if groups is None else [originals, _first_rows(groups)]:
-        highest = np.zeros(len(rank), np.int64)
-        np.maximum.at(highest, firsts, rank)
-        is_dropped |= rank < highest[firsts]
+    is_dropped = _is_outranked(rank, originals)
+    if groups is not None:
+        is_dropped |= _is_outranked(rank, _first_rows(groups))
     kept = np.flatnonzero(~is_dropped)
     stays = kept == kept[_first_rows(digests[kept])] if groups is None else is_chosen_copy(digests[kept], groups[kept])
     is_copy = np.zeros(len(rank), bool)
@@ -142,16 +140,27 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
         splits = {split: np.concatenate([rows, copies[np.isin(originals[copies], originals[rows])]])
                   for split, rows in splits.items()}
     splits["train"] = draw_nested(splits["train"], digests, units, labels, data_config, label_names)
-    if is_dropped.any():
-        what = "a text of the official test split" if groups is None else (
-            f"a text or {data_config.group_column} of the official test or validation split")
-        say(f"{name}: {is_dropped.sum():,} rows repeat {what} and are dropped")
-    if is_copy.any():
-        say(f"{name}: {is_copy.sum():,} exact duplicates "
-            + ("kept in the same split as their first occurrence" if keep_copies else "dropped"))
+    _say_repeats(is_dropped.sum(), is_copy.sum(), data_config)
     if groups is not None:
         say_groups(splits, units, labels, label_names, data_config)
     return {split: np.sort(rows) for split, rows in splits.items()}
+
+
+def _say_repeats(dropped: int, copies: int, data_config: DataConfig) -> None:
+    if dropped:
+        what = "a text of the official test split" if data_config.group_column is None else (
+            f"a text or {data_config.group_column} of the official test or validation split")
+        say(f"{data_config.dataset}: {dropped:,} rows repeat {what} and are dropped")
+    if copies:
+        say(f"{data_config.dataset}: {copies:,} exact duplicates "
+            + ("dropped" if data_config.drop_duplicates else "kept in the same split as their first occurrence"))
+
+
+def _is_outranked(rank: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """(rows,) bool: whether a row of the same text, or group, has a higher rank. `firsts`: see `_first_rows`."""
+    highest = np.zeros(len(rank), np.int64)
+    np.maximum.at(highest, firsts, rank)
+    return rank < highest[firsts]
 
 
 def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:

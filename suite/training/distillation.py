@@ -57,7 +57,7 @@ def prepare_student_data(config: Config) -> PreparedData:
     unlabelled = np.sort(rows[rows >= first])
     if not len(unlabelled):
         raise UserError(f"{data_config.dataset}: it has no unlabelled review, besides copies of others, that a teacher "
-                        "could label: add a split called unsupervised, or train with --mode train")
+                        "could label: add them as docs/distillation.md says, or train with --mode train")
     say(f"{data_config.dataset}: {len(train):,} training reviews and {len(unlabelled):,} unlabelled ones to learn from")
     split.ids_of = split.ids_of | {"train": np.concatenate([train, unlabelled])}
     data = prepare_data(config, split=split)

@@ -124,6 +124,9 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
     lines = [f"{SPLITS[split]} {on_console(found)}, {show(found, 'n')} {unit}"]
     if "surest_accuracy" in found:
         lines.append(f"accuracy {show(found, 'surest_accuracy')} on the {100 * SUREST:.0f} % of highest confidence")
+    if threshold := metrics.get("threshold"):
+        lines.append(f"at the threshold of {threshold['threshold']:.4g} ({threshold['aim']}): accuracy "
+                     f"{show(threshold, 'accuracy')}, F1 {threshold['f1']:.4f}")
     if calibration := metrics.get("calibration"):
         loss, error = (f"{calibration[f'{name}_before']:.4f} -> {calibration[f'{name}_after']:.4f}"
                        for name in ("loss", "ece"))
