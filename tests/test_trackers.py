@@ -97,10 +97,6 @@ def save_picture(path):
     return path
 
 
-def pixels_of(file):
-    return np.asarray(Image.open(file))
-
-
 def events_of(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -136,7 +132,7 @@ def test_a_run_that_was_killed_has_each_record_once(tmp_path, overrides, monkeyp
     assert found.mistakes == [row["id"] for row in rows_of(run / "misclassified.csv")]
     [(name, picture)] = found.pictures.items()
     assert name == "plots/a_plot"
-    assert (pixels_of(io.BytesIO(picture)) == PICTURE).all()
+    assert (np.asarray(Image.open(io.BytesIO(picture))) == PICTURE).all()
 
 
 def test_tensorboard_hides_an_earlier_run_of_the_same_name(tmp_path):

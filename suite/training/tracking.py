@@ -108,7 +108,7 @@ class Tracker:
 
 
 class WandbRun:
-    """A run in wandb. No method waits long for a server; each may raise any error."""
+    """A run in wandb, which has no use for `step`. No method waits long for a server; each may raise any error."""
 
     def __init__(self, config: Config, run_id: str | None, job_type: str, step: int):
         os.environ.setdefault("WANDB_SILENT", "true")  # this project says what there is to say
@@ -139,8 +139,8 @@ class WandbRun:
         self.id = self.run.id
         for name in ("step", "epoch"):
             self.run.define_metric(name, hidden=True)
-        for names, step in (("train/*", "step"), ("valid/*", "epoch"), ("test/*", "epoch")):
-            self.run.define_metric(names, step_metric=step)
+        for names, axis in (("train/*", "step"), ("valid/*", "epoch"), ("test/*", "epoch")):
+            self.run.define_metric(names, step_metric=axis)
 
     def log(self, record: dict[str, Any]) -> None:
         self.run.log(record)
@@ -252,7 +252,7 @@ class TensorBoardRun:
 
 
 def _run_name(config: Config, job_type: str) -> str:
-    """Another one for --mode test: both trackers know a run by its name."""
+    """That of the run in trackio and TensorBoard, which know it by its name: --mode test has its own."""
     return config.run_name if job_type == "train" else f"{config.run_name}-{job_type}"
 
 
