@@ -182,9 +182,12 @@ class TrainConfig:
 
 @dataclass(config=CHECKED)
 class LogConfig:
-    wandb_project: str = setting("imdb-sentiment", "name of the project on wandb", shapes_result=False)
+    tracker: Literal["wandb", "trackio", "tensorboard"] = setting(
+        "wandb", "what shows the records; for trackio and tensorboard see requirements-trackers.txt",
+        shapes_result=False)
+    wandb_project: str = setting("imdb-sentiment", "name of the project on wandb, or in trackio", shapes_result=False)
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = setting(
-        "auto", "auto: online if there is a login, else offline", shapes_result=False)
+        "auto", "of wandb alone; auto: online if there is a login, else offline", shapes_result=False)
     log_every_steps: Count = setting(10, "optimizer steps between two training records")
 
 

@@ -63,11 +63,11 @@ def test_the_top_level_holds_what_is_looked_for_by_name():
         "utils.py"}
 
 
-def test_only_tracking_knows_wandb_only_pages_jinja_and_only_scripts_argparse():
+def test_only_tracking_knows_trackers_only_pages_jinja_and_only_scripts_argparse():
     knowing = {library: {str(path.relative_to(PROJECT)) for path in sources()
                          if any(name.partition(".")[0] == library for name in imports(path))}
-               for library in ("wandb", "jinja2", "argparse")}
-    assert knowing["wandb"] == {"suite/training/tracking.py"}
+               for library in ("wandb", "trackio", "jinja2", "argparse")}
+    assert knowing["wandb"] == knowing["trackio"] == {"suite/training/tracking.py"}
     assert knowing["jinja2"] == {"suite/common/pages.py"}
     assert knowing["argparse"] <= {"suite/common/cli.py", "experiment.py", "compare.py", "ensemble.py"}
 

@@ -92,8 +92,9 @@ def test_another_tracker_is_a_class_and_an_entry_and_no_failure_of_one_ends_a_ru
         method.side_effect = RuntimeError("no paper left") if name == failing else None
     monkeypatch.setattr(tracking, "TRACKERS", {"diary": start})
     config = load_config(PROJECT / "config.yaml")
-    tracker = tracking.Tracker(config, "an-id")
-    start.assert_called_once_with(config, "an-id", "train")
+    config.log_config.tracker = "diary"
+    tracker = tracking.Tracker(config, "an-id", step=7)
+    start.assert_called_once_with(config, "an-id", "train", 7)
     assert tracker.run_id == (None if failing == "start" else "an-id")
     tracker.log({})
     tracker.report({}, [], None, [], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib.util
 import os
 import pkgutil
 import re
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from suite.common.devices import Devices  # torch is imported later
 
 FORMATS = ("onnx", "transformers")  # of --mode export
+TRACKER_PACKAGES = {"trackio": "trackio==0.43.0", "tensorboard": "tensorboard==2.21.0"}  # requirements-trackers.txt
 
 
 class Mode(NamedTuple):
@@ -113,10 +115,18 @@ def read_command(description: str, accumulates: bool) -> Command:
         config = config_for(given.mode, given.config, given.overrides, given.model, bool(given.int8), given.teacher)
         if not accumulates:
             refuse_accumulation(given.mode, config)
+        if MODES[given.mode].writes_run:
+            refuse_missing_tracker(config.log_config.tracker)
     except UserError as error:
         leave(error)
     options = {name: getattr(given, name) for name in OPTIONS if getattr(given, name) is not None}
     return Command(given.mode, config, repo=given.repo, **options)
+
+
+def refuse_missing_tracker(name: str) -> None:
+    """Raises UserError if the run asks for a tracker that is not installed."""
+    if name in TRACKER_PACKAGES and importlib.util.find_spec(name) is None:
+        raise UserError(f"log_config.tracker={name} needs {name}: pip install {TRACKER_PACKAGES[name]}")
 
 
 def new_parser(description: str, **arguments: Any) -> argparse.ArgumentParser:

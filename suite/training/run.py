@@ -161,7 +161,7 @@ class Run:
         """Open the history and the tracker."""
         if self.devices.is_main:
             self.folder.open_history(self.progress.history_lines)
-        self.tracker = Tracker(self.config, self.progress.wandb_id)
+        self.tracker = Tracker(self.config, self.progress.wandb_id, step=self.progress.step)
         self.progress.wandb_id = self.tracker.run_id
 
     def train_loader(self, epoch: int, first_step: int = 0) -> DataLoader:
@@ -243,7 +243,7 @@ class Run:
         self.bar.show(loss, accuracy, f"{speed:.1f} {self.unit}/s")
 
     def record(self, values: dict[str, float], speed: dict[str, float] | None = None) -> None:
-        """To history.jsonl and wandb; the speed, which no two runs share, to wandb alone."""
+        """To history.jsonl and the tracker; the speed, which no two runs share, to the tracker alone."""
         if self.devices.is_main:
             epoch = self.progress.epoch + self.progress.steps_in_epoch / self.steps_per_epoch
             record = {"step": self.progress.step, "epoch": round(epoch, 6), **values}

@@ -1,4 +1,4 @@
-"""What follows a run: the progress bar, and an experiment tracker such as wandb where it works.
+"""What follows a run: the progress bar, and an experiment tracker (wandb, trackio or TensorBoard) where it works.
 
 A run never waits at a tracker's prompt and never dies of one. At its first failure the run goes on without it, and the
 files of the run folder are complete all the same.
@@ -6,7 +6,10 @@ files of the run folder are complete all the same.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sized
@@ -14,16 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from suite.common.devices import Devices
 from suite.common.hub import answers
+from suite.common.pages import escaped
 from suite.common.stopping import stop_if_asked
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say
 
 TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the start, and the end; wandb's own is 90
 TABLE_ROWS = 1000  # misclassified reviews that a tracker gets; misclassified.csv has them all
+COLUMNS = ["id", "text", "label", "predicted", "confidence"]  # of their table
 
 
 class ProgressBar:
@@ -61,15 +67,16 @@ def watched(batches: Sized, devices: Devices, name: str) -> Iterator[Any]:
 
 
 class Tracker:
-    """The tracker of TRACKERS that the configuration switches on, if any. The first call that fails ends it with a
-    line, and the run goes on without it."""
+    """The tracker that the configuration asks for, if it is on. The first call that fails ends it with a line, and the
+    run goes on without it."""
 
-    def __init__(self, config: Config, run_id: str | None = None, job_type: str = "train"):
-        """`run_id`: of the tracker's run that an interrupted run goes on with; `job_type`: train or test."""
-        self.run = None
-        self.name = next((name for name, tracker in TRACKERS.items() if tracker.is_on(config)), None)
-        if self.name and process_rank() == 0:
-            self.run = self._try(lambda: TRACKERS[self.name](config, run_id, job_type))
+    def __init__(self, config: Config, run_id: str | None = None, job_type: str = "train", step: int = 0):
+        """`run_id`: of the tracker's run that an interrupted run goes on with, after so many optimizer steps (`step`);
+        `job_type`: train or test."""
+        self.run, self.name = None, config.log_config.tracker
+        is_off = self.name == "wandb" and _wandb_mode(config) == "disabled"
+        if process_rank() == 0 and not is_off:
+            self.run = self._try(lambda: TRACKERS[self.name](config, run_id, job_type, step))
 
     @property
     def run_id(self) -> str | None:
@@ -101,13 +108,9 @@ class Tracker:
 
 
 class WandbRun:
-    """A run in wandb. No method waits long for a server; each may raise any error."""
+    """A run in wandb, which has no use for `step`. No method waits long for a server; each may raise any error."""
 
-    @staticmethod
-    def is_on(config: Config) -> bool:
-        return _wandb_mode(config) != "disabled"
-
-    def __init__(self, config: Config, run_id: str | None, job_type: str):
+    def __init__(self, config: Config, run_id: str | None, job_type: str, step: int):
         os.environ.setdefault("WANDB_SILENT", "true")  # this project says what there is to say
         import wandb
 
@@ -136,8 +139,8 @@ class WandbRun:
         self.id = self.run.id
         for name in ("step", "epoch"):
             self.run.define_metric(name, hidden=True)
-        for names, step in (("train/*", "step"), ("valid/*", "epoch"), ("test/*", "epoch")):
-            self.run.define_metric(names, step_metric=step)
+        for names, axis in (("train/*", "step"), ("valid/*", "epoch"), ("test/*", "epoch")):
+            self.run.define_metric(names, step_metric=axis)
 
     def log(self, record: dict[str, Any]) -> None:
         self.run.log(record)
@@ -147,9 +150,8 @@ class WandbRun:
         import wandb
 
         self.run.summary.update(summary)
-        columns = ["id", "text", "label", "predicted", "confidence"]
         self.run.log({
-            "test/misclassified": wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows]),
+            "test/misclassified": wandb.Table(columns=COLUMNS, data=_cells(rows)),
             "test/confusion_matrix": wandb.plot.confusion_matrix(
                 y_true=predictions.labels.tolist(), preds=predictions.predicted.tolist(), class_names=label_names),
             **{f"plots/{path.stem}": wandb.Image(str(path)) for path in plots}})
@@ -167,4 +169,101 @@ def _wandb_mode(config: Config) -> str:
     return os.environ.get("WANDB_MODE") or mode if mode == "auto" else mode  # wandb's own variable
 
 
-TRACKERS = {"wandb": WandbRun}  # the first that is on; another one has the same methods
+class TrackioRun:
+    """A run in trackio, in files: OUTPUT_DIR/trackio, unless trackio's own variable TRACKIO_DIR names a folder.
+
+    trackio writes twice a second, so a kill may cost it the last records. It has no summary: that of the test is one
+    more record, whose names begin with summary/.
+    """
+
+    def __init__(self, config: Config, run_id: str | None, job_type: str, step: int):
+        os.environ.setdefault("TRACKIO_DIR", str(Path(config.output_dir, "trackio").absolute()))  # its import reads it
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        self.project, self.step = config.log_config.wandb_project, step
+        with contextlib.redirect_stdout(io.StringIO()):  # this project says what there is to say
+            self.run = trackio.init(self.project, name=_run_name(config, job_type), config=asdict(config),
+                                    group="DEMO" if config.is_demo else None, resume="allow" if run_id else "never")
+        self.id = self.run.id
+        # What was recorded after the saved state comes again; trackio would show it twice.
+        self.recorded = {(row["step"], *sorted(row.keys() - {"step", "timestamp"}))
+                         for row in SQLiteStorage.get_logs(self.project, run_id=self.id)}
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.step = record["step"]
+        self._write({name: value for name, value in record.items() if name != "step"})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if (self.step, *sorted(values)) not in self.recorded:
+            self.run.log(values, step=self.step)
+
+    def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
+               plots: list[Path]) -> None:
+        import trackio
+
+        self._write(_numbers(summary) | {"test/misclassified": trackio.Table(columns=COLUMNS, data=_cells(rows))}
+                    | {f"plots/{path.stem}": trackio.Image(str(path)) for path in plots})
+
+    def finish(self) -> None:
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            trackio.finish()
+        say(f"trackio: see it with: TRACKIO_DIR={trackio.TRACKIO_DIR} trackio show --project {self.project}")
+
+
+class TensorBoardRun:
+    """A run in TensorBoard: OUTPUT_DIR/tensorboard/RUN_NAME. Its scalars are 32-bit floats, over optimizer steps."""
+
+    def __init__(self, config: Config, run_id: str | None, job_type: str, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.id, self.step = _run_name(config, job_type), step
+        self.folder = Path(config.output_dir, "tensorboard", self.id)
+        # What was recorded after the saved state comes again. A run that starts afresh hides an earlier one.
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if run_id else 0)
+        if run_id is None:
+            values = json.dumps(asdict(config), indent=2)
+            self.writer.add_text("config", f"{config.demo_mark}\n```\n{values}\n```", 0)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.step = record["step"]
+        self._write({name: value for name, value in record.items() if name not in ("step", "epoch")})
+
+    def _write(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
+        self.writer.flush()  # else a kill costs up to two minutes of records
+
+    def report(self, summary: dict[str, Any], rows: list[dict], predictions: Predictions, label_names: list[str],
+               plots: list[Path]) -> None:
+        from PIL import Image  # matplotlib brings it
+
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *([escaped(str(cell)) for cell in cells] for cells in _cells(rows))]
+        self.writer.add_text("test/misclassified", "\n".join(f"| {' | '.join(line)} |" for line in lines), self.step)
+        for path in plots:
+            self.writer.add_image(f"plots/{path.stem}", np.asarray(Image.open(path)), self.step, dataformats="HWC")
+        self._write(_numbers(summary))
+
+    def finish(self) -> None:
+        self.writer.close()
+        say(f"tensorboard: see it with: tensorboard --logdir {self.folder.parent}")
+
+
+def _run_name(config: Config, job_type: str) -> str:
+    """That of the run in trackio and TensorBoard, which know it by its name: --mode test has its own."""
+    return config.run_name if job_type == "train" else f"{config.run_name}-{job_type}"
+
+
+def _cells(rows: list[dict]) -> list[list]:
+    return [[row[name] for name in COLUMNS] for row in rows]
+
+
+def _numbers(summary: dict[str, Any]) -> dict[str, float]:
+    """Those of the summary, under names of their own: valid/loss is the best epoch's here, and each epoch's in the
+    records."""
+    return {f"summary/{name}": value for name, value in summary.items() if isinstance(value, int | float)}
+
+
+TRACKERS = {"wandb": WandbRun, "trackio": TrackioRun, "tensorboard": TensorBoardRun}  # the values of log_config.tracker
