@@ -12,10 +12,11 @@ from transformers import AlbertConfig, AutoTokenizer, DebertaConfig, MPNetConfig
 
 from model import ClassifierConfig, EncoderForClassification
 from suite.common.devices import Devices
+from suite.common.storage import write_json
 from suite.encoders import native_heads
 from suite.encoders.loading import save_model
 from suite.encoders.native_heads import native_model, problem_of
-from suite.inference.classifier import Classifier
+from suite.inference.classifier import Classifier, open_classifier
 from utils import load_config
 
 FAMILIES = ENCODERS | {
@@ -141,11 +142,13 @@ def test_what_cannot_be_exported_is_refused_with_another_way(tmp_path, monkeypat
 
 def test_this_project_reads_its_export_as_it_was_cut_in_training(tmp_path, cpu):
     make(tmp_path, "modernbert", "mean", 2)
+    write_json(tmp_path / "model" / "threshold.json", {"aim": "f1", "threshold": 0.25})
     assert export(tmp_path).returncode == 0
     config = load_config(PROJECT / "config.yaml", ["train_config.device=cpu", "data_config.max_len=64"])
     devices = Devices(config)
     ours, exported = (Classifier(tmp_path / name, config, devices) for name in ("model", "model-export"))
     assert exported.encode.room == ours.encode.room == 38  # not config.yaml's 64 tokens
+    assert open_classifier(tmp_path / "model-export", config, devices).threshold == 0.25
     expected = ours.logits(TEXTS)
     unit = {"fp32": 5e-5, "bf16": torch.finfo(torch.bfloat16).eps * np.abs(expected).max()}  # of the last place
     np.testing.assert_allclose(exported.logits(TEXTS), expected, atol=unit[cpu])

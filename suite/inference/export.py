@@ -34,7 +34,7 @@ from model import EncoderForClassification
 from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.pages import TRUNCATION_NOTES, write_export_card
-from suite.common.storage import new_folder, refuse_existing, room_for, write_json
+from suite.common.storage import THRESHOLD, new_folder, refuse_existing, room_for, write_json
 from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
@@ -93,7 +93,7 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: tu
     """
     checks: dict[str, str] = {}
     tokenizer, encode = classifier.tokenizer, classifier.encode
-    for name in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    for name in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", THRESHOLD,
                  *tokenizer.vocab_files_names.values()}:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
