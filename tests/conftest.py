@@ -216,14 +216,18 @@ def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", 
 
 def stop_at(step: int, arguments: list[str], monkeypatch) -> None:
     """Train, in this process, and stop after this optimizer step with the state saved."""
-    import main
     from suite.common.devices import Devices
-    from suite.common.stopping import StopRequested
     from suite.training.run import Run
     from utils import load_config
 
     config = load_config(PROJECT / "config.yaml", arguments)
-    run = Run.open(config, Devices(config))
+    stop_run_at(step, Run.open(config, Devices(config)), monkeypatch)
+
+
+def stop_run_at(step: int, run, monkeypatch) -> None:
+    """The same with a run of any kind that is open."""
+    import main
+    from suite.common.stopping import StopRequested
 
     def stop_if_asked(devices):
         if run.progress.step == step:

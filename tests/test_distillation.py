@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from accumulation_worker import build_model, distance, explicit_data, single_device, train_steps
-from conftest import PROJECT, bits_of, expect, launch, metrics_of, run_here, train_here
+from conftest import PROJECT, bits_of, expect, launch, metrics_of, run_here, stop_run_at, train_here
 from safetensors.torch import load_file
 from scipy.special import log_softmax, softmax
 from test_pretraining import write_splits
 
-import main
 from data import IGNORED, classes_of
 from suite.common import cli
 from suite.common.devices import Devices
@@ -238,15 +237,7 @@ def is_same_run(folder, other) -> bool:
 
 def test_stopped_while_the_student_learns_it_ends_with_the_same_bits(overrides, teachers, finished, monkeypatch):
     stopped = opened(overrides, teachers["words"], "run_name=stopped")
-
-    def stop_in_the_second_epoch(devices):
-        if stopped.progress.step == stopped.steps_per_epoch + 3:
-            raise StopRequested
-
-    with monkeypatch.context() as patch:
-        patch.setattr("suite.training.run.stop_if_asked", stop_in_the_second_epoch)
-        with pytest.raises(SystemExit):
-            main.train(stopped)
+    stop_run_at(stopped.steps_per_epoch + 3, stopped, monkeypatch)  # in the second epoch
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "open_classifier", None)  # the labels are there
         taught(overrides, teachers["words"], "run_name=stopped")

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accumulation_worker import distance
-from conftest import ENCODERS, PROJECT, free_port, run_here, run_script, train_here
+from conftest import ENCODERS, PROJECT, free_port, run_here, run_script, stop_run_at, train_here
 from safetensors.torch import load_file
 from transformers import AlbertConfig, AutoModelForMaskedLM, AutoTokenizer, MPNetConfig, pipeline
 
 import main
 from suite.common import cli
 from suite.common.devices import Devices
-from suite.common.stopping import StopRequested
 from suite.comparison.results import read_result
 from suite.encoders.loading import load_encoder_config, new_model
 from suite.encoders.masked_lm import MaskedLanguageModel, new_masked_lm
@@ -229,15 +228,7 @@ def test_two_processes_give_the_same_parameters(overrides, whole_batches):
 
 def test_stopped_and_started_again_it_ends_with_the_same_bits(overrides, finished, monkeypatch):
     stopped = opened(overrides, "run_name=stopped")
-
-    def stop_in_the_second_epoch(devices):
-        if stopped.progress.step == stopped.steps_per_epoch + 3:
-            raise StopRequested
-
-    with monkeypatch.context() as patch:
-        patch.setattr("suite.training.run.stop_if_asked", stop_in_the_second_epoch)
-        with pytest.raises(SystemExit):
-            main.train(stopped)
+    stop_run_at(stopped.steps_per_epoch + 3, stopped, monkeypatch)  # in the second epoch
     result = run_here(*overrides, "run_name=stopped", mode="pretrain")
     assert "continuing from" in result.stdout
     for name in ("best/model.safetensors", "best/pretraining_texts.npy", "history.jsonl"):

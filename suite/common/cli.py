@@ -203,10 +203,14 @@ def check_audit(output: str | None, confirmed: str | None) -> None:
     if output is None or Path(output).suffix != ".csv":
         raise UserError("--mode audit: give --output FILE.csv; a page is written beside it")
     refuse_existing(output, Path(output).with_suffix(".html"))
-    if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
+    refuse_missing_folder(output)
     if confirmed is not None and not (Path(confirmed).is_file() and file_kind(confirmed) == ".csv"):
         raise UserError(f"--confirmed: {confirmed}: give a .csv file with the columns split, row and label")
+
+
+def refuse_missing_folder(output: str) -> None:
+    if not (folder := Path(output).absolute().parent).is_dir():
+        raise UserError(f"--output: no such folder: {folder}")
 
 
 def check_files(source: str, output: str | None) -> None:
@@ -228,8 +232,7 @@ def check_files(source: str, output: str | None) -> None:
         raise UserError(f"--output: {output}: from {kind or 'texts'}, the file must end in {', '.join(kinds)}")
     if not Path(output + ".parts").is_dir():  # it belongs to an interrupted job, which checks later what can stay
         refuse_existing(output, output + ".rejected.csv")
-    if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output: no such folder: {Path(output).absolute().parent}")
+    refuse_missing_folder(output)
 
 
 def start(command: Command, devices_class: type[Devices], own_modes: dict[str, Callable]) -> None:

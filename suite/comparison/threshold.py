@@ -22,10 +22,9 @@ from suite.common.devices import Devices
 from suite.common.figures import show
 from suite.common.pages import write_model_card
 from suite.common.run_folder import best_model, read_metrics, run_of
-from suite.common.storage import THRESHOLD, remove, write_json
+from suite.common.storage import THRESHOLD, lock, remove, write_json
 from suite.comparison.results import read_result
 from suite.training.evaluation import Predictions, threshold_figures
-from suite.training.states import RunFolder
 from utils import UserError, say
 
 
@@ -49,12 +48,11 @@ def decide(command: Command, devices: Devices) -> None:
     aim = None if command.threshold == "none" else Aim.parse(command.threshold)
     run = (run_of(Path(command.model)) or Path(command.model)) if command.model else command.config.run_folder
     valid = read_result(run, "valid")
-    folder, config, names = RunFolder(valid.config), valid.config, valid.label_names
+    config, names = valid.config, valid.label_names
     if len(names) != 2:
         raise UserError(f"--threshold: {run} has {len(names)} classes, and a threshold divides two: use "
                         "--min-confidence of --mode predict")
-    folder.path = run
-    folder.lock()
+    lock(run)
     best, metrics = best_model(run), read_metrics(run)
     metrics.pop("threshold", None)
     if aim is None:

@@ -86,7 +86,8 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         mcc = float(matthews_corrcoef(labels, predicted))
         roc_auc = float(roc_auc_score(labels, scores, multi_class="ovr"))
         average_precision = float(average_precision_score(labels, scores))
-    surest = np.argsort(-predictions.confidence, kind="stable")[:round(SUREST * n)]
+    risk, sure = risk_coverage(predictions), round(SUREST * n)
+    sure_hits = round(sure * (1 - risk[sure - 1]))
     return {
         "loss": float(-log_probabilities[np.arange(n), labels].sum() / n),
         "accuracy": correct / n,
@@ -99,9 +100,9 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "roc_auc": roc_auc,
         "average_precision": average_precision,
         "ece": Calibration(predictions).error,
-        "aurc": float(risk_coverage(predictions).mean()),
-        "surest_accuracy": int((predicted == labels)[surest].sum()) / max(len(surest), 1),
-        "surest_accuracy_ci95": list(wilson_interval(int((predicted == labels)[surest].sum()), max(len(surest), 1))),
+        "aurc": float(risk.mean()),
+        "surest_accuracy": sure_hits / sure,
+        "surest_accuracy_ci95": list(wilson_interval(sure_hits, sure)),
         "n": n,
     }
 
