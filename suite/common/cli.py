@@ -24,7 +24,7 @@ from utils import ROW_FILES, Config, UserError, file_kind, num_processes, printa
 if TYPE_CHECKING:
     from suite.common.devices import Devices  # torch is imported later
 
-FORMATS = ("onnx", "transformers")  # of --mode export
+FORMATS = ("onnx", "transformers", "web")  # of --mode export
 TRACKER_PACKAGES = {"trackio": "trackio==0.43.0", "tensorboard": "tensorboard==2.21.0"}  # requirements-trackers.txt
 
 
@@ -43,7 +43,7 @@ MODES = {
     "pretrain": Mode("learn the masked words of reviews without labels", None, writes_run=True),
     "distill": Mode("train on a finished run's labels of unlabelled reviews, too", None, writes_run=True),
     "predict": Mode("label new reviews", "suite.inference.predict:predict"),
-    "export": Mode("write the model as ONNX, or for transformers", "suite.inference.export:export"),
+    "export": Mode("write the model as ONNX, for transformers, or as a web page", "suite.inference.export:export"),
     "decide": Mode("choose the threshold between two classes on validation", "suite.comparison.threshold:decide"),
     "explain": Mode("show the words that a decision rests on", "suite.inference.explain:explain"),
     "audit": Mode("list the labels that are probably wrong", "suite.comparison.audit:audit"),
@@ -79,7 +79,7 @@ class Command:
                                    "none", metavar="AIM")
     confirmed: str | None = option("audit", "what people said of some labels: a .csv file with the columns split, row "
                                    "and label", metavar="FILE")
-    formats: tuple[str, ...] = option("export", "one or both of them, with a comma between (default: onnx)",
+    formats: tuple[str, ...] = option("export", "one or more of them, with commas between (default: onnx)",
                                       FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
                                       type=lambda text: tuple(text.split(",")))
     int8: bool = option("export", "the ONNX in 8 bits, too", False, action="store_true")
@@ -174,7 +174,7 @@ def check_options(given: argparse.Namespace) -> None:
         raise UserError(f"--min-confidence: {given.min_confidence:g} is not a probability: give one above 0, up to 1")
     if wrong := set(given.formats or ()) - set(FORMATS):
         raise UserError(f"--format: {min(wrong)!r} is not one of {', '.join(FORMATS)}")
-    if given.int8 and given.formats and "onnx" not in given.formats:
+    if given.int8 and given.formats == ("transformers",):
         raise UserError("--int8 is made of the ONNX: give --format onnx,transformers for both")
     if mode == "publish" and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given.repo, re.ASCII):
         raise UserError(f"--mode publish: {given.repo or 'no repository'}: name one on the Hub, as OWNER/NAME")

@@ -34,7 +34,7 @@ TEMPLATES = Environment(loader=FileSystemLoader(PROJECT / "suite" / "templates")
                         autoescape=select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
                         keep_trailing_newline=True)
 TEMPLATES.filters["escaped"] = escaped
-TEMPLATES.globals["DEMO_WARNING"] = DEMO_WARNING
+TEMPLATES.globals |= {"DEMO_WARNING": DEMO_WARNING, "TRANSFORMERS_JS": "4.3.2"}  # the version that was tried
 
 
 def render(template: str, **values: Any) -> str:
@@ -80,10 +80,11 @@ def write_pretrained_card(folder: Path, config: Config, valid: dict[str, Any], s
         encoder=_public(encoder), dataset=_public(data.dataset), figures=on_card(valid), words=valid["n"], steps=steps))
 
 
-def write_export_card(folder: Path, source: Path, max_len: int, truncation: str, checks: dict[str, str]) -> None:
+def write_export_card(folder: Path, source: Path, max_len: int, truncation: str, checks: dict[str, str],
+                      has_page: bool) -> None:
     """README.md of an exported folder: the card of the trained model in `source`, with another way to use it.
 
-    `checks`: what was found about each of the exported models, by their files' names.
+    `checks`: what was found about each of the exported models, by their files' names. `has_page`: `write_page` follows.
     """
     card, run = source / CARD, run_of(source)
     before = f"---\npipeline_tag: text-classification\n---\n\n# {NOT_TESTED}"
@@ -92,8 +93,15 @@ def write_export_card(folder: Path, source: Path, max_len: int, truncation: str,
     is_demo = run is not None and read_saved_config(run / "config.yaml").is_demo
     write_text(folder / CARD, render(
         "export_card.md", before=before, is_demo=is_demo and DEMO_WARNING not in before, checks=checks,
-        models_in_onnx=sum(name.startswith("onnx/") for name in checks), max_len=max_len,
+        models_in_onnx=sum(name.startswith("onnx/") for name in checks), max_len=max_len, has_page=has_page,
         note=TRUNCATION_NOTES.get(truncation)))
+
+
+def write_page(folder: Path, source: Path, model: dict[str, Any]) -> None:
+    """index.html of an exported folder, in which a browser runs the model of `source`. `model`: what its script must
+    know of it."""
+    is_demo = DEMO_WARNING in (folder / CARD).read_text(encoding="utf-8")
+    write_text(folder / "index.html", render("page.html", name=short_name(str(source)), is_demo=is_demo, model=model))
 
 
 def _public(name: str) -> str:

@@ -3,6 +3,7 @@
     checkpoints/my-run/export/
         onnx/model.onnx             --format onnx, the default: see `suite/inference/onnx_file.py`
         onnx/model_quantized.onnx   --int8: see the same file
+        index.html                  --format web: a page in which a browser runs the ONNX, with --int8 the one in 8 bits
         model.safetensors           --format transformers: a classifier of transformers' own, without code
         config.json                 that classifier's configuration; max_len, truncation and max_windows say how reviews
                                     were cut (tokens, special tokens included)
@@ -33,8 +34,8 @@ from data import Encode, pad
 from model import EncoderForClassification
 from suite.common.cli import Command
 from suite.common.devices import Devices
-from suite.common.pages import TRUNCATION_NOTES, write_export_card
-from suite.common.storage import THRESHOLD, new_folder, refuse_existing, room_for, write_json
+from suite.common.pages import TRUNCATION_NOTES, write_export_card, write_page
+from suite.common.storage import THRESHOLD, new_folder, read_json, refuse_existing, room_for, write_json
 from suite.encoders.checkpoints import weight_files
 from suite.encoders.loading import save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
@@ -55,7 +56,10 @@ def export(command: Command, devices: Devices) -> None:
     `command.formats`, and RuntimeError if the written model's logits differ from PyTorch's. In each case it leaves
     nothing behind.
     """
-    if "onnx" in command.formats:
+    formats = set(command.formats)
+    if "web" in formats:
+        formats.add("onnx")  # which the page runs
+    if "onnx" in formats:
         refuse_missing_packages()
     if not devices.is_main:
         return
@@ -64,15 +68,17 @@ def export(command: Command, devices: Devices) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     classifier = Classifier(folder, command.config, devices)
     classifier.model.cpu()
-    if "transformers" in command.formats and (problem := problem_of(classifier.model)):
+    if "transformers" in formats and (problem := problem_of(classifier.model)):
         raise UserError(f"{folder}: {problem}; or export it with --format onnx")
     validation = load_validation(command.config, classifier) if command.int8 else ()
-    size = sum(path.stat().st_size for path in weight_files(folder)) * (len(command.formats) + command.int8)
+    size = sum(path.stat().st_size for path in weight_files(folder)) * (len(formats - {"web"}) + command.int8)
     with room_for(target.parent, size, fix="make room or choose another --output"):
-        new_folder(target, lambda partial: write_export(partial, folder, classifier, command.formats, validation))
+        new_folder(target, lambda partial: write_export(partial, folder, classifier, formats, validation))
     for name in (ONNX, INT8, Path("model.safetensors")):
         if (size := sum(path.stat().st_size for path in (target / name).parent.glob(name.name + "*"))):
             say(f"exported: {target / name} ({size / 1e6:,.1f} MB)")
+    if "web" in formats:
+        say(f"open http://127.0.0.1:8000 after: python -m http.server --bind 127.0.0.1 --directory {target}")
 
 
 def output_folder(command: Command) -> Path:
@@ -85,7 +91,7 @@ def output_folder(command: Command) -> Path:
     return command.config.run_folder / "export"
 
 
-def write_export(folder: Path, source: Path, classifier: Classifier, formats: tuple[str, ...],
+def write_export(folder: Path, source: Path, classifier: Classifier, formats: set[str],
                  validation: tuple[list[str], np.ndarray] | tuple[()]) -> None:
     """Write the files of an export into `folder`, and check each model in it.
 
@@ -112,7 +118,18 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: tu
         say(f"checked: {name}: {result}")
     if note := TRUNCATION_NOTES.get(encode.truncation):
         say(f"please note: {note}")
-    write_export_card(folder, source, encode.max_len, encode.truncation, checks)
+    write_export_card(folder, source, encode.max_len, encode.truncation, checks, has_page="web" in formats)
+    if "web" in formats:
+        write_page(folder, source, page_values(folder, classifier))
+
+
+def page_values(folder: Path, classifier: Classifier) -> dict[str, Any]:
+    """What the page must know of the model in `folder`: its file, how reviews are cut, and what its logits mean."""
+    encode, name = classifier.encode, INT8 if (folder / INT8).is_file() else ONNX
+    return {"dtype": "q8" if name == INT8 else "fp32", "megabytes": round((folder / name).stat().st_size / 1e6, 1),
+            "prefix": encode.prefix, "suffix": encode.suffix, "room": encode.room, "truncation": encode.truncation,
+            "max_windows": encode.max_windows, "classes": classifier.label_names,
+            "threshold": read_json(folder / THRESHOLD)["threshold"] if (folder / THRESHOLD).is_file() else None}
 
 
 def write_config(folder: Path, classifier: Classifier) -> None:
