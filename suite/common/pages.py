@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from suite.common.figures import on_card
 from suite.common.hub import is_hub_name
 from suite.common.run_folder import is_encoder, read_saved_config, run_of
-from suite.common.storage import CARD, write_text
+from suite.common.storage import CARD, write_json, write_text
 from utils import BAG_OF_WORDS, DEMO_WARNING, PROJECT, Config, printable, short_name
 
 USE = "\n## How to use it\n"  # from here on, a model card speaks of its own folder
@@ -97,11 +97,13 @@ def write_export_card(folder: Path, source: Path, max_len: int, truncation: str,
         note=TRUNCATION_NOTES.get(truncation)))
 
 
-def write_page(folder: Path, source: Path, model: dict[str, Any]) -> None:
-    """index.html of an exported folder, in which a browser runs the model of `source`. `model`: what its script must
-    know of it."""
+def write_page(folder: Path, source: Path, settings: dict[str, Any]) -> None:
+    """index.html of an exported folder, in which a browser runs the model of `source`, and page.json with what the page
+    must know of it. The page itself is the same for all models: a browser may still have that of another folder.
+    """
     is_demo = DEMO_WARNING in (folder / CARD).read_text(encoding="utf-8")
-    write_text(folder / "index.html", render("page.html", name=short_name(str(source)), is_demo=is_demo, model=model))
+    write_text(folder / "index.html", render("page.html"))
+    write_json(folder / "page.json", {"name": short_name(str(source)), "warning": DEMO_WARNING * is_demo, **settings})
 
 
 def _public(name: str) -> str:

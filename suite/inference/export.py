@@ -3,7 +3,7 @@
     checkpoints/my-run/export/
         onnx/model.onnx             --format onnx, the default: see `suite/inference/onnx_file.py`
         onnx/model_quantized.onnx   --int8: see the same file
-        index.html                  --format web: a page in which a browser runs the ONNX, with --int8 the one in 8 bits
+        index.html, page.json       --format web: a page in which a browser runs the ONNX, with --int8 the one in 8 bits
         model.safetensors           --format transformers: a classifier of transformers' own, without code
         config.json                 that classifier's configuration; max_len, truncation and max_windows say how reviews
                                     were cut (tokens, special tokens included)
@@ -120,10 +120,10 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: se
         say(f"please note: {note}")
     write_export_card(folder, source, encode.max_len, encode.truncation, checks, has_page="web" in formats)
     if "web" in formats:
-        write_page(folder, source, page_values(folder, classifier))
+        write_page(folder, source, page_settings(folder, classifier))
 
 
-def page_values(folder: Path, classifier: Classifier) -> dict[str, Any]:
+def page_settings(folder: Path, classifier: Classifier) -> dict[str, Any]:
     """What the page must know of the model in `folder`: its file, how reviews are cut, and what its logits mean."""
     encode, name = classifier.encode, INT8 if (folder / INT8).is_file() else ONNX
     return {"dtype": "q8" if name == INT8 else "fp32", "megabytes": round((folder / name).stat().st_size / 1e6, 1),
