@@ -283,6 +283,12 @@ def differing_files(first: Path, second: Path) -> list[str]:
     return [name for name in names if (first / name).read_bytes() != (second / name).read_bytes()]
 
 
+def node_package(name: str) -> Path | None:
+    """Where NODE_PATH has a package of npm; None if it has not."""
+    folders = (Path(folder) / name for folder in os.environ.get("NODE_PATH", "").split(os.pathsep) if folder)
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -5,15 +5,13 @@
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROJECT, train_here, write_reviews
+from conftest import PROJECT, node_package, train_here, write_reviews
 
 from suite.common.devices import Devices
 from suite.inference.classifier import Classifier
@@ -21,8 +19,7 @@ from suite.inference.onnx_file import OnnxModel, probabilities_of
 from utils import load_config
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("node") is None or not any((Path(folder) / "@huggingface" / "transformers").is_dir() for folder in
-                                            os.environ.get("NODE_PATH", "").split(os.pathsep) if folder),
+    shutil.which("node") is None or node_package("@huggingface/transformers") is None,
     reason="Node and @huggingface/transformers are not at hand")
 pytest.importorskip("onnxscript")
 

@@ -174,7 +174,7 @@ def check_options(given: argparse.Namespace) -> None:
         raise UserError(f"--min-confidence: {given.min_confidence:g} is not a probability: give one above 0, up to 1")
     if wrong := set(given.formats or ()) - set(FORMATS):
         raise UserError(f"--format: {min(wrong)!r} is not one of {', '.join(FORMATS)}")
-    if given.int8 and given.formats == ("transformers",):
+    if given.int8 and set(given.formats or ()) == {"transformers"}:
         raise UserError("--int8 is made of the ONNX: give --format onnx,transformers for both")
     if mode == "publish" and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given.repo, re.ASCII):
         raise UserError(f"--mode publish: {given.repo or 'no repository'}: name one on the Hub, as OWNER/NAME")
