@@ -79,7 +79,8 @@ def test_with_8_bits_the_page_takes_them(exported, tmp_path):
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node is not at hand")
 def test_the_page_cuts_reviews_as_training_does(exported):
-    function = re.search(r"^function windowsOf.*?^}", (exported[0] / "index.html").read_text(), re.MULTILINE | re.DOTALL)
+    page = (exported[0] / "index.html").read_text()
+    function = re.search(r"^function windowsOf.*?^}", page, re.MULTILINE | re.DOTALL)
     cases = [{"count": count, "room": 10, "truncation": truncation, "max_windows": most}
              for count in (0, 1, 9, 10, 11, 19, 21, 29, 31, 45, 200) for most in (1, 2, 3, 4)
              for truncation in ("head", "tail", "head_tail", "windows")]
@@ -92,8 +93,9 @@ def test_the_page_cuts_reviews_as_training_does(exported):
 
 
 def test_a_bag_of_words_has_no_page(tmp_path):
-    given = [f"output_dir={tmp_path}", "run_name=words", f"data_config.dataset={write_reviews(tmp_path / 'reviews.csv')}",
-             "data_config.text_column=review", "data_config.label_column=verdict", "log_config.wandb_mode=disabled"]
+    given = [f"output_dir={tmp_path}", "run_name=words", "log_config.wandb_mode=disabled",
+             f"data_config.dataset={write_reviews(tmp_path / 'reviews.csv')}",
+             "data_config.text_column=review", "data_config.label_column=verdict"]
     expect(0, run_here(*given, mode="baseline"))
     refusal = expect(2, run_here(*given, mode="export", formats=("web",))).stderr
     assert "but not be explained or exported" in refusal
@@ -170,8 +172,8 @@ def address(exported):
 
 
 CLASSIFY = """
-const [review] = arguments, [text, button, read] = ["text", "classify", "read"].map((id) => document.getElementById(id));
-text.value = review;
+const [text, button, read] = ["text", "classify", "read"].map((id) => document.getElementById(id));
+text.value = arguments[0];
 read.textContent = "";
 button.click();
 const look = () => read.textContent ? done([
