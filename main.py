@@ -12,6 +12,7 @@
     python main.py --mode decide --threshold "precision>=0.95"          the threshold between two classes
     python main.py --mode explain --text "A wonderful film."            the words that the decision rests on
     python main.py --mode export                                        that model as ONNX or for transformers
+    python main.py --mode export --format web                           and a page in which a browser runs it
     python main.py --mode publish OWNER/NAME                            that model on the Hub; --yes sends it
     python main.py --mode audit --output suspects.csv                   labels that are probably wrong, of all reviews
     python main.py --mode baseline                                      a bag of words on the same split, in seconds
