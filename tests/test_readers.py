@@ -45,7 +45,7 @@ def documented(module: str) -> str:
 
 
 @pytest.mark.parametrize("module", ["onnxruntime", "openvino", "tract", "ctranslate2", "curated_transformers",
-                                    "sentence_transformers", "mlflow"])
+                                    "sentence_transformers", "mlflow", pytest.param("torch", marks=pytest.mark.long)])
 def test_another_program_computes_the_same_probabilities(run, tmp_path, monkeypatch, module):
     pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)  # some write a model of their own
