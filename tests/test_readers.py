@@ -61,3 +61,9 @@ def test_another_program_computes_the_same_probabilities(run, tmp_path, monkeypa
         probabilities = softmax(np.asarray(found["logits"], np.float64), axis=1)
     assert np.ptp(expected, axis=0).min() > 0.5
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_the_table_names_the_versions_of_the_requirements():
+    table = (PROJECT / "docs" / "inference.md").read_text(encoding="utf-8").lower()
+    for pin in (PROJECT / "requirements-readers.txt").read_text().split():
+        assert f"| {pin.replace('==', ' ').replace('-skinny', '')}" in table, pin
