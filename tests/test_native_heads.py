@@ -12,7 +12,7 @@ from transformers import AlbertConfig, AutoTokenizer, DebertaConfig, MPNetConfig
 
 from model import ClassifierConfig, EncoderForClassification
 from suite.common.devices import Devices
-from suite.common.storage import write_json
+from suite.common.storage import read_json, write_json
 from suite.encoders import native_heads
 from suite.encoders.loading import save_model
 from suite.encoders.native_heads import native_model, problem_of
@@ -157,10 +157,13 @@ def test_this_project_reads_its_export_as_it_was_cut_in_training(tmp_path, cpu):
 def test_other_readers_find_the_keys_that_they_look_for_and_an_export_can_be_exported_again(tmp_path):
     wanted = {"modernbert": {"global_attn_every_n_layers": 2, "global_rope_theta": 160_000.0,
                              "local_rope_theta": 10_000.0, "num_labels": 2, "classifier_pooling": "cls"},
-              "deberta-v3": {"pooler_hidden_size": 64, "pooler_hidden_act": "gelu", "num_labels": 2}}
+              "deberta-v3": {"pooler_hidden_size": 64, "pooler_hidden_act": "gelu", "num_labels": 2},
+              "bert": {"position_embedding_type": "absolute"}}
     for name, keys in wanted.items():
         (tmp_path / name).mkdir()
         make(tmp_path / name, name, "cls", 2)
+        tokenizer = tmp_path / name / "model" / "tokenizer_config.json"
+        write_json(tokenizer, read_json(tokenizer) | {"max_length": 8})  # as all-MiniLM-L6-v2 has one of its own
         assert export(tmp_path / name).returncode == 0
         folder = tmp_path / name / "model-export"
         config = json.loads((folder / "config.json").read_text())
@@ -168,6 +171,8 @@ def test_other_readers_find_the_keys_that_they_look_for_and_an_export_can_be_exp
         assert "auto_map" not in config
         assert not list(folder.glob("*.py"))
         assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 40
+        tokenizer = read_json(folder / "tokenizer_config.json")
+        assert (tokenizer["model_max_length"], tokenizer.get("max_length")) == (40, None)
     again = run_here("train_config.device=cpu", mode="export", model=str(folder), formats=("transformers",))
     assert again.returncode == 0, again.stderr
     assert (folder.with_name("model-export-export") / "model.safetensors").read_bytes() == (

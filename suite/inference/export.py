@@ -7,7 +7,7 @@
         model.safetensors           --format transformers: a classifier of transformers' own, without code
         config.json                 that classifier's configuration; max_len, truncation and max_windows say how reviews
                                     were cut (tokens, special tokens included)
-        tokenizer.json              and the tokenizer's other files, copied from the model's folder
+        tokenizer.json              and the tokenizer's other files, from the model's folder
         sentence_bert_config.json   the length, where text-embeddings-inference looks for it
         README.md                   the model card, with what was checked
         manifest.json               the SHA-256 sums of these files
@@ -103,6 +103,10 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: se
                  *tokenizer.vocab_files_names.values()}:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (path := folder / "tokenizer_config.json").is_file():
+        # An encoder's own max_length stays out: fastembed would cut at the smaller of the two.
+        write_json(path, {key: value for key, value in read_json(path).items() if key != "max_length"}
+                   | {"model_max_length": encode.max_len})
     write_config(folder, classifier)
     if "transformers" in formats:
         save_weights(folder, native_model(classifier.model).state_dict())
@@ -133,13 +137,16 @@ def page_settings(folder: Path, classifier: Classifier) -> dict[str, Any]:
 
 
 def write_config(folder: Path, classifier: Classifier) -> None:
-    """config.json as transformers and text-embeddings-inference read it, and the latter's file for the length."""
+    """config.json as transformers, text-embeddings-inference and CTranslate2 read it, and the second one's file for the
+    length."""
     encode, config = classifier.encode, native_config(classifier.model)
     values = config.to_dict() | {"dtype": "float32", "max_len": encode.max_len, "truncation": encode.truncation,
                                  "max_windows": encode.max_windows, "num_labels": len(classifier.label_names),
                                  "data_fingerprint": classifier.data_fingerprint}
     if isinstance(classifier.model, EncoderForClassification) and config.model_type == "modernbert":
         values |= modernbert_keys(values)
+    if config.model_type in ("bert", "roberta", "xlm-roberta"):  # transformers 5 has no other, CTranslate2 asks for it
+        values["position_embedding_type"] = "absolute"
     write_json(folder / "config.json", values)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": encode.max_len, "do_lower_case": False})
 
