@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENCODERS, differing_files, metrics_of, stop_at, train_here
+from conftest import ENCODERS, differing_files, launch, metrics_of, stop_at, train_here
 from test_model import batch, build
 
 from suite.common import devices
@@ -193,6 +193,12 @@ def test_a_run_goes_on_with_the_same_bits_and_never_under_other_kernels(override
         assert "was trained on cpu (bf16, numba kernels), and would go on with cpu (bf16) here" in refused
     assert "continuing from" in train_here(*arguments, "run_name=stopped").stdout
     assert differing_files(runs / "run", runs / "stopped") == []
+
+
+@pytest.mark.long
+def test_two_processes_train_by_them(overrides):
+    arguments = [*overrides, *BF16, "train_config.ema_decay=0.9", "data_config.num_workers=2"]
+    assert "on 2 x cpu (bf16, numba kernels)" in launch(2, "main_accumulation.py", *arguments)
 
 
 def test_without_numba_a_run_takes_the_usual_path(overrides, monkeypatch, without_numba):
