@@ -1,6 +1,7 @@
 """The kernels that numba compiles compute what they should, in any number of threads; a run stops and goes on with
 them, and without numba it takes the usual path."""
 
+import math
 import sys
 
 import pytest
@@ -162,6 +163,25 @@ def test_gradients_are_the_same_bits_where_layers_are_computed_again(encoder_fol
     kept = pass_of(folder, by_numba=True, dropout=0.2)[1]
     again = pass_of(folder, by_numba=True, dropout=0.2, checkpointed=True)[1]
     assert [weight for weight in kept if not torch.equal(kept[weight], again[weight])] == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(encoder_folder, value):
+    """So that a step with it changes no weight: see FiniteGuard."""
+    model = pass_of(encoder_folder("bert"), by_numba=True)[2]
+    inputs, labels = batch()
+    for name, weight in model.encoder.encoder.layer[0].named_parameters():
+        kept, place = weight.detach().clone(), (0,) * weight.dim()
+        with torch.no_grad():
+            weight[place] = value
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()])
+        assert not norm.isfinite(), name
+        with torch.no_grad():
+            weight.copy_(kept)
 
 
 def test_a_model_in_fp32_takes_the_usual_path(encoder_folder, monkeypatch):
