@@ -50,7 +50,7 @@ class AcceleratedDevices(Devices):
         if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
             precision = os.environ["ACCELERATE_MIXED_PRECISION"]
         device = pick_device(name)
-        self.precision = pick_precision(precision, device)
+        self.precision, self.is_compiled = pick_precision(precision, device), config.train_config.compile
         # MPI counts its processes by other variables. Accelerate would join them, after the configuration counted one.
         if (found := get_cpu_distributed_information().world_size) != num_processes():
             raise UserError(f"Accelerate would join {found} processes, but the environment variable WORLD_SIZE stands "

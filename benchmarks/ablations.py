@@ -7,7 +7,8 @@
 
 All variants train in one process, in turn, round after round. A ratio below 1 means that leaving the part out is
 slower, so that the part pays. Speeds are in tokens a second, which reviews read whole in windows have in common with
-those whose head is read. A round that other programs disturb is measured again, and a busy machine gets no verdict.
+those whose head is read. Where numba's kernels train, the next four variants after theirs say little: run them where
+numba is not installed. A round that other programs disturb is measured again, and a busy machine gets no verdict.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def attention_by_autograd(query: Any, key: Any, value: Any, bias: Any, scaling: 
 # (name, overrides of the configuration, what is patched while the Run is built and trains)
 VARIANTS = [
     ("the suite", [], None),
+    ("no kernels of numba", [], patched("suite.common.devices.numba_works", lambda: False)),
     ("torch's dropout and attention", [], patched("suite.encoders.placement.use_cpu_kernels", lambda model: None)),
     ("a slower generator of dropout", [], patched("suite.encoders.cpu_kernels.draw", draw_by_torchs_generator)),
     ("attention not by blocks", [],

@@ -33,7 +33,9 @@ PARTS = {"Linear": "matrix products", "Embedding": "embeddings", "LayerNorm": "l
          "CPUDropout": "dropout", "GELUActivation": "GELU"}  # by the class of a module
 OPERATIONS = {"aten::_to_copy": "casts", "aten::to": "casts", "Optimizer.step#Adam.step": "optimizer",
               "aten::linalg_vector_norm": "gradient's norm", "aten::_foreach_norm": "gradient's norm"}  # by their names
-BLOCKS = cpu_kernels.BlockAttention.__name__  # which has a backward pass of its own
+KERNELS = {"softmax_dropout": "attention", "softmax_dropout_backward": "attention", "gelu_backward": "GELU",
+           "dropout_add_norm": "layer norm", "dropout_add_norm_backward": "layer norm"}  # numba's, by their names
+FUNCTIONS = ("BlockAttention", "Attention", "DropoutAddNorm", "GELU")  # which have a backward pass of their own
 ORDER = ["matrix products", "attention", "dropout", "GELU", "layer norm", "embeddings", "casts", "optimizer",
          "gradient's norm", "the rest", "Python"]
 
@@ -63,7 +65,7 @@ def shares(events: list[FunctionEvent], seconds: float) -> dict[str, float]:
     """The share of each part of the time, 0 to 1."""
     # Operations that nothing is differentiated by carry the number of the next one that is, so the last one counts.
     forward = {event.sequence_nr: event for event in sorted(events, key=lambda event: event.time_range.start)
-               if event.name.startswith(("aten::", BLOCKS)) and event.sequence_nr >= 0 and not is_backward(event)}
+               if event.name.startswith(("aten::", *FUNCTIONS)) and event.sequence_nr >= 0 and not is_backward(event)}
     times: dict[str, float] = defaultdict(float)
     for event in events:
         # A part's own time is that of no operation: in dropout, of NumPy's generator.
@@ -87,9 +89,15 @@ def measure(work: Path, tokens: int, batch: int) -> dict[str, float]:
     with ExitStack() as stack:
         for name, part in (("drop", "dropout"), ("draw", "dropout"), ("cpu_attention", "attention")):
             stack.enter_context(mock.patch.object(cpu_kernels, name, named(getattr(cpu_kernels, name), part)))
-        attention = cpu_kernels.AttentionInterface()
-        stack.enter_context(mock.patch.dict(attention._global_mapping, sdpa_cpu=cpu_kernels.cpu_attention))
-        run = Run.open(config, Devices(config))
+        attention, devices = {"sdpa_cpu": cpu_kernels.cpu_attention}, Devices(config)
+        if devices.has_numba_kernels:
+            from suite.encoders import numba_kernels
+
+            own, attention["sdpa_numba"] = numba_kernels.call, named(numba_kernels.numba_attention, "attention")
+            stack.enter_context(mock.patch.object(numba_kernels, "call", lambda kernel, *rest: named(
+                own, KERNELS[kernel.__name__])(kernel, *rest)))
+        stack.enter_context(mock.patch.dict(cpu_kernels.AttentionInterface()._global_mapping, attention))
+        run = Run.open(config, devices)
         for module in run.model.modules():
             if (part := PARTS.get(type(module).__name__)) is not None:
                 module.forward = named(module.forward, part)

@@ -6,6 +6,7 @@ processes behind the same methods. The scripts differ in nothing else.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils import Config, UserError
+from utils import Config, UserError, say
 
 
 class FiniteGuard:
@@ -61,13 +62,20 @@ class Devices:
     def __init__(self, config: Config):
         self.device = pick_device(config.train_config.device)  # of this process
         self.precision = pick_precision(config.train_config.mixed_precision, self.device)
+        self.is_compiled = config.train_config.compile
         self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
         self.guard = FiniteGuard(self.device)
 
     @property
     def kind(self) -> str:
-        """What `auto` may have picked: `cpu (bf16)`."""
-        return f"{self.device.type} ({self.precision if self.precision != 'no' else 'fp32'})"
+        """What `auto` may have picked: `cpu (bf16)`, or `cpu (bf16, numba kernels)` with requirements-fast.txt."""
+        kernels = ", numba kernels" if self.has_numba_kernels else ""
+        return f"{self.device.type} ({self.precision if self.precision != 'no' else 'fp32'}{kernels})"
+
+    @property
+    def has_numba_kernels(self) -> bool:
+        """Whether training here uses suite/encoders/numba_kernels.py."""
+        return self.device.type == "cpu" and self.precision == "bf16" and not self.is_compiled and numba_works()
 
     def __str__(self) -> str:
         return self.kind
@@ -199,6 +207,25 @@ def pick_precision(name: str, device: torch.device) -> str:
         capabilities = torch.cpu.get_capabilities()
         return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
     return "no"
+
+
+@functools.cache
+def numba_works() -> bool:
+    """Whether numba is here and shares the threads of torch, those of OpenMP. Others would wait for torch's, which stay
+    busy for a while after their work: most of what the kernels gain would be lost."""
+    try:
+        import numba
+    except ImportError:
+        return False
+    numba.config.THREADING_LAYER = "omp"
+    threads = torch.get_num_threads()
+    try:
+        numba.set_num_threads(1)  # starts the threads
+    except ValueError:
+        say("numba is installed, but finds no OpenMP: training without its kernels (on Debian, apt install libgomp1)")
+        return False
+    torch.set_num_threads(threads)  # numba's start has changed their number
+    return numba.threading_layer() == "omp"
 
 
 def make_deterministic() -> None:

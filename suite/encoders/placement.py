@@ -22,12 +22,17 @@ Batch = dict[str, torch.Tensor]
 PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 
 
-def place_model(model: nn.Module, device: torch.device, compiled: bool = False) -> None:
-    """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled."""
+def place_model(model: nn.Module, device: torch.device, compiled: bool = False, by_numba: bool = False) -> None:
+    """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled.
+    `by_numba`: where it is trained, also those that numba compiles, see `Devices.has_numba_kernels`."""
     model.to(device)
     if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
         use_cpu_kernels(model)
         keep_freed_memory(model)
+        if by_numba:
+            from suite.encoders.numba_kernels import use_numba_kernels
+
+            use_numba_kernels(model)
 
 
 def checkpoint_gradients(model: nn.Module, name: str) -> None:

@@ -178,4 +178,4 @@ def environment(devices: Devices) -> dict[str, Any]:
     return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages},
             "platform": platform.platform(), "device": device.type, "device_name": name,
             "precision": devices.precision, "processes": devices.num_processes, "threads": torch.get_num_threads(),
-            "git_commit": commit}
+            "numba": metadata.version("numba") if devices.has_numba_kernels else None, "git_commit": commit}

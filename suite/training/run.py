@@ -103,7 +103,7 @@ class Run:
     def __init__(self, config: Config, devices: Devices, data: PreparedData, model: nn.Module, folder: RunFolder):
         self.config, self.devices, self.data, self.folder = config, devices, data, folder
         train_config = config.train_config
-        place_model(model, devices.device, compiled=train_config.compile)
+        place_model(model, devices.device, train_config.compile, devices.has_numba_kernels)
         self.model_config, self.meter = model.config, Meter(model, devices)
         self.model_bytes = sum(weights.nbytes for weights in model.state_dict().values())
         self.sampler = new_sampler(data, config, pass_tokens(model, devices.device))
