@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# fastembed 0.9.1 and tokenizers 0.22.2 (Python 3.11) read the same tokenizer folder as transformers 5.23.0 does.
+# fastembed 0.9.1 with tokenizers 0.23.3 (Python 3.11) reads the same tokenizer folder as transformers 5.23.0.
 #
 # Guess, written before the run: both cut a long text at `model_max_length` of tokenizer_config.json, the key that
 # transformers documents for it. A key `max_length`, which the files of many sentence encoders carry from their training,
@@ -17,7 +17,7 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 python3 -m venv "$folder/other"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check transformers==5.23.0 2>/dev/null
-"$folder/other/bin/pip" install --quiet --disable-pip-version-check fastembed==0.9.1 2>/dev/null
+"$folder/other/bin/pip" install --quiet --disable-pip-version-check fastembed==0.9.1 tokenizers==0.23.3 2>/dev/null
 cd "$folder"
 cat > by_transformers.py <<'PYTHON'
 import json
