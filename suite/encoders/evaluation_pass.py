@@ -23,6 +23,7 @@ from model import BERT_LIKE
 from suite.common.devices import Devices
 from suite.encoders.cpu_kernels import blocks, has_fast_fused_attention
 
+VECTOR = 32  # values of bf16 that AVX512 computes together: torch's softmax takes those left over one by one
 VERSION = 1  # raised when an evaluation in bf16 on a CPU rounds in another way: no labelling is continued then
 
 
@@ -115,8 +116,8 @@ class PackedLinear:
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
     """Scaled dot-product attention in bf16, (batch, heads, tokens, size) -> (batch, tokens, heads * size).
 
-    A block's scores are (keys, queries): there torch's softmax needs two thirds of the time, and the keys that are
-    padding in any review are rows side by side, so that all others need no mask.
+    A block's scores are (keys, queries), with queries of zeros up to whole vectors: there torch's softmax needs two
+    thirds of the time or less. The keys that are padding in any review are rows side by side, and only they get a mask.
     """
     batch, heads, tokens, size = query.shape
     keys = key.shape[2]
@@ -128,11 +129,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding:
         mask = None if bias is None else bias.mT.expand(batch, 1, tokens, keys)
         return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
     context = query.new_empty(batch, tokens, heads, size)
-    for rows, scores, _ in blocks((batch, heads, keys, tokens), query.dtype):
+    query = F.pad(query, (0, 0, 0, -tokens % VECTOR))
+    for rows, scores, _ in blocks((batch, heads, keys, query.shape[2]), query.dtype):
         q, k, v = (tensor[rows].flatten(0, 1) for tensor in (query, key, value))
         torch.baddbmm(scores, k, q.mT, beta=0, alpha=size ** -0.5, out=scores)  # beta=0: what was there is not read
         if bias is not None:
             scores.unflatten(0, (-1, heads))[:, :, first_padded:] += bias[rows, :, first_padded:]
         torch.softmax(scores, dim=1, out=scores)
-        context[rows] = torch.bmm(scores.mT, v).unflatten(0, (-1, heads)).transpose(1, 2)
+        context[rows] = torch.bmm(scores[..., :tokens].mT, v).unflatten(0, (-1, heads)).transpose(1, 2)
     return context.flatten(2)
