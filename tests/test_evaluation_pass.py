@@ -12,10 +12,12 @@ from test_model import batch, build
 
 from suite.common.devices import Devices
 from suite.encoders import cpu_kernels, evaluation_pass
-from suite.encoders.evaluation_pass import PackedLayer, arithmetic, attend
+from suite.encoders.evaluation_pass import PackedLayer, arithmetic, attend, packed_layers
+from suite.encoders.loading import load_encoder_config
+from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import compute_logits, place_model
 from suite.inference import labelling
-from utils import Config, TrainConfig
+from utils import Config, ModelConfig, TrainConfig
 
 BF16, FP32 = (Devices(Config(train_config=TrainConfig(device="cpu", mixed_precision=precision)))
               for precision in ("bf16", "no"))
@@ -77,6 +79,20 @@ def test_logits_are_as_exact_as_under_autocast(encoder_folder, name, pooling, ha
         assert len(packed_calls) == 2
         errors = [np.linalg.norm(logits - expected) / np.linalg.norm(expected) for logits in (found, under_autocast)]
         assert errors[0] < max(1.5 * errors[1], 0.02), errors
+
+
+@needs_operators
+def test_masked_words_are_evaluated_so_too(encoder_folder, packed_calls):
+    settings = ModelConfig(model_name=encoder_folder("bert"))
+    model = new_masked_lm(settings, load_encoder_config(settings)).eval()
+    place_model(model, torch.device("cpu"))
+    inputs, _ = batch()
+    with torch.inference_mode():
+        expected = model(**inputs, masked=torch.tensor([3, 25, 79])).logits
+        with packed_layers(model, BF16):
+            found = model(**inputs, masked=torch.tensor([3, 25, 79])).logits
+    assert len(packed_calls) == 2
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
 
 
 @needs_operators
