@@ -1,4 +1,4 @@
-"""Labelling reviews: this suite against transformers' pipeline, and its memory against the number of rows.
+"""Labelling reviews: this suite against transformers' pipeline, ONNX Runtime and OpenVINO; its memory by rows.
 
     python -m benchmarks.prediction --model FOLDER --reviews FILE [--rows 25000]    speed; FILE as for --mode predict
     python -m benchmarks.prediction --memory 1000 100000 1000000                    memory: the demo's BERT, short texts
