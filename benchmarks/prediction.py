@@ -1,4 +1,4 @@
-"""Labelling reviews: this suite against transformers' pipeline, and its memory against the number of rows.
+"""Labelling reviews: this suite against transformers' pipeline, ONNX Runtime and OpenVINO; its memory by rows.
 
     python -m benchmarks.prediction --model FOLDER --reviews FILE [--rows 25000]    speed; FILE as for --mode predict
     python -m benchmarks.prediction --memory 1000 100000 1000000                    memory: the demo's BERT, short texts
@@ -12,6 +12,9 @@ is measured again, and a busy machine gets no verdict.
     pipeline-bf16   the same, all of it in bf16
     pipeline-own    its encoder under transformers' own classifier, which computes the whole last layer, fp32; with
                     a head that was not trained: only its speed counts
+    autocast        the suite without its packed weights: transformers' layers, in automatic precision
+    onnxruntime     the file of --mode export in ONNX Runtime, fp32, with the suite's tokenizing and batches
+    openvino, openvino-bf16     the same file in OpenVINO, which is no requirement of the suite: pip install openvino
 """
 
 import argparse
@@ -22,21 +25,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, pipeline
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.growth import memory_mb
 from benchmarks.noise import quietly, ratios, refuse_busy_machine
 from benchmarks.workload import PROJECT
 from suite.common.devices import Devices
 from suite.common.hub import quiet_libraries
+from suite.encoders import evaluation_pass
 from suite.encoders.loading import load_model
 from suite.inference.classifier import Classifier
 from suite.inference.labelling import Job
+from suite.inference.onnx_file import OnnxModel, probabilities_of, write_onnx
 from suite.reviews.rows import read_rows
 from utils import Config
 
@@ -65,42 +74,80 @@ def suite(classifier: Classifier, texts: list[str], folder: Path) -> list[str]:
     return labels
 
 
-def compare(model: str, texts: list[str], names: list[str]) -> None:
+class OpenVINOModel(OnnxModel):
+    """The same file in OpenVINO, which computes in `precision`: f32 or bf16."""
+
+    def __init__(self, path: Path, config: PreTrainedConfig, precision: str):
+        import openvino
+
+        torch.nn.Module.__init__(self)
+        self.config = config
+        self.session = openvino.compile_model(path, "CPU", {
+            "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY"})
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SequenceClassifierOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = self.session({"input_ids": input_ids.numpy(), "attention_mask": mask.numpy()})["logits"]
+        return SequenceClassifierOutput(logits=torch.from_numpy(logits.copy()))
+
+
+RUNTIMES = {"onnxruntime": OnnxModel, "openvino": partial(OpenVINOModel, precision="f32"),
+            "openvino-bf16": partial(OpenVINOModel, precision="bf16")}
+AGAINST = ("autocast", *RUNTIMES, "pipeline", "pipeline-bf16", "pipeline-own")
+
+
+def by_runtime(classifier: Classifier, model: OnnxModel, texts: list[str], folder: Path) -> list[str]:
+    """The labels, with another program in the place of the classifier's model."""
+    return [classifier.label_names[label] for label in probabilities_of(model, classifier, texts).argmax(axis=1)]
+
+
+def by_pipeline(classify: Callable, size: int, texts: list[str], folder: Path) -> list[str]:
+    return [answer["label"] for answer in classify(texts, batch_size=size, truncation=True)]
+
+
+def under_autocast(classifier: Classifier, texts: list[str], folder: Path) -> list[str]:
+    with mock.patch.object(evaluation_pass, "has_operators", return_value=False):
+        return suite(classifier, texts, folder)
+
+
+def compare(model: str, texts: list[str], names: list[str], work: Path) -> None:
     config = Config()
     classifier = Classifier(Path(model), config, Devices(config))
+    if exported := [name for name in names if name in RUNTIMES]:
+        write_onnx(load_model(model).eval(), work / "model.onnx")
     classifier.cast_weights()
     own = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(model).encoder)
     own.base_model.load_state_dict(load_model(model).encoder.state_dict(), strict=False)
     models = {"pipeline": (model, torch.float32), "pipeline-bf16": (model, torch.bfloat16),
               "pipeline-own": (own, torch.float32)}
-    contenders = {name: pipeline("text-classification", model=models[name][0], tokenizer=classifier.tokenizer,
-                                 dtype=models[name][1], device=classifier.devices.device) for name in names}
+    contenders = {"suite": partial(suite, classifier), "autocast": partial(under_autocast, classifier)}
+    contenders |= {name: partial(by_runtime, classifier, RUNTIMES[name](work / "model.onnx", classifier.model.config))
+                   for name in exported}
     sizes = {}
-    for name, classify in contenders.items():
+    for name in models.keys() & set(names):
+        classify = pipeline("text-classification", model=models[name][0], tokenizer=classifier.tokenizer,
+                            dtype=models[name][1], device=classifier.devices.device)
         seconds = {size: timed(lambda c=classify, s=size: c(texts[:TRIED], batch_size=s, truncation=True))[0]
                    for size in BATCH_SIZES}
         sizes[name] = min(seconds, key=seconds.get)
+        contenders[name] = partial(by_pipeline, classify, sizes[name])
         print(f"{name}: reviews/s by batch size: "
               + ", ".join(f"{size}: {len(texts[:TRIED]) / s:.1f}" for size, s in seconds.items()), flush=True)
-    speeds, labels = {name: [] for name in ("suite", *contenders)}, {name: [] for name in ("suite", *contenders)}
+    contenders = {name: contenders[name] for name in ("suite", *names)}
+    speeds, labels = {name: [] for name in contenders}, {name: [] for name in contenders}
     step = -(-len(texts) // PARTS)
-
-    def label(name: str, part: list[str], folder: Path) -> list[str]:
-        if name == "suite":
-            return suite(classifier, part, folder)
-        return [answer["label"] for answer in contenders[name](part, batch_size=sizes[name], truncation=True)]
 
     def in_turn(part: list[str], folder: Path) -> dict[str, tuple[float, list[str]]]:
         """Seconds and labels of each contender."""
-        return {name: timed(partial(label, name, part, folder)) for name in speeds}
+        return {name: timed(partial(label, part, folder)) for name, label in contenders.items()}
 
-    with tempfile.TemporaryDirectory() as folder:
-        for start in range(0, len(texts), step):
-            part = texts[start:start + step]
-            for name, (seconds, found) in quietly(partial(in_turn, part, Path(folder)), f"from row {start}").items():
-                speeds[name].append(len(part) / seconds)
-                labels[name] += found
-                print(f"{start:6}  {name:14} {speeds[name][-1]:8.1f} reviews/s", flush=True)
+    for start in range(0, len(texts), step):
+        part = texts[start:start + step]
+        for name, (seconds, found) in quietly(partial(in_turn, part, work), f"from row {start}").items():
+            speeds[name].append(len(part) / seconds)
+            labels[name] += found
+            print(f"{start:6}  {name:14} {speeds[name][-1]:8.1f} reviews/s", flush=True)
     print(f"\n{len(texts):,} reviews, {classifier.devices}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}\n\n| | batch | reviews/s | suite / it | other labels than the suite |\n"
           "| --- | --- | --- | --- | --- |")
@@ -133,14 +180,16 @@ def main() -> None:
     parser.add_argument("--reviews", help="a .csv, .jsonl, .parquet or .txt file")
     parser.add_argument("--column", default="text")
     parser.add_argument("--rows", type=int, default=25_000)
-    parser.add_argument("--against", nargs="+", default=["pipeline", "pipeline-bf16", "pipeline-own"])
+    parser.add_argument("--against", nargs="+", choices=AGAINST,
+                        default=[name for name in AGAINST if "openvino" not in name or find_spec("openvino")])
     parser.add_argument("--memory", type=int, nargs="+", metavar="ROWS")
     arguments = parser.parse_args()
     quiet_libraries()
     if not arguments.memory:
         texts = read_texts(arguments.reviews, arguments.column, arguments.rows)
         refuse_busy_machine()
-        compare(arguments.model, texts, arguments.against)
+        with tempfile.TemporaryDirectory() as folder:
+            compare(arguments.model, texts, arguments.against, Path(folder))
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "main.py", "--config", "demo.yaml", f"output_dir={folder}", "run_name=model",

@@ -14,7 +14,7 @@ from test_model import batch, build
 
 from benchmarks.speed import GLIBCS_OWN, KEEPS
 from suite.encoders import cpu_kernels
-from suite.encoders.cpu_kernels import SHORT, BlockAttention, cpu_attention, drop, use_cpu_kernels
+from suite.encoders.cpu_kernels import SHORT, SHORT_FORWARD, BlockAttention, cpu_attention, drop, use_cpu_kernels
 
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is not the C library here")
 
@@ -174,3 +174,16 @@ def test_dropout_draws_at_its_rate_and_keeps_the_expectation():
     assert torch.equal(values.grad, dropped.detach())  # the same mask backwards
     columns = (dropped.detach() == 0).double()
     assert abs(torch.corrcoef(columns.T[:40]).fill_diagonal_(0)).max() < 0.2  # neighbours share a number, not a draw
+
+
+@pytest.mark.parametrize(("has_amx", "tokens", "by_blocks"), [
+    (False, SHORT_FORWARD, True), (False, SHORT_FORWARD + 1, False), (True, SHORT, False)])
+def test_without_a_backward_pass_the_faster_attention_is_taken(monkeypatch, has_amx, tokens, by_blocks):
+    monkeypatch.setattr(cpu_kernels, "has_fast_fused_attention", lambda: has_amx)
+    calls, own = [], BlockAttention.apply
+    monkeypatch.setattr(BlockAttention, "apply", lambda *given: calls.append(1) or own(*given))
+    given = torch.ones(3, 1, 1, tokens, 2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        context, _ = cpu_attention(torch.nn.Identity(), *given, None)
+    torch.testing.assert_close(context, torch.ones(1, tokens, 1, 2, dtype=torch.bfloat16))
+    assert bool(calls) == by_blocks

@@ -206,11 +206,14 @@ def test_a_run_goes_on_with_the_same_bits_and_never_under_other_kernels(override
     arguments, runs = [*overrides, *BF16], tmp_path / "runs"
     assert "on cpu (bf16, numba kernels)" in train_here(*arguments).stdout
     assert metrics_of(runs / "run")["environment"]["numba"] == numba.__version__
+    tested = (runs / "run" / "test_predictions.csv").read_bytes()
     stop_at(7, [*arguments, "run_name=stopped"], monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(devices, "numba_works", lambda: False)
         refused = train_here(*arguments, "run_name=stopped", code=2).stderr
         assert "was trained on cpu (bf16, numba kernels), and would go on with cpu (bf16) here" in refused
+        train_here(*arguments, mode="test")
+    assert (runs / "run" / "test_predictions.csv").read_bytes() == tested  # evaluation has no part in numba
     assert "continuing from" in train_here(*arguments, "run_name=stopped").stdout
     assert differing_files(runs / "run", runs / "stopped") == []
 

@@ -29,7 +29,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 STEPS = 1 << 16
-SHORT = 256  # tokens up to which `BlockAttention` in bf16 beats the fused kernel, measured in benchmarks/README.md
+OWN_ATTENTION = ("sdpa_cpu", "sdpa_numba")  # this file's, and that of suite/encoders/numba_kernels.py
+SHORT = 256  # tokens up to which `BlockAttention` in bf16 beats the fused kernel, measured in benchmarks/README.md,
+SHORT_FORWARD = 2048  # and without a backward pass, on a CPU without AMX; one review's scores must fit into memory
 BLOCK = 1 << 21  # scores computed at a time, 8 MB in fp32, so that they stay in the caches; one review's if it has more
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 PASSES = 64  # forward passes after which memory has its usual size, and the least from one giving back to the next
@@ -132,7 +134,8 @@ def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, val
                   attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs
                   ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
-    is_slow_fused = query.dtype == torch.bfloat16 and key.shape[2] <= SHORT
+    short = SHORT if torch.is_grad_enabled() else 0 if has_fast_fused_attention() else SHORT_FORWARD
+    is_slow_fused = query.dtype == torch.bfloat16 and key.shape[2] <= short
     is_plain = kwargs.get("position_bias") is None and key.shape[:2] == query.shape[:2]
     if not (dropout or is_slow_fused) or not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -142,6 +145,11 @@ def cpu_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, val
         bias = bias.masked_fill_(~attention_mask, torch.finfo(bias.dtype).min).expand(len(query), -1, -1, -1)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may have left them in fp32
     return BlockAttention.apply(query, key, value, bias, scaling or query.shape[-1] ** -0.5, dropout), None
+
+
+def has_fast_fused_attention() -> bool:
+    """Whether torch's fused attention multiplies in bf16 by AMX. Without a backward pass, it is the fastest then."""
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 AttentionInterface.register("sdpa_cpu", cpu_attention)

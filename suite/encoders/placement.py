@@ -11,6 +11,7 @@ from torch import nn
 from model import EncoderForClassification, mean_over_windows
 from suite.common.devices import Devices
 from suite.encoders.cpu_kernels import keep_freed_memory, use_cpu_kernels
+from suite.encoders.evaluation_pass import packed_layers
 from suite.encoders.masked_lm import MaskedLanguageModel
 from utils import UserError
 
@@ -86,11 +87,12 @@ def compute_logits(model: nn.Module, batches: Iterable[Batch], reviews: int, dev
     ids, labels = torch.empty(2, reviews, dtype=torch.int64, device=devices.device)
     logits = torch.empty(reviews, devices.unwrap(model).config.num_labels, device=devices.device)
     start = 0
-    for batch in batches:
-        batch_ids, batch_labels, inputs = to_device(batch, devices.device)
-        with devices.autocast():
-            windows = inputs.pop("windows", None)  # classifiers of others know nothing of windows
-            batch_logits = mean_over_windows(model(**inputs).logits, windows)
-        place = slice(start, start := start + len(batch_ids))
-        ids[place], labels[place], logits[place] = batch_ids, batch_labels, batch_logits
+    with packed_layers(devices.unwrap(model), devices):
+        for batch in batches:
+            batch_ids, batch_labels, inputs = to_device(batch, devices.device)
+            with devices.autocast():
+                windows = inputs.pop("windows", None)  # classifiers of others know nothing of windows
+                batch_logits = mean_over_windows(model(**inputs).logits, windows)
+            place = slice(start, start := start + len(batch_ids))
+            ids[place], labels[place], logits[place] = batch_ids, batch_labels, batch_logits
     return ids.cpu().numpy(), labels.cpu().numpy(), logits.cpu().numpy()

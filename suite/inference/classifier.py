@@ -25,6 +25,7 @@ from suite.common.devices import Devices
 from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, THRESHOLD, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
+from suite.encoders.evaluation_pass import arithmetic
 from suite.encoders.loading import STACK, kind_of, load_model
 from suite.encoders.placement import compute_logits, pass_tokens, place_model
 from suite.encoders.tokenizers import (
@@ -122,7 +123,8 @@ class Classifier(Labeller):
         cut = {"max_len": self.encode.max_len, "truncation": self.encode.truncation}
         if self.encode.truncation == "windows":
             cut["max_windows"] = self.encode.max_windows
-        return {**cut, "eval_batch_size": self.batch_size, "precision": self.devices.precision}
+        return {**cut, "eval_batch_size": self.batch_size, "precision": self.devices.precision,
+                **arithmetic(self.devices)}
 
     def cast_weights(self) -> None:
         """Cast once what autocast would cast in each forward pass, with the same result to the last bit."""

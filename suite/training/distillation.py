@@ -21,6 +21,7 @@ from suite.common.devices import random_state, set_random_state
 from suite.common.run_folder import TEACHER
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import MANIFEST, atomic_write, read_json, refuse_damage, remove, seal, sha256_of, write_json
+from suite.encoders.evaluation_pass import arithmetic
 from suite.inference.classifier import open_classifier
 from suite.reviews.sampling import CHUNK_ROWS
 from suite.reviews.splitting import Split, fingerprint, load_split, text_digests
@@ -133,7 +134,7 @@ class DistillationRun(Run):
     def take_folder(self, folder: Path, texts: str) -> None:
         """Write down what the labels depend on; what was labelled under other conditions is removed."""
         described = {"teacher": sha256_of(teacher_model(self.config) / MANIFEST), "texts": texts,
-                     "device": self.devices.kind, "chunk_rows": CHUNK_ROWS}
+                     "device": self.devices.kind, "chunk_rows": CHUNK_ROWS, **arithmetic(self.devices)}
         if (folder / LABELS).exists() and read_json(folder / LABELS) != described:
             say(f"{folder}: the teacher, the unlabelled reviews or the device are others than those of the labels that "
                 "are there: labelling begins again")

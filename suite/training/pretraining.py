@@ -16,6 +16,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedConfig, PreT
 from data import IGNORED, Encode, IMDBDataset, PreparedData, Step, pad, tokenize
 from suite.common.devices import Devices
 from suite.common.pages import write_pretrained_card
+from suite.encoders.evaluation_pass import packed_layers
 from suite.encoders.loading import PRETRAINED_TEXTS, trained_texts
 from suite.encoders.masked_lm import new_masked_lm
 from suite.encoders.placement import to_device
@@ -162,12 +163,13 @@ def evaluate_masked(model: nn.Module, loader: DataLoader, devices: Devices, name
     """
     model.eval()
     sums = []  # on the device, because reading them would wait for each batch
-    for batch in watched(loader, devices, name):
-        _, labels, inputs = to_device(batch, devices.device)
-        with devices.autocast():
-            output = model(**inputs, labels=labels, reduction="sum")
-        hits = (output.logits.argmax(dim=1) == labels).sum()
-        sums.append(torch.stack([output.loss, hits, torch.tensor(len(labels), device=devices.device)]))
+    with packed_layers(devices.unwrap(model), devices):
+        for batch in watched(loader, devices, name):
+            _, labels, inputs = to_device(batch, devices.device)
+            with devices.autocast():
+                output = model(**inputs, labels=labels, reduction="sum")
+            hits = (output.logits.argmax(dim=1) == labels).sum()
+            sums.append(torch.stack([output.loss, hits, torch.tensor(len(labels), device=devices.device)]))
     model.train()
     found, = devices.gather(torch.stack(sums).cpu().double().numpy())
     return found.sum(axis=0)
