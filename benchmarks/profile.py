@@ -91,10 +91,10 @@ def measure(work: Path, tokens: int, batch: int) -> dict[str, float]:
             stack.enter_context(mock.patch.object(cpu_kernels, name, named(getattr(cpu_kernels, name), part)))
         attention, devices = {"sdpa_cpu": cpu_kernels.cpu_attention}, Devices(config)
         if devices.has_numba_kernels:
-            from suite.encoders import numba_kernels
+            from suite.encoders import numba_layers
 
-            own, attention["sdpa_numba"] = numba_kernels.call, named(numba_kernels.numba_attention, "attention")
-            stack.enter_context(mock.patch.object(numba_kernels, "call", lambda kernel, *rest: named(
+            own, attention["sdpa_numba"] = numba_layers.call, named(numba_layers.numba_attention, "attention")
+            stack.enter_context(mock.patch.object(numba_layers, "call", lambda kernel, *rest: named(
                 own, KERNELS[kernel.__name__])(kernel, *rest)))
         stack.enter_context(mock.patch.dict(cpu_kernels.AttentionInterface()._global_mapping, attention))
         run = Run.open(config, devices)

@@ -12,6 +12,7 @@ process of its own, in turn, round after round; then it evaluates a third as man
 after a few that are not counted. The reviews are random words whose lengths are distributed like IMDB's.
 
     suite           this suite with every default on
+    suite-plain     the same without numba's kernels (requirements-fast.txt), where `suite` has them
     suite-fp32      the same in fp32, in which Trainer runs unless it is told otherwise
     trainer         Trainer's defaults; every review padded to --tokens, as transformers' run_classification.py does
     trainer-best    batches padded to their longest review, reviews grouped by length, a fused optimizer, and bf16 where
@@ -32,15 +33,17 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.noise import in_turn, ratios, refuse_busy_machine
 from benchmarks.workload import SHAPES, WARM_UP_STEPS, config_for, describe_machine, train_again, workload
 from utils import Config
 
-CONTENDERS = ("suite", "suite-fp32", "trainer", "trainer-best", "suite-glibc", "trainer-keeps", "suite-compile",
-              "trainer-compile")
+CONTENDERS = ("suite", "suite-plain", "suite-fp32", "trainer", "trainer-best", "suite-glibc", "trainer-keeps",
+              "suite-compile", "trainer-compile")
 GLIBCS_OWN = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}  # glibc's default, but said, so that the suite changes nothing
 KEEPS = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 ENVIRONMENTS = {"suite-glibc": GLIBCS_OWN, "trainer-keeps": KEEPS}
@@ -59,7 +62,9 @@ def time_suite(work: Path, arguments: argparse.Namespace) -> tuple[float, float]
     make_deterministic()
     config = config_for(work, arguments.tokens, arguments.batch, f"run_name={arguments.contender}-{arguments.tokens}",
                         f"train_config.epochs={arguments.epochs}", *overrides.get(arguments.contender, []))
-    run = Run.open(config, Devices(config))
+    is_plain = arguments.contender == "suite-plain"
+    with mock.patch("suite.common.devices.numba_works", return_value=False) if is_plain else nullcontext():
+        run = Run.open(config, Devices(config))
     train_again(run, steps=WARM_UP_STEPS)
     seconds = train_again(run, arguments.epochs)
     started = time.perf_counter()
@@ -185,6 +190,8 @@ def usual_contenders() -> list[str]:
 
     devices = Devices(Config())
     same = {"suite-fp32"} if devices.precision == "no" else set()
+    if not devices.has_numba_kernels:
+        same.add("suite-plain")
     if devices.device.type != "cpu":
         same |= set(ENVIRONMENTS)
     return [name for name in CONTENDERS if name not in same and not name.endswith("-compile")]
@@ -214,7 +221,8 @@ def compare(work: Path, arguments: argparse.Namespace, shape: str, tokens: int) 
               f"{speed * flops / peak:7.1%}  {median(name, 'evaluated'):12.1f}  {median(name, 'memory'):16,.0f}")
     print(f"  matrix product: {peak / 1e12:.3f} TFLOP/s; {flops / 1e9:.1f} GFLOPs a review")
     for name, to in (("suite", "trainer"), ("suite", "trainer-best"), ("suite", "trainer-keeps"),
-                     ("suite", "suite-glibc"), ("suite-fp32", "trainer"), ("suite-compile", "trainer-compile")):
+                     ("suite", "suite-plain"), ("suite", "suite-glibc"), ("suite-fp32", "trainer"),
+                     ("suite-compile", "trainer-compile")):
         if name in names and to in names:
             within_rounds = ratios(all_of(name, "speed"), all_of(to, "speed"))
             print(f"  {name} / {to}: {within_rounds} times, median (least to most) over the rounds")

@@ -2,26 +2,28 @@
 them, and without numba it takes the usual path."""
 
 import math
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENCODERS, differing_files, launch, metrics_of, stop_at, train_here
+from conftest import ENCODERS, PROJECT, differing_files, launch, metrics_of, stop_at, train_here
 from test_model import batch, build
 
 from suite.common import devices
 from suite.common.devices import Devices, numba_works
 from suite.encoders.cpu_kernels import STEPS
 from suite.encoders.placement import checkpoint_gradients, place_model
-from utils import Config, TrainConfig
+from utils import Config, TrainConfig, UserError
 
 numba = pytest.importorskip("numba", reason="pip install -r requirements-fast.txt")
 if not numba_works():
     pytest.skip("numba finds no OpenMP here", allow_module_level=True)
 
-from suite.encoders import numba_kernels  # noqa: E402
-from suite.encoders.numba_kernels import GELU, Attention, DropoutAddNorm, numba_attention  # noqa: E402
+from suite.encoders import numba_layers  # noqa: E402
+from suite.encoders.numba_layers import GELU, Attention, DropoutAddNorm, numba_attention  # noqa: E402
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -121,6 +123,34 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
     assert all(map(torch.equal, alone, together))
 
 
+DIGEST = """
+import hashlib, torch
+from suite.common.devices import numba_works
+numba_works()
+from suite.encoders.numba_layers import DropoutAddNorm
+torch.manual_seed(0)
+given = [torch.randn(200, 384, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+normed, _ = DropoutAddNorm.apply(*given, torch.randn(384), torch.randn(384), 1e-12, 0.1)
+print(hashlib.sha256(normed.numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.long
+def test_the_first_process_has_the_bits_of_those_that_find_its_kernels_in_the_cache(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (subprocess.run([sys.executable, "-c", DIGEST], cwd=PROJECT, env=environment, check=True,
+                                    capture_output=True).stdout for _ in range(2))
+    assert list(tmp_path.rglob("*.nbc"))
+    assert first == second != b""
+
+
+def test_kernels_that_cannot_be_kept_are_one_line(monkeypatch):
+    monkeypatch.setattr(numba_layers.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess(
+        [], 1, "", "Traceback\nRuntimeError: cannot cache function 'exp'"))
+    with pytest.raises(UserError, match=r"kept \(RuntimeError: cannot cache .*\): set NUMBA_CACHE_DIR to a folder"):
+        numba_layers.from_cache()
+
+
 def pass_of(folder: str, by_numba: bool, checkpointed: bool = False, dropout: float = 0.0, precision: str = "bf16",
             pooling: str = "cls") -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.nn.Module]:
     """(logits without dropout, gradients in training, model)"""
@@ -185,7 +215,7 @@ def test_what_is_not_finite_stays_so(encoder_folder, value):
 
 
 def test_a_model_in_fp32_takes_the_usual_path(encoder_folder, monkeypatch):
-    monkeypatch.setattr(numba_kernels, "call", lambda *_: pytest.fail("a kernel of bf16 was called"))
+    monkeypatch.setattr(numba_layers, "call", lambda *_: pytest.fail("a kernel of bf16 was called"))
     plain = pass_of(encoder_folder("bert"), by_numba=False, dropout=0.2, precision="no")[1]
     ours = pass_of(encoder_folder("bert"), by_numba=True, dropout=0.2, precision="no")[1]
     assert [weight for weight in plain if not torch.equal(plain[weight], ours[weight])] == []
@@ -225,10 +255,10 @@ def test_two_processes_train_by_them(overrides):
 
 
 def test_without_numba_a_run_takes_the_usual_path(overrides, monkeypatch, without_numba):
-    monkeypatch.delitem(sys.modules, "suite.encoders.numba_kernels")
+    monkeypatch.delitem(sys.modules, "suite.encoders.numba_layers")
     finished = train_here(*overrides, *BF16, "train_config.max_steps=2")
     assert "on cpu (bf16)\n" in finished.stdout
-    assert "suite.encoders.numba_kernels" not in sys.modules
+    assert "suite.encoders.numba_layers" not in sys.modules
 
 
 def test_numba_without_openmp_is_not_used_and_that_is_said(monkeypatch, capsys):

@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 STEPS = 1 << 16
-OWN_ATTENTION = ("sdpa_cpu", "sdpa_numba")  # this file's, and that of suite/encoders/numba_kernels.py
+OWN_ATTENTION = ("sdpa_cpu", "sdpa_numba")  # this file's, and that of suite/encoders/numba_layers.py
 SHORT = 256  # tokens up to which `BlockAttention` in bf16 beats the fused kernel, measured in benchmarks/README.md,
 SHORT_FORWARD = 2048  # and without a backward pass, on a CPU without AMX; one review's scores must fit into memory
 BLOCK = 1 << 21  # scores computed at a time, 8 MB in fp32, so that they stay in the caches; one review's if it has more

@@ -2,8 +2,8 @@
 
 What stands between two matrix products takes torch many passes: scores, softmax, random bits, mask and product; or
 dropout, sum, layer norm and the casts between float32 and bf16. Here each is one loop over rows. This module needs
-the packages of requirements-fast.txt; without them a run takes the path of suite/encoders/cpu_kernels.py. Nothing but
-training in bf16 comes here: evaluation and prediction give the same bits with and without numba.
+the packages of requirements-fast.txt; without them a run takes the path of suite/encoders/cpu_kernels.py. Importing it
+compiles the kernels, or loads them from numba's cache.
 
 numba knows no bf16, so its kernels work on int16 arrays of the same bits and compute in float32. Dropout draws 16
 random bits for each element from splitmix64 (Steele, Lea and Flood, 2014) of a counter, so that a backward pass can
@@ -11,26 +11,14 @@ draw the same mask again; the seed comes from torch's generator. Rows are cut in
 share them, so no result depends on the number of threads.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
-from torch import nn
-from transformers import AttentionInterface
-from transformers.activations import GELUActivation
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.bert.modeling_bert import BertOutput
 
-from suite.encoders.cpu_kernels import STEPS, blocks, cpu_attention
-
+STEPS = 1 << 16  # as in suite/encoders/cpu_kernels.py
 BLOCKS = 64
 I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 f32, i16, u64 = np.float32, np.int16, np.uint64
@@ -39,8 +27,8 @@ SIGN = i16(-32768)  # the sign bit of a bf16 value
 # ---------------------------------------------------------------------------------------------------------------------
 # What the kernels are made of
 
-kernel = njit(parallel=True, fastmath=True, cache=True, error_model="numpy")
-inline = njit(fastmath=True, cache=True, error_model="numpy")
+kernel = functools.partial(njit, parallel=True, fastmath=True, cache=True, error_model="numpy")
+inline = njit(fastmath=True, error_model="numpy")
 
 
 @intrinsic
@@ -100,7 +88,7 @@ def draw(words, seed, row):
 # The kernels. `dropped`: of the STEPS values that 16 random bits take; `factor`: STEPS / (STEPS - dropped)
 
 
-@kernel
+@kernel("void(i2[:, ::1], i2[:, ::1], b1[:, :, ::1], f8, f8, i8, i8)")
 def softmax_dropout(scores, kept, mask, scaling, factor, dropped, seed):
     """scores (reviews x heads x tokens, keys) bf16 become probabilities, with a minus sign where they are dropped;
     `kept`: probabilities x factor, or 0. `mask`: (1 or reviews, 1 or tokens, keys), which keys a token may read."""
@@ -131,7 +119,7 @@ def softmax_dropout(scores, kept, mask, scaling, factor, dropped, seed):
                 k[i] = narrow(probability * factor) & ~is_dropped
 
 
-@kernel
+@kernel("void(i2[:, ::1], i2[:, ::1], i2[:, ::1], f8, f8)")
 def softmax_dropout_backward(gradient, signed, kept, scaling, factor):
     """The gradient of `kept` becomes that of the scores, and `kept` what it was in the forward pass."""
     rows, keys = signed.shape
@@ -148,7 +136,8 @@ def softmax_dropout_backward(gradient, signed, kept, scaling, factor):
                 g[i] = narrow((larger(x, f32(0)) * factor * widen(g[i]) - abs(x) * total) * scaling)
 
 
-@kernel
+@kernel("void(i2[:, ::1], f4[:, ::1], f4[::1], f4[::1], f8, f8, i8, i8, f4[:, ::1], f4[::1], f4[::1], "
+        "f4[:, ::1], i2[:, ::1])")
 def dropout_add_norm(hidden, residual, weight, bias, eps, factor, dropped, seed, total, mean, scale, normed, narrowed):
     """total = residual + dropout(hidden), and its layer norm in float32 and in bf16, `normed` and `narrowed`.
 
@@ -177,7 +166,8 @@ def dropout_add_norm(hidden, residual, weight, bias, eps, factor, dropped, seed,
                 b[i] = narrow(y)
 
 
-@kernel
+@kernel("void(f4[:, ::1], i2[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f8, i8, i8, f4[:, ::1], i2[:, ::1], "
+        "f4[:, :, ::1])")
 def dropout_add_norm_backward(of_normed, of_narrowed, total, mean, scale, weight, factor, dropped, seed, of_residual,
                               of_hidden, sums):
     """Gradients of `dropout_add_norm`; `sums`: (BLOCKS, 2, width), each block's part of those of weight and bias."""
@@ -205,7 +195,7 @@ def dropout_add_norm_backward(of_normed, of_narrowed, total, mean, scale, weight
                 h[i] = narrow(f32(0) if bits[i] < limit else y * factor)
 
 
-@kernel
+@kernel("void(i2[::1], i2[::1], i2[::1])")
 def gelu_backward(gradient, x, result):
     """gradient x (cdf(x) + x pdf(x)) of the normal distribution, all of one dimension; its cdf by formula 7.1.26 of
     Abramowitz and Stegun, with an error below 1e-6."""
@@ -222,166 +212,3 @@ def gelu_backward(gradient, x, result):
             tail = f32(0.5) * p * t * e
             cdf = f32(1) - tail if v >= f32(0) else tail
             out[i] = narrow(widen(g[i]) * (cdf + f32(0.39894228) * v * e))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Differentiable functions of tensors
-
-
-def call(kernel: Callable, *arguments: Any) -> None:
-    """A kernel of contiguous tensors and numbers, in as many threads as torch takes."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    kernel(*(bits(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments))
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def dropout_numbers(rate: float) -> tuple[float, int, int]:
-    """(factor, dropped, seed) of a kernel, for 0 <= rate < 1."""
-    dropped = min(round(rate * STEPS), STEPS - 1)
-    return STEPS / (STEPS - dropped), dropped, int(torch.empty((), dtype=torch.int64).random_())
-
-
-class Attention(torch.autograd.Function):
-    """`BlockAttention` in bf16, of (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor,
-                scaling: float, rate: float) -> torch.Tensor:
-        """`mask`: (1 or batch, 1 or tokens, keys) of booleans; `rate`: of dropout, 0 <= rate < 1."""
-        batch, heads, tokens, _ = query.shape
-        signed = query.new_empty(batch, heads, tokens, key.shape[2])
-        context = query.new_empty(batch, tokens, heads, value.shape[3])
-        for rows, kept, _ in blocks(signed.shape, query.dtype):
-            q, k, v, scores = (tensor[rows].flatten(0, 1) for tensor in (query, key, value, signed))
-            factor, *numbers = dropout_numbers(rate)
-            torch.bmm(q, k.mT, out=scores)
-            call(softmax_dropout, scores.flatten(0, 1), kept.flatten(0, 1), mask[rows] if len(mask) > 1 else mask,
-                 scaling, factor, *numbers)
-            context[rows] = (kept @ v).unflatten(0, (-1, heads)).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, signed)
-        ctx.scaling, ctx.factor = scaling, factor
-        return context
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, signed = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-        gradient = gradient.transpose(1, 2)
-        for rows, kept, of_scores in blocks(signed.shape, query.dtype):
-            q, k, v, g = (tensor[rows].flatten(0, 1) for tensor in (query, key, value, gradient))
-            torch.bmm(g, v.mT, out=of_scores)
-            call(softmax_dropout_backward, of_scores.flatten(0, 1), signed[rows].flatten(0, 2), kept.flatten(0, 1),
-                 ctx.scaling, ctx.factor)
-            of_value[rows] = (kept.mT @ g).view_as(of_value[rows])
-            of_query[rows] = (of_scores @ k).view_as(of_query[rows])
-            of_key[rows] = (of_scores.mT @ q).view_as(of_key[rows])
-        return of_query, of_key, of_value, None, None, None
-
-
-class DropoutAddNorm(torch.autograd.Function):
-    """LayerNorm(residual + dropout(hidden)) in float32 and in bf16; `hidden` (..., width) bf16, all else float32."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-                eps: float, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, residual = hidden.contiguous(), residual.contiguous()
-        total, normed, narrowed = (torch.empty_like(tensor) for tensor in (residual, residual, hidden))
-        mean, scale = residual.new_empty(2, residual[..., 0].numel())
-        ctx.numbers = dropout_numbers(rate)
-        call(dropout_add_norm, hidden.flatten(0, -2), residual.flatten(0, -2), weight, bias, eps, *ctx.numbers,
-             total.flatten(0, -2), mean, scale, normed.flatten(0, -2), narrowed.flatten(0, -2))
-        ctx.save_for_backward(total, mean, scale, weight)
-        return normed, narrowed
-
-    @staticmethod
-    def backward(ctx: Any, of_normed: torch.Tensor, of_narrowed: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        total, mean, scale, weight = ctx.saved_tensors
-        of_residual, of_hidden = torch.empty_like(total), torch.empty_like(total, dtype=torch.bfloat16)
-        sums = total.new_zeros(BLOCKS, 2, total.shape[-1])
-        call(dropout_add_norm_backward, of_normed.contiguous().flatten(0, -2), of_narrowed.contiguous().flatten(0, -2),
-             total.flatten(0, -2), mean, scale, weight, *ctx.numbers, of_residual.flatten(0, -2),
-             of_hidden.flatten(0, -2), sums)
-        return of_hidden, of_residual, *sums.sum(dim=0), None, None
-
-
-class GELU(torch.autograd.Function):
-    """torch's GELU forwards, of a contiguous tensor in bf16."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return nn.functional.gelu(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        x, = ctx.saved_tensors
-        result = torch.empty_like(x)
-        call(gelu_backward, gradient.contiguous().flatten(), x.flatten(), result.flatten())
-        return result
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A model that trains by them
-
-
-def numba_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs
-                    ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention, (batch, heads, tokens, size) -> (batch, tokens, heads, size)."""
-    is_plain = (kwargs.get("position_bias") is None and key.shape[:2] == query.shape[:2]
-                and (attention_mask is None or attention_mask.shape[1] == 1))
-    if not (module.training and value.dtype == torch.bfloat16 and is_plain):
-        return cpu_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if attention_mask is None:
-        mask = torch.ones(1, 1, key.shape[2], dtype=torch.bool)
-    else:  # transformers repeats a row for all tokens, where it can, without copying it
-        mask = attention_mask[:, 0, :1 if attention_mask.stride(2) == 0 else None].contiguous()
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast may have left them in fp32
-    return Attention.apply(query, key, value, mask, scaling or query.shape[-1] ** -0.5, dropout), None
-
-
-AttentionInterface.register("sdpa_numba", numba_attention)
-AttentionMaskInterface.register("sdpa_numba", sdpa_mask)
-
-
-def output_forward(self: nn.Module, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-    """BertOutput.forward, (..., width) -> (..., width). The result carries its copy in bf16, for `take_bf16`."""
-    hidden, norm = self.dense(hidden_states), self.LayerNorm
-    if not (self.training and hidden.dtype == torch.bfloat16 and input_tensor.dtype == torch.float32):
-        return norm(self.dropout(hidden) + input_tensor)
-    normed, normed.in_bf16 = DropoutAddNorm.apply(hidden, input_tensor, norm.weight, norm.bias, norm.eps,
-                                                  self.dropout.p)
-    return normed
-
-
-def take_bf16(linear: nn.Linear, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Called before a matrix product, which autocast would begin with a cast of its input."""
-    return (getattr(inputs[0], "in_bf16", inputs[0]),)
-
-
-def gelu_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    is_ours = self.training and x.dtype == torch.bfloat16 and x.is_contiguous()
-    return GELU.apply(x) if is_ours else nn.functional.gelu(x)
-
-
-def use_numba_kernels(model: nn.Module) -> None:
-    """Let `model.encoder`, which `use_cpu_kernels` has changed, train by these kernels where it computes in bf16."""
-    for module in model.encoder.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(take_bf16)
-        elif type(module) is GELUActivation and module.act is nn.functional.gelu:
-            module.forward = functools.partial(gelu_forward, module)
-        elif does_as(module, BertOutput):
-            module.forward = functools.partial(output_forward, module)
-    if model.encoder.config._attn_implementation == "sdpa_cpu":
-        model.encoder.config._attn_implementation = "sdpa_numba"
-
-
-def does_as(module: nn.Module, other: type[nn.Module]) -> bool:
-    """Whether a module's class, as transformers copies them from family to family, has the `forward` of `other`."""
-    own, its = type(module).forward.__code__, other.forward.__code__
-    return (own.co_code, own.co_names, own.co_consts) == (its.co_code, its.co_names, its.co_consts)

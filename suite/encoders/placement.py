@@ -31,7 +31,7 @@ def place_model(model: nn.Module, device: torch.device, compiled: bool = False, 
         use_cpu_kernels(model)
         keep_freed_memory(model)
         if by_numba:
-            from suite.encoders.numba_kernels import use_numba_kernels
+            from suite.encoders.numba_layers import use_numba_kernels
 
             use_numba_kernels(model)
 
