@@ -70,9 +70,9 @@ class Command:
     input: str | None = option("predict", "reviews in a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one review "
                                "per line), in a folder of .txt files (one review each), or - for lines from standard "
                                "input", metavar="FILE")
-    output: str | None = option("predict, export, explain, audit", "for each in turn: a .csv or .jsonl file, or "
-                                ".parquet if the input is one (default: standard output); a folder; an .html file; a "
-                                ".csv file", metavar="FILE")
+    output: str | None = option("predict, export, explain, audit", "what to write. predict: a .csv or .jsonl "
+                                "file, or .parquet if the input is one (default: standard output); export: a folder; "
+                                "explain: an .html file; audit: a .csv file", metavar="FILE")
     min_confidence: float | None = option("predict", "give a text no class whose probability is below this: a person "
                                           "decides", flag="min-confidence", metavar="P", type=float)
     threshold: str | None = option("decide", "f1, precision>=0.95 or recall>=0.99 of class 1, with your own number, or "
