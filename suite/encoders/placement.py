@@ -66,7 +66,7 @@ def layer_classes(model: nn.Module) -> list[str]:
 
 def pass_tokens(model: nn.Module, device: torch.device) -> float:
     """How many tokens cost as much as starting one more forward and backward pass: see `PASS_FLOPS`."""
-    weights = sum(layer.weight.numel() for _, layer in linear_layers(model))
+    weights = sum(layer.weight.numel() for _, layer in linear_layers(model)) or 1  # I-BERT's are of another class
     return PASS_FLOPS[device.type] / (6 * weights)  # 6 FLOPs a weight and token, see `training_flops`
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,8 @@ def export(command: Command, devices: Devices) -> None:
         if (size := sum(path.stat().st_size for path in (target / name).parent.glob(name.name + "*"))):
             say(f"exported: {target / name} ({size / 1e6:,.1f} MB)")
     if "web" in formats:
-        say(f"open http://127.0.0.1:8000 after: python -m http.server --bind 127.0.0.1 --directory {target}")
+        say(f"open http://127.0.0.1:8000 after: python -m http.server --bind 127.0.0.1 --directory "
+            f"{shlex.quote(str(target))}")
 
 
 def output_folder(command: Command) -> Path:
