@@ -47,7 +47,7 @@ def main() -> None:
     axes.set_yticks(range(len(table)), [f"{shape} tokens" for shape in table])
     axes.invert_yaxis()
     axes.set_xlabel("training speed, bf16, two CPU cores; Trainer's is 1")
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.legend(frameon=False, loc="upper right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURE, dpi=130)
 
