@@ -45,13 +45,20 @@ def new_generator() -> np.random.SFC64:
     return np.random.SFC64(torch.empty(1, dtype=torch.int64).random_().numpy())
 
 
+def dropped_steps(rate: float) -> tuple[int, float]:
+    """(how many of the STEPS values of 16 bits are dropped at `rate`, 0 <= rate < 1; the factor that preserves the
+    expectation)"""
+    dropped = min(round(rate * STEPS), STEPS - 1)
+    return dropped, STEPS / (STEPS - dropped)
+
+
 def draw(generator: np.random.SFC64, rate: float, kept: torch.Tensor) -> float:
     """Fill `kept` with 1, or with 0 at `rate`, 0 <= rate < 1. Returns the factor that preserves the expectation."""
-    dropped = min(round(rate * STEPS), STEPS - 1)  # of the STEPS values that 16 bits take
+    dropped, factor = dropped_steps(rate)
     count = kept.numel()
     bits = torch.from_numpy(generator.random_raw((count + 3) // 4).view(np.int16)[:count]).view(kept.shape)
     torch.ge(bits, dropped - STEPS // 2, out=kept)  # a comparison into booleans takes three times as long
-    return STEPS / (STEPS - dropped)
+    return factor
 
 
 def drop(tensor: torch.Tensor, rate: float) -> torch.Tensor:

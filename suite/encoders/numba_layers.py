@@ -21,7 +21,7 @@ from transformers.activations import GELUActivation
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.bert.modeling_bert import BertOutput
 
-from suite.encoders.cpu_kernels import STEPS, blocks, cpu_attention
+from suite.encoders.cpu_kernels import blocks, cpu_attention, dropped_steps
 from utils import PROJECT, UserError
 
 
@@ -62,8 +62,8 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 def dropout_numbers(rate: float) -> tuple[float, int, int]:
     """(factor, dropped, seed) of a kernel, for 0 <= rate < 1."""
-    dropped = min(round(rate * STEPS), STEPS - 1)
-    return STEPS / (STEPS - dropped), dropped, int(torch.empty((), dtype=torch.int64).random_())
+    dropped, factor = dropped_steps(rate)
+    return factor, dropped, int(torch.empty((), dtype=torch.int64).random_())
 
 
 class Attention(torch.autograd.Function):
