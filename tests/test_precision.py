@@ -6,12 +6,15 @@ over its effective batch, on either kind of CPU.
 
 import csv
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import PROJECT, content_of, differing_files, metrics_of, run_script, stop_at, train_here
+from transformers import AutoModel, DebertaConfig
 
 from suite.common.devices import pick_precision
+from suite.common.storage import read_json
 from suite.inference import classifier, labelling
 
 PICKED = {"fp32": "no", "bf16": "bf16"}
@@ -63,6 +66,23 @@ def test_pretraining_takes_the_precision_that_auto_picks(automatic, tmp_path, cp
         train_here(*automatic, f"run_name={name}", f"train_config.mixed_precision={precision}", mode="pretrain")
     auto, picked = ((tmp_path / "runs" / name / "history.jsonl").read_bytes() for name in ("auto", "picked"))
     assert auto == picked
+
+
+def test_an_encoder_that_knows_fp32_alone_trains_and_labels_in_bf16(overrides, tmp_path, encoder_folder, reviews_file):
+    """Its head computes in bf16, the encoder in fp32, in training and with the cast weights of a labelling job."""
+    folder = shutil.copytree(encoder_folder("deberta-v3"), tmp_path / "deberta")
+    torch.manual_seed(0)
+    AutoModel.from_config(DebertaConfig.from_dict(read_json(folder / "config.json") | {"model_type": "deberta"})
+                          ).save_pretrained(folder)
+    settings = [*overrides, f"model_config.model_name={folder}"]
+    assert "cpu (bf16" in train_here(*settings, "train_config.mixed_precision=bf16").stdout
+    found = []
+    for precision in ("no", "bf16"):
+        train_here(*settings, f"train_config.mixed_precision={precision}", mode="predict", input=str(reviews_file),
+                   output=str(tmp_path / f"{precision}.csv"))
+        with open(tmp_path / f"{precision}.csv", newline="") as file:
+            found.append([float(row["probability_good"]) for row in csv.DictReader(file)])
+    assert found[1] == pytest.approx(found[0], abs=0.003)
 
 
 def test_labelling_says_what_the_test_said(automatic, tmp_path, reviews_file, cpu):

@@ -22,11 +22,18 @@ Batch = dict[str, torch.Tensor]
 # the device could do in that time. The CPU's was fitted to MiniLM on two cores; a GPU's is an estimate, not measured.
 PASS_FLOPS = {"cpu": 6e9, "mps": 3e10, "cuda": 2e12}
 
+# Families whose encoder computes in fp32 under autocast, too: transformers 5.23.0 fills DeBERTa's masked scores, which
+# are in half precision there, with a number that only fp32 can hold.
+FP32_FAMILIES = ("deberta",)
+
 
 def place_model(model: nn.Module, device: torch.device, compiled: bool = False, by_numba: bool = False) -> None:
     """Move a model to its device, and use the faster kernels of this project on a CPU unless it will be compiled.
     `by_numba`: where it is trained, also those that numba compiles, see `Devices.has_numba_kernels`."""
     model.to(device)
+    if needs_fp32(model):
+        encoder = encoder_of(model)
+        encoder.forward = torch.autocast(device.type, enabled=False)(encoder.forward)
     if device.type == "cpu" and isinstance(model, EncoderForClassification | MaskedLanguageModel) and not compiled:
         use_cpu_kernels(model)
         keep_freed_memory(model)
@@ -34,6 +41,16 @@ def place_model(model: nn.Module, device: torch.device, compiled: bool = False, 
             from suite.encoders.numba_layers import use_numba_kernels
 
             use_numba_kernels(model)
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder of a model of this project, or of one of transformers' own classifiers."""
+    return getattr(model, "encoder", None) or model.base_model
+
+
+def needs_fp32(model: nn.Module) -> bool:
+    """Whether the encoder can compute in fp32 alone."""
+    return encoder_of(model).config.model_type in FP32_FAMILIES
 
 
 def checkpoint_gradients(model: nn.Module, name: str) -> None:
@@ -53,8 +70,7 @@ def checkpoint_gradients(model: nn.Module, name: str) -> None:
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The encoder's layers that multiply every token by a matrix, with their names."""
-    encoder = getattr(model, "encoder", None) or model.base_model
-    return [(name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    return [(name, module) for name, module in encoder_of(model).named_modules() if isinstance(module, nn.Linear)]
 
 
 def layer_classes(model: nn.Module) -> list[str]:

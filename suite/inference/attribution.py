@@ -19,6 +19,7 @@ from torch import nn
 
 from data import pad, truncate
 from model import mean_over_windows
+from suite.encoders.placement import encoder_of
 from suite.inference.classifier import Classifier
 
 FEWEST_STEPS, MOST_STEPS = 16, 512  # points on the path; a fine-tuned MiniLM needs 16
@@ -134,7 +135,7 @@ def integrated_gradients(model: nn.Module, logits: Callable[[int], torch.Tensor]
     """
     from captum.attr import IntegratedGradients  # takes half a second, because it imports matplotlib
 
-    encoder = getattr(model, "encoder", model.base_model)
+    encoder = encoder_of(model)
     words = encoder.get_input_embeddings()
     layer = getattr(encoder, "embeddings", words)  # word and position embeddings, and their layer norm
 

@@ -27,7 +27,7 @@ from suite.common.storage import MANIFEST, THRESHOLD, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
 from suite.encoders.evaluation_pass import arithmetic
 from suite.encoders.loading import STACK, kind_of, load_model
-from suite.encoders.placement import compute_logits, pass_tokens, place_model
+from suite.encoders.placement import compute_logits, needs_fp32, pass_tokens, place_model
 from suite.encoders.tokenizers import (
     COMPARED_TEXTS,
     compare_with_file,
@@ -128,7 +128,8 @@ class Classifier(Labeller):
 
     def cast_weights(self) -> None:
         """Cast once what autocast would cast in each forward pass, with the same result to the last bit."""
-        if (dtype := {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.devices.precision)) is not None:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.devices.precision)
+        if dtype is not None and not needs_fp32(self.model):
             for module in self.model.modules():
                 if isinstance(module, nn.Linear):
                     module.to(dtype)
