@@ -262,6 +262,11 @@ def test_the_last_override_counts_wherever_an_option_stands(monkeypatch):
     assert (command.config.train_config.epochs, command.text, command.formats) == (3, "a", ("onnx",))
 
 
+def test_formats_that_are_given_apart_are_all_exported(monkeypatch):
+    assert read(monkeypatch, "--mode", "export", "--format", "onnx", "--format", "transformers,web").formats == [
+        "onnx", "transformers", "web"]
+
+
 def test_a_dash_stands_for_standard_input_and_output(monkeypatch):
     command = read(monkeypatch, "--mode", "predict", "--input", "-", "--output", "-")
     assert (command.input, command.output) == ("-", None)

@@ -10,7 +10,7 @@ import pkgutil
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -79,9 +79,9 @@ class Command:
                                    "none", metavar="AIM")
     confirmed: str | None = option("audit", "what people said of some labels: a .csv file with the columns split, row "
                                    "and label", metavar="FILE")
-    formats: tuple[str, ...] = option("export", "one or more of them, with commas between (default: onnx)",
+    formats: Sequence[str] = option("export", "one or more of them, with commas between (default: onnx)",
                                       FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
-                                      type=lambda text: tuple(text.split(",")))
+                                      type=lambda text: text.split(","), action="extend")
     int8: bool = option("export", "the ONNX in 8 bits, too", False, action="store_true")
     teacher: str | None = option("distill", "the finished run, such as a stack, that labels the unlabelled reviews",
                                  metavar="FOLDER")
