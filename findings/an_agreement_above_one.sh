@@ -2,7 +2,7 @@
 # pycm 4.6 against krippendorff 0.9.0 (numpy 2.3.5, Python 3.11): Krippendorff's alpha of two raters of 1,000 reviews,
 # as pycm's `weighted_alpha` with squared distances for weights, and as krippendorff's alpha for interval data.
 #
-# Guess, written before the run: the same number, but for a term that only small samples notice.
+# Guess, written before pycm's measures were compared with other libraries': the same numbers.
 # What happens: with five classes, weighted_alpha is another number, and can lie above 1. Two who rate at random,
 # six reviews in ten with five stars, agree by 3.05; two that often differ by a star, by 1.21. So the worse raters look
 # like the better ones. For the agreement by chance, it squares half the sum of one class's share by the first rater and
