@@ -230,6 +230,14 @@ def test_nothing_needs_the_teacher_any_more(overrides, finished, tmp_path):
     assert labels == {"teacher words", "no teacher"}
 
 
+def test_labels_can_be_copied_from_one_student_to_the_next(overrides, teachers, finished, monkeypatch):
+    for name in ("copied", "mixed"):
+        shutil.copytree(finished / "teacher", finished.with_name(name) / "teacher")
+    monkeypatch.setattr(distillation, "open_classifier", None)
+    assert is_same_run(taught(overrides, teachers["words"], "run_name=copied"), finished)
+    assert "holds the labels of another teacher" in taught(overrides, teachers["stack"], "run_name=mixed", code=2)
+
+
 def is_same_run(folder, other) -> bool:
     bits, wanted = bits_of(folder), bits_of(other)
     return all(bits[name] == wanted[name] for name in bits if name != "best/README.md")  # the card has the run's name

@@ -68,10 +68,15 @@ def prepare_student_data(config: Config) -> PreparedData:
     return data
 
 
+def teacher_folder(config: Config) -> Path:
+    """Where the teacher's model is, if it is there."""
+    given = Path(config.train_config.teacher)
+    return given if (given / MANIFEST).is_file() else given / "best"
+
+
 def teacher_model(config: Config) -> Path:
     """The folder of the teacher's model. Raises UserError if there is none, or it is damaged."""
-    given = Path(config.train_config.teacher)
-    folder = given if (given / MANIFEST).is_file() else given / "best"
+    given, folder = config.train_config.teacher, teacher_folder(config)
     if not folder.is_dir():
         raise UserError(f"--teacher: there is no trained model in {given}: name the folder of a run, such as "
                         "checkpoints/stack")
@@ -110,7 +115,7 @@ class DistillationRun(Run):
         """(texts, classes) float32: the teacher's probabilities, from the run folder. They are written there first, as
         far as they are missing.
 
-        Raises UserError if they are of other texts, or damaged.
+        Raises UserError if they are damaged, or of other texts or another teacher.
         """
         folder, devices = self.folder.path / TEACHER, self.devices
         read = fingerprint(text_digests(texts))
@@ -128,7 +133,11 @@ class DistillationRun(Run):
                 seal(folder)
             devices.barrier()
         refuse_damage(folder)
-        self.folder.refuse_other_data(read_json(folder / LABELS)["texts"], read)
+        described, teacher = read_json(folder / LABELS), teacher_folder(self.config) / MANIFEST
+        self.folder.refuse_other_data(described["texts"], read)
+        if teacher.is_file() and sha256_of(teacher) != described["teacher"]:  # they may have been copied
+            raise UserError(f"{folder} holds the labels of another teacher than {self.config.train_config.teacher}: "
+                            "name that one, or remove the folder")
         return np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))])
 
     def take_folder(self, folder: Path, texts: str) -> None:
