@@ -231,11 +231,23 @@ def test_nothing_needs_the_teacher_any_more(overrides, finished, tmp_path):
 
 
 def test_labels_can_be_copied_from_one_student_to_the_next(overrides, teachers, finished, monkeypatch):
-    for name in ("copied", "mixed"):
+    """Not to one that is tested on what their teacher was trained on, nor labels of another teacher."""
+    for name in ("copied", "mixed", "leaking"):
         shutil.copytree(finished / "teacher", finished.with_name(name) / "teacher")
     monkeypatch.setattr(distillation, "open_classifier", None)
     assert is_same_run(taught(overrides, teachers["words"], "run_name=copied"), finished)
-    assert "holds the labels of another teacher" in taught(overrides, teachers["stack"], "run_name=mixed", code=2)
+    for teacher, *more in ((teachers["stack"], "run_name=mixed"),
+                           ("/gone", "run_name=leaking", "data_config.split_seed=7")):
+        assert "holds labels of another teacher, for other reviews or for another split" in taught(
+            overrides, teacher, *more, code=2)
+
+
+def test_labels_without_their_conditions_are_made_again(overrides, teachers, finished):
+    folder = shutil.copytree(finished / "teacher", finished.with_name("bare") / "teacher")
+    (folder / "manifest.json").unlink()
+    (folder / "labels.json").unlink()
+    np.save(folder / "00000001.npy", np.zeros((UNLABELLED, 2), np.float32))
+    assert is_same_run(taught(overrides, teachers["words"], "run_name=bare"), finished)
 
 
 def is_same_run(folder, other) -> bool:

@@ -186,6 +186,19 @@ def test_the_most_confident_mistakes_of_a_run(run, capsys):
     command(run)  # again, over its own page
 
 
+def test_the_mistakes_are_those_of_the_models_own_run(run, tmp_path, capsys):
+    own = load_config("config.yaml", run).run_folder
+    other = shutil.copytree(own, tmp_path / "other")
+    write_mistakes(other / "misclassified.csv", [{"id": 7, "text": "a film", "label": "good", "predicted": "bad",
+                                                  "confidence": 0.9}])
+    for model in (other, other / "best"):
+        command(run, model=str(model))
+        assert "review 7: labelled good" in capsys.readouterr().out
+        (other / "misclassified.html").unlink()
+    with pytest.raises(UserError, match="is in no run folder, whose mistakes could be explained: give --text"):
+        command(run, model=str(shutil.copytree(own / "best", tmp_path / "alone")))
+
+
 def test_what_cannot_be_explained_is_one_line(run, tmp_path):
     """Wrong settings end in one line with the fix."""
     with pytest.raises(UserError, match="misclassified.csv is missing: .*--mode test"):

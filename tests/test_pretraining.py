@@ -10,7 +10,15 @@ import torch
 from accumulation_worker import distance
 from conftest import ENCODERS, PROJECT, free_port, run_here, run_script, stop_run_at, train_here
 from safetensors.torch import load_file
-from transformers import AlbertConfig, AutoModelForMaskedLM, AutoTokenizer, MPNetConfig, pipeline
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    Data2VecTextConfig,
+    MPNetConfig,
+    pipeline,
+)
 
 import main
 from suite.common import cli
@@ -145,6 +153,19 @@ def test_masks_depend_on_seed_epoch_and_step_alone(overrides):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
+
+
+def test_a_fresh_head_holds_no_number_that_lay_in_memory(tmp_path, encoder_folder):
+    """transformers leaves biases of some families unset where the checkpoint has none: here torch fills them."""
+    shutil.copytree(encoder_folder("roberta"), tmp_path / "model")
+    AutoModel.from_config(Data2VecTextConfig(**SMALL)).save_pretrained(tmp_path / "model")
+    config = ModelConfig(str(tmp_path / "model"))
+    torch.use_deterministic_algorithms(True)  # new memory is NaN now
+    try:
+        model = new_masked_lm(config, load_encoder_config(config))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not model.model.lm_head.bias.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -113,6 +113,9 @@ def load_weights(key: str, kind: type, name: str, config: PreTrainedConfig) -> t
         raise UserError(f"{key}: the weights in {name} are not of the model in its config.json ({weight} is "
                         f"{list(stored)} instead of {list(expected)}): take a model whose files belong together")
     refuse_unread(key, name, model, report["unexpected_keys"])
+    for weight in report["missing_keys"]:
+        if weight.endswith("bias"):  # transformers 5.23.0 leaves some of a fresh head's as they lie in memory
+            nn.init.zeros_(model.get_parameter(weight))
     return model, sorted(report["missing_keys"])
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.pages import UNPRINTABLE, render
-from suite.common.run_folder import read_mistakes
+from suite.common.run_folder import read_mistakes, run_of
 from suite.common.storage import room_for, write_text
 from suite.encoders.tokenizers import refuse_unknown_words
 from suite.inference.attribution import Explanation, attribute
@@ -85,23 +85,26 @@ def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, 
 
 
 def explain(command: Command, devices: Devices) -> None:
-    """Explain `command.text`, or the most confident mistakes of the run.
+    """Explain `command.text`, or the most confident mistakes of the model's run.
 
-    Raises UserError if there is no model, or no misclassified.csv.
+    Raises UserError if there is no model, no run of it, or no misclassified.csv.
     """
     config, output = command.config, command.output and Path(command.output)
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {output.absolute().parent}")
     folder = chosen_model(command)
+    run = run_of(folder) if command.model else config.run_folder
     if command.text is not None:
         reviews, title = [("", command.text)], "What the decision rests on"
+    elif run is None:
+        raise UserError(f"--model: {folder} is in no run folder, whose mistakes could be explained: give --text")
     else:
         reviews = [(f"review {row['id']}: labelled {printable(row['label'])}, ", row["text"])
-                   for row in read_mistakes(config.run_folder, MISTAKES)]
-        title = f"{config.run_name}: its most confident mistakes"
-        output = output or config.run_folder / "misclassified.html"
+                   for row in read_mistakes(run, MISTAKES)]
+        title = f"{run.name}: its most confident mistakes"
+        output = output or run / "misclassified.html"
     if not reviews:
-        raise UserError(f"{config.run_folder} has no misclassified reviews, which is good news: explain one review "
+        raise UserError(f"{run} has no misclassified reviews, which is good news: explain one review "
                         "with --text")
     if not devices.is_main:
         return

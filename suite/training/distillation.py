@@ -12,7 +12,7 @@ teacher labels the reviews once, before the first step, and CHUNK_ROWS at a time
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -115,16 +115,17 @@ class DistillationRun(Run):
         """(texts, classes) float32: the teacher's probabilities, from the run folder. They are written there first, as
         far as they are missing.
 
-        Raises UserError if they are damaged, or of other texts or another teacher.
+        Raises UserError if they are damaged, or of other reviews, another split or another teacher.
         """
         folder, devices = self.folder.path / TEACHER, self.devices
-        read = fingerprint(text_digests(texts))
+        conditions = {"texts": fingerprint(text_digests(texts)), "split": self.data.fingerprint,
+                      "classes": self.data.label_names}
         if devices.is_main and not (folder / MANIFEST).exists():
-            self.take_folder(folder, read)
+            self.take_folder(folder, conditions)
         devices.barrier()
         is_done = (folder / MANIFEST).exists()
-        missing = [number for number in range(1, -(-len(texts) // CHUNK_ROWS) + 1)
-                   if not (folder / f"{number:08}.npy").exists()]
+        chunks = [folder / f"{number:08}.npy" for number in range(1, -(-len(texts) // CHUNK_ROWS) + 1)]
+        missing = [number for number, chunk in enumerate(chunks, start=1) if not chunk.exists()]
         devices.barrier()  # every process has to see what was done before any of them does more
         if not is_done:
             self.label(texts, folder, missing)
@@ -134,19 +135,20 @@ class DistillationRun(Run):
             devices.barrier()
         refuse_damage(folder)
         described, teacher = read_json(folder / LABELS), teacher_folder(self.config) / MANIFEST
-        self.folder.refuse_other_data(described["texts"], read)
-        if teacher.is_file() and sha256_of(teacher) != described["teacher"]:  # they may have been copied
-            raise UserError(f"{folder} holds the labels of another teacher than {self.config.train_config.teacher}: "
-                            "name that one, or remove the folder")
-        return np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))])
+        if teacher.is_file():
+            conditions["teacher"] = sha256_of(teacher)
+        if any(described.get(name) != value for name, value in conditions.items()):  # they may have been copied
+            raise UserError(f"{folder} holds labels of another teacher, for other reviews or for another split than "
+                            "data_config describes: remove this folder, and the teacher labels again")
+        return np.concatenate([np.load(chunk) for chunk in chunks])
 
-    def take_folder(self, folder: Path, texts: str) -> None:
+    def take_folder(self, folder: Path, conditions: dict[str, Any]) -> None:
         """Write down what the labels depend on; what was labelled under other conditions is removed."""
-        described = {"teacher": sha256_of(teacher_model(self.config) / MANIFEST), "texts": texts,
+        described = {"teacher": sha256_of(teacher_model(self.config) / MANIFEST), **conditions,
                      "device": self.devices.kind, "chunk_rows": CHUNK_ROWS, **arithmetic(self.devices)}
-        if (folder / LABELS).exists() and read_json(folder / LABELS) != described:
-            say(f"{folder}: the teacher, the unlabelled reviews or the device are others than those of the labels that "
-                "are there: labelling begins again")
+        if folder.exists() and not ((folder / LABELS).exists() and read_json(folder / LABELS) == described):
+            say(f"{folder}: the teacher, the reviews, their split or the device are others than those of the labels "
+                "that are there: labelling begins again")
             remove(folder)
         folder.mkdir(exist_ok=True)
         write_json(folder / LABELS, described)
