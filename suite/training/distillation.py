@@ -59,7 +59,8 @@ def prepare_student_data(config: Config) -> PreparedData:
     if not len(unlabelled):
         raise UserError(f"{data_config.dataset}: it has no unlabelled review, besides copies of others, that a teacher "
                         "could label: add them as docs/distillation.md says, or train with --mode train")
-    say(f"{data_config.dataset}: {len(train):,} training reviews and {len(unlabelled):,} unlabelled ones to learn from")
+    say(f"{data_config.dataset}: {len(train):,} training reviews and {len(unlabelled):,} unlabelled ones to learn from"
+        + (f", whose labels are in {config.run_folder / TEACHER}" if is_labelled else ""))
     split.ids_of = split.ids_of | {"train": np.concatenate([train, unlabelled])}
     data = prepare_data(config, split=split)
     labels = data.splits["train"].labels[:, None]
