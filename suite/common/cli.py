@@ -80,8 +80,8 @@ class Command:
     confirmed: str | None = option("audit", "what people said of some labels: a .csv file with the columns split, row "
                                    "and label", metavar="FILE")
     formats: Sequence[str] = option("export", "one or more of them, with commas between (default: onnx)",
-                                      FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
-                                      type=lambda text: [part.strip() for part in text.split(",")], action="extend")
+                                    FORMATS[:1], flag="format", metavar="{" + ",".join(FORMATS) + "}",
+                                    type=lambda text: [part.strip() for part in text.split(",")], action="extend")
     int8: bool = option("export", "the ONNX in 8 bits, too", False, action="store_true")
     teacher: str | None = option("distill", "the finished run, such as a stack, that labels the unlabelled reviews",
                                  metavar="FOLDER")
