@@ -129,7 +129,7 @@ class DistillationRun(Run):
         missing = [number for number, chunk in enumerate(chunks, start=1) if not chunk.exists()]
         devices.barrier()  # every process has to see what was done before any of them does more
         if not is_done:
-            self.label(texts, folder, missing)
+            self.label(texts, chunks, missing)
             devices.barrier()
             if devices.is_main:
                 seal(folder)
@@ -154,9 +154,10 @@ class DistillationRun(Run):
         folder.mkdir(exist_ok=True)
         write_json(folder / LABELS, described)
 
-    def label(self, texts: Dataset, folder: Path, missing: list[int]) -> None:
-        """Write the labels of these chunks, in which the processes take turns. A signal lets them end their chunks."""
-        devices, count = self.devices, -(-len(texts) // CHUNK_ROWS)
+    def label(self, texts: Dataset, chunks: list[Path], missing: list[int]) -> None:
+        """Write the labels of the `missing` chunks, numbers from 1, in which the processes take turns. A signal lets
+        them end their chunks. `chunks`: the files of all."""
+        devices, count = self.devices, len(chunks)
         teacher = open_classifier(teacher_model(self.config), self.config, devices)
         teacher.cast_weights()
         say(f"{teacher.folder} labels {len(texts):,} reviews"
@@ -169,12 +170,12 @@ class DistillationRun(Run):
                     for number in turn[process_rank():process_rank() + 1]:
                         rows = texts[(number - 1) * CHUNK_ROWS:number * CHUNK_ROWS]
                         labels = teacher.probabilities(list(rows["text"])).astype(np.float32)
-                        with atomic_write(folder / f"{number:08}.npy", "wb") as file:
+                        with atomic_write(chunks[number - 1], "wb") as file:
                             np.save(file, labels)
                     for _ in turn:
                         bar.update()
                     stop_if_asked(devices)
             except StopRequested:
-                say(f"{SIGNALS.name}: the same command goes on labelling from {folder}")
+                say(f"{SIGNALS.name}: the same command goes on labelling from {chunks[0].parent}")
                 raise SystemExit(SIGNALS.exit_code) from None
         bar.close()
