@@ -64,7 +64,7 @@ class Command:
     mode: str
     config: Config
     model: str | None = option("predict, export, explain, publish, audit, decide", "a trained model, or its run "
-                               "(default: the best one of the run; for audit: bags of words that it fits)",
+                               "(default: the best one of the run; for audit: none but bags of words)",
                                metavar="FOLDER")
     text: str | None = option("predict, explain", "one review", metavar="TEXT")
     input: str | None = option("predict", "reviews in a .csv, .tsv, .jsonl, .json, .parquet or .txt file (one review "

@@ -1,8 +1,8 @@
 """--mode audit: which labels of a dataset are probably wrong, as a .csv file and a web page.
 
 Each label is compared with the probabilities of a model that has not seen it: of bags of words, each fitted on four
-fifths of all labelled reviews, or of a finished run, for its validation and test reviews. confident_learning.py says
-which labels are flagged.
+fifths of all labelled reviews. A finished run judges its validation and test reviews together with them: what both say
+is stacked, as stacking.py says. confident_learning.py says which labels are flagged.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from suite.common.run_folder import best_model, read_metrics, run_of
 from suite.common.storage import atomic_write, room_for, write_text
 from suite.comparison.confident_learning import class_thresholds, expected_flags, flagged
 from suite.comparison.results import Result, read_result
-from suite.encoders.bag_of_words import BagOfWords, NGrams, fit_features, load_bag_of_words, marked, split_words
-from suite.encoders.loading import kind_of
-from suite.inference.classifier import LEAST
+from suite.comparison.stacking import cross_fit
+from suite.encoders.bag_of_words import BagOfWords, NGrams, fit_features, marked, split_words
+from suite.inference.classifier import LEAST, log_odds
 from suite.reviews.classes import name_rows
 from suite.reviews.confirmed import NO_CLASS, Confirmed, read_confirmed, rows_in_split
 from suite.reviews.grouping import draw_units, units_of
 from suite.reviews.splitting import Split, load_split
 from suite.training.calibration import fit_temperature
 from suite.training.evaluation import SPLITS, Predictions, wilson_interval
-from utils import BAG_OF_WORDS, Config, UserError, say
+from utils import Config, UserError, say
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -52,12 +52,12 @@ class Judged:
     """Labels, and what a model that has not seen them says."""
 
     predictions: Predictions
-    temperature: float  # that calibrates them
     words: dict[int, list[str]]  # {id: n-grams that speak against the label}, where a bag of words contradicts a label
-    by: str  # what has predicted them
+    by: dict[str, Predictions]  # {who: what they predict}; the accuracy of the first is the one to report
 
     def __post_init__(self):
         logits = np.log(np.maximum(self.predictions.probabilities, LEAST))
+        self.temperature = fit_temperature(Predictions(self.predictions.ids, self.predictions.labels, logits))
         self.ids, self.labels, self.predicted = (getattr(self.predictions, name) for name in (
             "ids", "labels", "predicted"))
         self.probabilities = softmax(logits / self.temperature, axis=1)  # (n, classes)
@@ -78,7 +78,11 @@ def audit(command: Command, devices: Devices) -> None:
     split = load_split(config)
     say_what_was_cached()
     confirmed = command.confirmed and read_confirmed(command.confirmed, split.reviews)
-    judged = judged_by_run(run, results, split) if run else cross_fitted(split, config.data_config.line_breaks)
+    if run:
+        refuse_other_reviews(run, results, split)
+    judged = cross_fitted(split, config.data_config.line_breaks)
+    if run:
+        judged = with_run(run, results, split, judged)
     summary = summary_of(judged) + (confirmed_summary(judged, confirmed, split) if confirmed else [])
     rows, page = rows_of(judged, split), output.with_suffix(".html")
     with room_for(output.parent, fix="make room or choose another --output"):
@@ -110,8 +114,8 @@ def cross_fitted(split: Split, line_breaks: str) -> Judged:
         places = held_out[logits[held_out].argmax(axis=1) != labels[held_out]]
         words |= words_against(model, features[places], Predictions(ids[places], labels[places], logits[places]))
     predictions = Predictions(ids, labels, logits)
-    return Judged(predictions, temperature_of(predictions), words,
-                  f"bags of words that were fitted without them, on {FOLDS - 1} of {FOLDS} folds")
+    return Judged(predictions, words, {f"bags of words that were fitted without them, on {FOLDS - 1} of {FOLDS} folds":
+                                       predictions})
 
 
 def draw_folds(split: Split, ids: np.ndarray) -> np.ndarray:
@@ -119,9 +123,8 @@ def draw_folds(split: Split, ids: np.ndarray) -> np.ndarray:
 
     Raises UserError if a class stands in one fold alone.
     """
-    labels, digests = split.reviews.labels[ids], split.digests[ids]
-    units = units_of(digests, digests if split.groups is None else split.groups[ids])
-    fold_of = draw_units(units, labels, [1 / FOLDS] * FOLDS, seed=0)
+    labels = split.reviews.labels[ids]
+    fold_of = draw_units(split_units(split, ids), labels, [1 / FOLDS] * FOLDS, seed=0)
     for label, name in enumerate(split.label_names):
         if len(np.unique(fold_of[labels == label])) < 2:
             raise UserError(f"the class {name!r} has too few different reviews or groups to be judged by a model that "
@@ -129,41 +132,43 @@ def draw_folds(split: Split, ids: np.ndarray) -> np.ndarray:
     return fold_of
 
 
+def split_units(split: Split, ids: np.ndarray) -> np.ndarray:
+    """(reviews,) the number of what each of these reviews belongs to: its text, and with a group column, its group."""
+    digests = split.digests[ids]
+    return units_of(digests, digests if split.groups is None else split.groups[ids])
+
+
 def read_run(run: Path) -> list[Result]:
     """A finished run as it was measured on validation, and if it was tested, on the test reviews."""
     return [read_result(run, name) for name in SPLITS if name in read_metrics(run)] or [read_result(run)]
 
 
-def judged_by_run(run: Path, results: Sequence[Result], split: Split) -> Judged:
-    """The validation and test reviews of a run, by its saved predictions: `read_run`.
-
-    Raises UserError if the run's reviews are not those of `split`.
-    """
-    model = best_model(run)
+def refuse_other_reviews(run: Path, results: Sequence[Result], split: Split) -> None:
+    """Raises UserError if the run's reviews are not those of `split`, or its model is lost or damaged."""
+    best_model(run)
     if results[0].data_fingerprint != split.fingerprint:
         raise UserError(f"--model: {run} was trained on other reviews, or another split of them, than these: leave "
                         "data_config out of the command, or put the data back as they were")
-    temperature = temperature_of(results[0].predictions)  # of validation
-    predictions = Predictions(*(np.concatenate([getattr(result.predictions, name) for result in results])
-                                for name in ("ids", "labels", "logits")))
-    words = {}
-    if kind_of(model) == BAG_OF_WORDS:
-        wrong, loaded = predictions.predicted != predictions.labels, load_bag_of_words(model)
-        contradicted = Predictions(predictions.ids[wrong], predictions.labels[wrong], predictions.logits[wrong])
-        features = loaded.features(list(split.reviews.table.select(contradicted.ids)["text"]))
-        words = words_against(loaded, features, contradicted)
-    return Judged(predictions, temperature, words, f"{run}, which has not learnt from them")
+
+
+def with_run(run: Path, results: Sequence[Result], split: Split, bags: Judged) -> Judged:
+    """The validation and test reviews of a run, by its saved predictions and those of the bags of words."""
+    own = Predictions(*(np.concatenate([getattr(result.predictions, name) for result in results])
+                        for name in ("ids", "labels", "logits")))
+    places = np.searchsorted(bags.ids, own.ids)
+    stacked = cross_fit(log_odds([own.probabilities, bags.predictions.probabilities[places]]), own.labels,
+                        split.label_names, split_units(split, own.ids))
+    predictions = Predictions(own.ids, own.labels, stacked)
+    agreed = own.ids[predictions.predicted == bags.predicted[places]]
+    return Judged(predictions, {review: bags.words[review] for review in agreed.tolist() if review in bags.words},
+                  {f"{run}, which has not learnt from them": own,
+                   "the two together, it and bags of words that were fitted without them": predictions})
 
 
 def words_against(model: BagOfWords, features: csr_matrix, contradicted: Predictions) -> dict[int, list[str]]:
     """{id: the n-grams that speak most against the label} of these reviews, whose labels the model contradicts."""
     speaking = model.speaking_for(contradicted.predicted, contradicted.labels, features, WORDS)
     return dict(zip(contradicted.ids.tolist(), speaking, strict=True))
-
-
-def temperature_of(predictions: Predictions) -> float:
-    logits = np.log(np.maximum(predictions.probabilities, LEAST))  # a saved probability may be 0
-    return fit_temperature(Predictions(predictions.ids, predictions.labels, logits))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,8 +202,8 @@ def write_page(path: Path, config: Config, summary: Sequence[str], rows: Sequenc
 def summary_of(judged: Judged) -> list[str]:
     n, flags = len(judged.ids), int(judged.flagged.sum())
     return [
-        f"{n:,} labels compared with the predictions of {judged.by}: accuracy "
-        f"{accuracy(judged.predicted == judged.labels)}",
+        *(f"{n:,} labels compared with the predictions of {who}: accuracy "
+          f"{accuracy(predictions.predicted == predictions.labels)}" for who, predictions in judged.by.items()),
         f"flagged as probably wrong: {flags:,} ({100 * flags / n:.1f} %), by confident learning, at the temperature "
         f"{judged.temperature:.3f}",
         f"if no label were wrong and reviews were as hard as the probabilities say, {judged.expected_flags:,.0f} would "
@@ -206,21 +211,21 @@ def summary_of(judged: Judged) -> list[str]:
 
 
 def confirmed_summary(judged: Judged, confirmed: Confirmed, split: Split) -> list[str]:
-    """Accuracy on all labels and on those that people confirmed or corrected, and what people said of the suspects; of
-    the dataset's splits that the file names, because nobody was asked about others."""
+    """Accuracy on all labels and on those that people confirmed or corrected, of the run if there is one, and what
+    people said of the suspects; of the dataset's splits that the file names, as nobody was asked about others."""
     asked = np.isin(split.reviews.split_names[judged.ids], confirmed.splits)
     if not asked.any():
         return ["none of these labels is in a split of which --confirmed names rows"]
-    labels = confirmed.labels[judged.ids]
+    (who, measured), labels = next(iter(judged.by.items())), confirmed.labels[judged.ids]
     agreed, doubted = asked & (labels != NO_CLASS), asked & (labels != judged.labels)
     suspects = judged.suspects[asked[judged.suspects]]
     first = ", ".join(f"{doubted[suspects[:count]].sum()} of the first {count}"
                       for count in sorted({min(count, len(suspects)) for count in FIRST}))
     flags = asked & judged.flagged
     return [
-        f"{' and '.join(confirmed.splits)}: accuracy {accuracy((judged.predicted == judged.labels)[asked])} on all "
-        f"{asked.sum():,} labels; {accuracy((judged.predicted == labels)[agreed])} on the {agreed.sum():,} that people "
-        "confirmed or corrected, or were not asked about",
+        f"{' and '.join(confirmed.splits)}: accuracy {accuracy((measured.predicted == judged.labels)[asked])} on all "
+        f"{asked.sum():,} labels; {accuracy((measured.predicted == labels)[agreed])} on the {agreed.sum():,} that "
+        f"people confirmed or corrected, or were not asked about: that of {who}",
         f"people did not confirm {doubted.sum():,} labels: {first}, {(doubted & flags).sum():,} of the {flags.sum():,} "
         "that are flagged"]
 

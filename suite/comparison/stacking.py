@@ -122,21 +122,21 @@ def refuse_existing_output(config: Config) -> None:
 
 def cross_fit(features: np.ndarray, labels: np.ndarray, label_names: list[str], units: np.ndarray | None = None
               ) -> np.ndarray:
-    """(reviews, classes) logits of the validation reviews, each by weights that were fitted on the other folds.
+    """(reviews, classes) logits of these reviews, each by weights that were fitted on the other folds.
 
     `units` (reviews,): what belongs together and stays in one fold; None: single reviews.
     """
     counts = np.bincount(labels, minlength=len(label_names))
     if counts.min() < 2:
-        raise UserError(f"the class {label_names[counts.argmin()]!r} has {counts.min()} validation review(s), and the "
-                        "fit needs two of each class: train the runs with a larger share of data_config.split")
+        raise UserError(f"the class {label_names[counts.argmin()]!r} has {counts.min()} review(s) to fit the weights "
+                        "on, and two of each class are needed: train the runs with a larger share of data_config.split")
     count = min(FOLDS, counts.min())
     folds = StratifiedKFold(count, shuffle=True, random_state=0)
     if units is not None:
         fold_of = draw_units(units, labels, [1 / count] * count, seed=0)
         if single := [name for label, name in enumerate(label_names) if len(np.unique(fold_of[labels == label])) < 2]:
-            raise UserError(f"the class {single[0]!r} has validation reviews of too few groups to be cross-fitted: "
-                            "train the runs with a larger share of data_config.split")
+            raise UserError(f"the class {single[0]!r} has reviews of too few groups to fit the weights on: train the "
+                            "runs with a larger share of data_config.split")
         folds = PredefinedSplit(fold_of)
     scores = cross_val_predict(LogisticRegression(max_iter=MOST_ITERATIONS), features, labels, cv=folds,
                                method="decision_function")
