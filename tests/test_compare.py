@@ -24,7 +24,7 @@ from suite.comparison.report import compare_runs
 from suite.comparison.results import group, read_result, refuse_different_tests
 from suite.training import finish
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
-from utils import load_config
+from utils import UserError, load_config
 
 REVIEWS = 400
 HOSTILE = ("</script><script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">",
@@ -239,6 +239,20 @@ def test_auto_is_what_it_was_on_each_machine(tmp_path):
     settings = group([read_result(run) for run in runs])
     assert [(setting.label, [run.seed for run in setting.runs]) for setting in settings] == [
         ("device cpu, mixed_precision no", [0]), ("device cuda, mixed_precision bf16", [1, 2, 9])]
+
+
+def test_students_of_teachers_with_other_seeds_are_one_setting(tmp_path):
+    runs = [write_run(tmp_path / f"run{number}", 0.8, f"train_config.seed={seed}", *(
+        [] if teacher is None else ["train_config.objective=distillation", f"train_config.teacher=runs/{teacher}"]))[0]
+        for number, (seed, teacher) in enumerate([
+            (1, "stack-seed1"), (2, "stack-seed2"), (3, "stack-seed2"), (1, "words"), (1, None)])]
+    settings = group([read_result(run) for run in runs])
+    assert [(setting.label, [run.seed for run in setting.runs]) for setting in settings] == [
+        ("teacher stack", [1, 2, 3]), ("teacher words", [1]), ("no teacher", [1])]
+    runs.append(write_run(tmp_path / "twin", 0.8, "train_config.seed=1", "train_config.objective=distillation",
+                          "train_config.teacher=runs/stack-seed2")[0])
+    with pytest.raises(UserError, match="the same setting with the same seed 1"):
+        group([read_result(run) for run in runs])
 
 
 def test_settings_are_named_by_what_tells_them_apart(tmp_path):

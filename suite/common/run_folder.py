@@ -83,8 +83,13 @@ def is_encoder(config: Config) -> bool:
 
 def stack_name(names: Iterable[str]) -> str:
     """The model_name of a stack of runs with these names: the same for all seeds and training sizes of one grid."""
-    ending = r"[-_]?seed[-_]?\d+|-train_limit=\w+|-[0-9a-f]{8}$"  # the last is put after a name that was taken
-    return STACK_OF + ", ".join(re.sub(ending, "", name) or name for name in names)
+    ending = r"-train_limit=\w+|-[0-9a-f]{8}$"  # the last is put after a name that was taken
+    return STACK_OF + ", ".join(re.sub(ending, "", without_seed(name)) or name for name in names)
+
+
+def without_seed(name: str) -> str:
+    """`checkpoints/stack` of `checkpoints/stack-seed42`"""
+    return re.sub(r"[-_]?seed[-_]?\d+", "", name)
 
 
 def without_encoder(config: Config, model_name: str) -> Config:

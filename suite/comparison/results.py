@@ -21,12 +21,14 @@ from suite.common.run_folder import (
     read_mistakes,
     read_saved_config,
     shaping_values,
+    without_seed,
 )
 from suite.common.storage import read_json
 from suite.training.evaluation import SPLITS, TEST_PREDICTIONS, VALID_PREDICTIONS, Predictions
 from utils import INPUTS, Config, UserError, short_name
 
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
+TEACHER = "train_config.teacher"
 PREDICTIONS = {"valid": VALID_PREDICTIONS, "test": TEST_PREDICTIONS}
 MOST_NAMED = 3  # keys that a setting's name has room for
 TRAIN_AGAIN = "train the run again with train_config.resume=never train_config.overwrite=true"
@@ -71,10 +73,13 @@ class Result:
     @functools.cached_property
     def values(self) -> dict[str, Any]:
         """{dotted key: value} of the configuration that shape the result, without the seed and those of the log; of a
-        bag of words or a stack, those that mean something to it. For `auto`, the device or precision that it was."""
+        bag of words or a stack, those that mean something to it. For `auto`, the device or precision that it was. A
+        teacher is named without its seed."""
         values, measured = shaping_values(self.config), self.metrics.get("environment", {})
         if not is_encoder(self.config):
             return {key: values[key] for key in values if key in WITHOUT_ENCODER}
+        if values[TEACHER]:
+            values[TEACHER] = without_seed(values[TEACHER])
         for key, name in (("train_config.device", "device"), ("train_config.mixed_precision", "precision")):
             if values[key] == "auto":
                 values[key] = measured.get(name, "auto")
