@@ -15,8 +15,10 @@ import hashlib
 import itertools
 import math
 import signal
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from suite.common.hub import cached
 from suite.common.stopping import EXIT_CODES
+from suite.common.storage import sha256_of
 from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.classes import name_rows
@@ -190,9 +193,16 @@ class Encode:
     def fingerprint(self, digests: np.ndarray) -> str:
         """The name of the cached result: the same for the same reviews, tokenizer and lengths, in any process."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items())
-        parts = (digests.tobytes(), vocabulary, self.prefix, self.suffix, self.room, self.truncation, self.max_windows)
+        own = backend.to_str() if backend else saved_files(self.tokenizer)
+        parts = (digests.tobytes(), own, self.prefix, self.suffix, self.room, self.truncation, self.max_windows)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def saved_files(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """(name, SHA-256 sum) of all files that a tokenizer saves: its vocabulary, merges and settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return [(path.name, sha256_of(path)) for path in sorted(Path(folder).iterdir())]
 
 
 def tokenize(table: Dataset, rows: np.ndarray, digests: np.ndarray, encode: Encode, parts: list[Part]
@@ -254,7 +264,7 @@ def prepare_data(config: Config, trained_model: str | None = None, split: Split 
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     seen = split.digests_of("train")
     if trained_model is None:
-        seen = np.union1d(seen, trained_texts(config.model_config, split.held_out))
+        seen = np.union1d(seen, trained_texts(config.model_config, split.held_out_anywhere))
         tokenizer = load_tokenizer(config.model_config.model_name, line_breaks=data_config.line_breaks,
                                    texts=reviews.table[:COMPARED_TEXTS]["text"])
     else:

@@ -76,6 +76,10 @@ class AcceleratedDevices(Devices):
         # Flags travel over the network, not over the GPUs, which would first have to finish what they are doing.
         self.flags = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None
         self.guard = FiniteGuard(self.device)
+        if (plugin := getattr(self.accelerator.state, "fsdp_plugin", None)) is not None:
+            # Accelerate's would round gradients, loss and logits to bf16: autocast alone lowers the precision, as in
+            # DDP.
+            plugin.mixed_precision_policy = None
         if (plugin := self.accelerator.state.deepspeed_plugin) is not None:
             plugin.deepspeed_config |= {  # its engine clips by itself, and asks for a micro-batch size that it ignores
                 "gradient_clipping": config.train_config.max_grad_norm or 0.0,
@@ -120,6 +124,7 @@ class AcceleratedDevices(Devices):
     def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor, loss: torch.Tensor) -> bool:
         # In fp16 gradients may overflow, so the loss is looked at: that of all processes, for all must decide alike.
         self.guard.check(self.total(loss) if self.scaler else norm.to(self.device))
+        scale = self.scaler.get_scale() if self.scaler else 1.0
         if self.scaler and self.guard.failed:
             self.scaler.update()  # ends the step that clip_gradients has begun
         elif self.scaler or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -127,6 +132,8 @@ class AcceleratedDevices(Devices):
         else:
             self.guard.step(optimizer, fused=not self.is_sharded)  # the fused kernel takes no `found_inf` beside shards
         self.guard.count()
+        if self.scaler:
+            return self.scaler.get_scale() >= scale  # Accelerate does not see what a fused optimizer skips
         return not self.accelerator.optimizer_step_was_skipped
 
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accumulation_worker import build_model, distance, explicit_data, single_device, train_steps
 from conftest import (
     ACCELERATE,
@@ -180,6 +183,16 @@ def test_a_sharded_model_gets_the_weights_of_one_process(overrides, tmp_path, ki
     assert (run / "test_predictions.csv").read_bytes() == predictions
 
 
+def test_a_sharded_model_in_bf16_is_rounded_where_that_of_ddp_is(overrides, tmp_path):
+    """Not its loss, logits or gradients, whatever policy Accelerate has for them."""
+    arguments = [*overrides, *PLAIN, "train_config.epochs=1", "train_config.mixed_precision=bf16",
+                 "data_config.batch_size=4", "train_config.effective_batch_size=16"]
+    launch(2, "main_accumulation.py", *arguments, "run_name=ddp")
+    launch(2, "tests/fsdp2_worker.py", *arguments, "run_name=sharded", **sharding_variables("fsdp2", tmp_path))
+    ddp, sharded = tmp_path / "runs/ddp", tmp_path / "runs/sharded"
+    assert distance(weights_of(ddp), weights_of(sharded)) < 1e-6
+
+
 @pytest.mark.long
 def test_two_machines_give_the_weights_of_one_process(overrides, tmp_path):
     """Two launchers on this machine. Without GPUs, --multi_gpu asks for the launcher that GPUs would get."""
@@ -277,10 +290,26 @@ def test_out_of_memory_without_leave_is_an_error(overrides, monkeypatch):
         main.train(run)
 
 
-def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrides):
-    run = run_of(overrides, Devices, "train_config.scheduler=linear")
-    run.devices.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-9, growth_interval=999)
-    run.model.head.weight.data *= 30  # large gradients, which overflow until the scale has come down
+def scale_losses(run: main.Run, monkeypatch) -> None:
+    """As in fp16 on a GPU: the first gradients overflow, until the scale has come down."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-9, growth_interval=999)
+    run.devices.scaler = scaler
+    run.devices.unwrap(run.model).head.weight.data *= 30
+    if isinstance(run.devices, AcceleratedDevices):
+        accelerator = run.devices.accelerator
+        run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, scaler=scaler)
+        accelerator.scaler, accelerator.native_amp, accelerator._optimizers = scaler, True, [run.optimizer]
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+        monkeypatch.setattr(run.devices, "autocast", nullcontext)  # the scale is too large for fp16 itself
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])  # the second has a fused kernel, which does the skipping
+@pytest.mark.parametrize("devices_class", [Devices, AcceleratedDevices])
+def test_a_step_that_the_loss_scaler_skips_does_not_advance_schedule_and_average(
+        overrides, devices_class, optimizer, monkeypatch):
+    run = run_of(overrides, devices_class, "train_config.scheduler=linear", "train_config.ema_decay=0.9",
+                 f"train_config.optimizer={optimizer}")
+    scale_losses(run, monkeypatch)
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     rates = []
     step = run.devices.step
@@ -288,7 +317,7 @@ def test_a_step_that_the_loss_scaler_skips_does_not_advance_the_schedule(overrid
     main.train(run)
     skipped = rates.count(False)
     assert 0 < skipped < len(rates) == 10
-    assert run.scheduler.last_epoch == 10 - skipped
+    assert run.scheduler.last_epoch == run.average.updates == 10 - skipped
     assert not torch.equal(before["head.weight"], run.model.state_dict()["head.weight"])
     assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
 

@@ -241,6 +241,13 @@ def test_auto_is_what_it_was_on_each_machine(tmp_path):
         ("device cpu, mixed_precision no", [0]), ("device cuda, mixed_precision bf16", [1, 2, 9])]
 
 
+def test_seeds_of_a_calibrated_bag_of_words_and_of_another_are_two_settings(tmp_path):
+    runs = [write_run(tmp_path / f"words{seed}", 0.8, "model_config.model_name=bag-of-words",
+                      f"train_config.seed={seed}", f"train_config.calibrate={seed == 1}")[0] for seed in (1, 2, 3)]
+    settings = group([read_result(run) for run in runs])
+    assert [[run.seed for run in setting.runs] for setting in settings] == [[1], [2, 3]]
+
+
 def test_students_of_teachers_with_other_seeds_are_one_setting(tmp_path):
     runs = [write_run(tmp_path / f"run{number}", 0.8, f"train_config.seed={seed}", *(
         [] if teacher is None else ["train_config.objective=distillation", f"train_config.teacher=runs/{teacher}"]))[0]

@@ -12,10 +12,12 @@ from test_compare import write_run
 from test_experiment import is_training, wait_for
 
 from experiment import list_cells, write_report
+from suite.common.storage import read_json
 from suite.comparison import data_size, running
 from suite.comparison.data_size import fit_power_law
-from suite.comparison.grid import read_experiment
+from suite.comparison.grid import find_finished, read_experiment
 from suite.comparison.report import compare_runs
+from suite.comparison.results import group, read_result
 from suite.comparison.running import run_cells
 from suite.comparison.stacking import stack_runs
 from utils import UserError
@@ -170,6 +172,28 @@ def test_what_is_the_same_beside_two_encoders_is_made_once(arguments):
 
 
 @pytest.mark.long
+def test_another_encoder_of_the_same_name_gets_a_stack_of_its_own(arguments):
+    """And the two stacks are two settings, although the runs in them have the same names."""
+    path, overrides = arguments
+    overrides = [*overrides, "seeds=[1]", "grid.data_config.train_limit=[null]"]
+    for more in ([], ["train_config.max_steps=2"]):
+        experiment = read_experiment(path, [*overrides, *more])
+        assert [cell.is_finished for cell in experiment.cells] == [bool(more), False, False]
+        for cell in experiment.cells[bool(more):]:
+            run_in_this_process(experiment, cell)
+            find_finished(experiment.cells)
+    first, second = (read_experiment(path, [*overrides, *more]).cells for more in ([], ["train_config.max_steps=2"]))
+    assert all(cell.is_finished for cell in [*first, *second])
+    assert (first[0].folder, len({cell.folder for cell in [*first, *second]})) == (second[0].folder, 5)
+    for cells in (first, second):
+        members = read_json(cells[2].folder / "best" / "config.json")["members"]
+        assert [member["run"] for member in members] == [cell.folder.name for cell in cells[:2]]
+    settings = group([read_result(cell.folder) for cell in [*first[1:], *second[1:]]])
+    assert [setting.label for setting in settings] == [
+        "bert, no max_steps", f"stack of bag-of-words, {first[1].folder.name.removesuffix('-seed1')}, no max_steps",
+        "bert, max_steps 2", f"stack of bag-of-words, {first[1].folder.name.removesuffix('-seed1')}, max_steps 2"]
+
+
 def test_killed_again_and_again_it_makes_every_run(arguments, tmp_path):
     """With the real processes: SIGKILL during a bag of words, an encoder, and a stack."""
     path, overrides = arguments[0], [*arguments[1], "seeds=[1]"]

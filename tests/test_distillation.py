@@ -212,9 +212,12 @@ def test_nothing_needs_the_teacher_any_more(overrides, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "runs" / "finished")
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(
         "teacher: " + str(finished.with_name("words")), "teacher: /gone"))
-    there, before = [f"output_dir={tmp_path / 'runs'}", "run_name=finished"], metrics_of(folder)["test"]
+    there, before = [f"output_dir={tmp_path / 'runs'}", "run_name=finished"], metrics_of(folder)
+    assert before["data"]["train"] == 48 + UNLABELLED
     train_here(*there, mode="test")
-    assert metrics_of(folder)["test"] == before
+    after = metrics_of(folder)
+    assert after.pop("tested_on") == before["environment"]
+    assert after == before
     again = train_here(*overrides, *there, "train_config.teacher=/gone", mode="distill")
     assert "nothing was done again" in again.stdout
     labelled = expect(0, run_here(mode="predict", model=str(folder), text="gripping and moving")).stdout

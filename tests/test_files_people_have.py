@@ -226,8 +226,8 @@ def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(many):
 
 
 @pytest.mark.parametrize("values", [
-    [0, 4], [-1, 1], [-1, 0, 1], [1, 2, 3, 4, 7, 8, 9, 10], [0.5, 1, 10], ["no", "yes"],
-    ["1e3", "on"], ["--1", "9" * 5000]])
+    [0, 4], [-1, 1], [-1, 0, 1], ["-1", "+1"], [".5", "2.", "+10"], [1, 2, 3, 4, 7, 8, 9, 10], [0.5, 1, 10],
+    ["no", "yes"], ["1e3", "on"], ["--1", "9" * 5000]])
 def test_as_many_values_as_classes_are_the_classes(tmp_path, values):
     path = write(tmp_path / "r.csv", films(20 * len(values), values))
     for given in (2, 5, 8):
@@ -252,12 +252,28 @@ def test_a_declared_name_comes_before_a_declared_number(many, name):
     numbers = [0, 1, 2] if name == "r.parquet" else [1, 2, 3]
     values = [str(number) if name == "r.jsonl" else number for number in numbers]
     write(many / name, films(60, values))
-    (many / "README.md").write_text(
-        "---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
-        "      class_label: {names: {'0': '1', '1': '2', '2': '3'}}\n---\n")
+    (many / "README.md").write_text(STARS)
     reviews = reviews_of(many, 3)
     assert reviews.label_names == ["1", "2", "3"]
     assert reviews.labels.tolist() == [0, 1, 2] * 20
+
+
+STARS = ("---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
+         "      class_label: {names: {'0': '1', '1': '2', '2': '3'}}\n---\n")
+
+
+@pytest.mark.parametrize(("kind", "values", "reason"), [
+    ("csv", [0, 1, 2], None), ("jsonl", ["0", "1", "2"], None), ("jsonl", [0, 1, 2], None),
+    ("csv", [1, 2, 0, 3], "the label '1' is the name of one of the classes 1, 2, 3 and the number of another"),
+    ("jsonl", [1, 2, 3], "labels such as 'number 3', and the dataset declares the classes 1, 2, 3")])
+def test_numbers_of_declared_classes_are_never_taken_for_their_names(many, kind, values, reason):
+    """Two classes would become one. The classes are called 1, 2 and 3, and a column holds all names or all numbers."""
+    write(many / f"train.{kind}", films(60, values))
+    (many / "README.md").write_text(STARS)
+    if reason:
+        assert reason in refusal(many, 3)
+    else:
+        assert reviews_of(many, 3).labels.tolist() == [0, 1, 2] * 20
 
 
 def test_minus_one_is_a_class_wherever_it_stands_unless_a_split_holds_nothing_else(tmp_path, many, capsys):

@@ -5,6 +5,7 @@ All of it holds promise 4: no text stands in two splits, and with a group column
 
 import json
 import random
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from suite.common.run_folder import read_saved_config
 from suite.comparison import stacking
 from suite.comparison.results import read_result, refuse_different_tests
 from suite.comparison.stacking import stack_runs
+from suite.encoders.loading import TRAINED_TEXTS, trained_texts
 from suite.reviews import splitting
 from suite.reviews.grouping import draw_units
 from suite.reviews.splitting import load_split
@@ -249,6 +251,23 @@ def trained(tmp_path_factory, encoder_folder):
                                                     f"model_config.model_name={encoder_folder('bert')}"))):
         assert "each film stands in one part" in train_here(*overrides, *more, mode=mode).stdout
     return overrides, films(), folder / "runs"
+
+
+def test_a_model_that_has_read_films_of_the_test_without_knowing_it_is_refused(tmp_path):
+    """Its run had no group column. What it read of these films is in no part of the split that has one."""
+    for name, first, count in (("train", 0, 40), ("validation", 40, 8), ("test", 30, 10)):
+        records = [record | {"film": f"film {first + row // 6}", "text": f"{name} {record['text']}"}
+                   for row, record in enumerate(films(6 * count))]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "model").mkdir()
+    settings = [f"data_config.dataset={tmp_path}", "data_config.split=official",
+                f"model_config.model_name={tmp_path / 'model'}"]
+    config = load_config(PROJECT / "config.yaml", settings)
+    with_films = split_of(tmp_path, "data_config.split=official")
+    for more, fails in ((with_films, False), (load_split(config), True)):
+        np.save(tmp_path / "model" / TRAINED_TEXTS, more.digests_of("train"))
+        with pytest.raises(UserError, match="was trained on 60 groups or texts") if fails else nullcontext():
+            trained_texts(config.model_config, with_films.held_out_anywhere)
 
 
 def films_in(folder, records, part: str) -> set[str]:

@@ -14,10 +14,10 @@ from model import ClassifierConfig, EncoderForClassification
 from suite.common.devices import Devices
 from suite.common.storage import read_json, write_json
 from suite.encoders import native_heads
-from suite.encoders.loading import save_model
+from suite.encoders.loading import new_model, save_model
 from suite.encoders.native_heads import native_model, problem_of
 from suite.inference.classifier import Classifier, open_classifier
-from utils import load_config
+from utils import ModelConfig, load_config
 
 FAMILIES = ENCODERS | {
     "albert": AlbertConfig(**SMALL, embedding_size=16), "mpnet": MPNetConfig(**SMALL | {"pad_token_id": 1}),
@@ -109,6 +109,18 @@ def test_a_program_that_knows_only_transformers_computes_the_same(tmp_path):
         assert kind.endswith("ForSequenceClassification")
         assert kind != "EncoderForClassification"
         np.testing.assert_allclose(read, logits, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "modernbert"])
+def test_training_can_go_on_from_an_export(tmp_path, name):
+    """The encoder is the one that was trained, whatever the exported head needs of it."""
+    trained = make(tmp_path, name, "cls", 2)
+    assert export(tmp_path).returncode == 0
+    model = new_model(ModelConfig(str(tmp_path / "model-export"), num_labels=2))
+    weights = trained.encoder.state_dict()
+    assert model.encoder.state_dict().keys() == weights.keys()
+    assert all(torch.equal(values, weights[name]) for name, values in model.encoder.state_dict().items())
+    assert "final_norm_scale" not in model.config.encoder.to_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

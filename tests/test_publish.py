@@ -8,6 +8,8 @@ import shutil
 import huggingface_hub
 import pytest
 from conftest import PROJECT, content_of, expect, run_here, run_script, train_here, write_reviews
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from upload_hub import TOKEN, upload_hub
 
 from suite.common.pages import escaped
@@ -60,6 +62,14 @@ def test_without_yes_nothing_is_sent_and_nothing_asked(run, hub):
     assert 'model="owner/name"' in result.stdout  # the card's example works as it is printed
     assert "`FOLDER` is a copy: `hf download owner/name --local-dir FOLDER`." in result.stdout
     assert lines[-1] == "Nothing was sent. To send it, give the same command with --yes."
+
+
+def test_the_vocabulary_of_every_encoder_s_tokenizer_is_sent():
+    kinds = [TOKENIZER_MAPPING_NAMES.get(kind) for kind in [*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bertweet", "phobert"]]
+    classes = [tokenizer_class_from_name(kind) for kind in kinds if kind]
+    assert len(classes) > 30
+    names = {file for kind in classes for file in getattr(kind, "vocab_files_names", {}).values()}
+    assert {"vocab.txt", "bpe.codes"} < names <= set(FILES)
 
 
 @pytest.mark.parametrize("public", [False, True])

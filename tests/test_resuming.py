@@ -75,7 +75,7 @@ def test_a_state_of_another_version_is_refused_with_one_line(undisturbed):
 
 def test_a_state_with_other_items_has_another_version():
     """Killed at any moment, a run goes on: an item that is added here without a new version would stop older runs."""
-    assert (Progress.version, [entry.name for entry in fields(Progress)], SAVED) == (5, [
+    assert (Progress.version, [entry.name for entry in fields(Progress)], SAVED) == (6, [
         "data_fingerprint", "device", "step", "epoch", "steps_in_epoch", "best_epoch", "best_metrics",
         "epochs_without_improvement", "micro_batch", "history_lines", "wandb_id", "version"], (
         "sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "predictions", "total_weight"))

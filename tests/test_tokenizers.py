@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PROJECT, expect, run_here, train_here
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from data import prepare_data
+from data import Encode, prepare_data
 from suite.encoders.tokenizers import load_tokenizer
 from utils import load_config
 
@@ -50,6 +51,24 @@ def said(overrides, capsys):
         prepare_data(load_config(PROJECT / "config.yaml", [*overrides, f"model_config.model_name={folder}", *more]))
         return capsys.readouterr().out
     return prepared
+
+
+def test_the_cache_knows_the_settings_of_a_tokenizer_in_python(tmp_path):
+    """BERTweet's has no tokenizer.json: a word of its own for @names is a matter of a setting and of its merges."""
+    found = []
+    for number, (normalization, merges) in enumerate([(False, ""), (True, ""), (True, "a b 1\n")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("a 1\nb 1\n@USER 1\nHTTPURL 1\n")
+        (folder / "bpe.codes").write_text("#version: 0.2\n" + merges)
+        (folder / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "BertweetTokenizer", "normalization": normalization}))
+        encode = Encode(AutoTokenizer.from_pretrained(folder), 16, "head")
+        found.append((encode.fingerprint(np.zeros(1, "V16")), encode.windows(["a @someone"])))
+        assert encode.fingerprint(np.zeros(1, "V16")) == found[-1][0]
+    assert found[0][1] != found[1][1]
+    assert len({fingerprint for fingerprint, _ in found}) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ class Devices:
     @property
     def has_numba_kernels(self) -> bool:
         """Whether training here uses suite/encoders/numba_layers.py."""
-        return self.device.type == "cpu" and self.precision == "bf16" and not self.is_compiled and numba_works()
+        return (self.device.type == "cpu" and self.precision == "bf16" and not self.is_compiled
+                and not self.is_sharded and numba_works())
 
     def __str__(self) -> str:
         return self.kind

@@ -40,8 +40,8 @@ REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folder
 
 REVIEWS = ("dataset", "subset", "text_column", "label_column", "group_column", "split", "split_seed", "drop_duplicates",
            "limit", "train_limit", "line_breaks")
-WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels",  # what shapes a bag of words, or a stack
-                   *(f"data_config.{key}" for key in REVIEWS))
+WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels", "train_config.calibrate",
+                   *(f"data_config.{key}" for key in REVIEWS))  # what shapes a bag of words
 SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS  # to be compared
                   if key not in ("dataset", "train_limit", "line_breaks"))
 TEACHER = "teacher"  # in the run folder of a student: what its teacher says

@@ -47,6 +47,7 @@ from suite.common.run_folder import (
     stack_name,
     without_encoder,
 )
+from suite.common.storage import MANIFEST, read_json, sha256_of
 from utils import BAG_OF_WORDS, LONGEST_RUN_NAME, Config, UserError, leaves, load_config, read_override, read_yaml
 
 MODEL = "model"  # in the setting of a cell that is made beside an encoder's: which model it is
@@ -267,9 +268,20 @@ def find_finished(cells: list[Cell]) -> None:
         if cell.members:
             cell.config.model_config.model_name = stack_name(member.config.run_name for member in cell.members)
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
-        if matching := [(needed <= parts, name) for parts, name in found.get(cell.result_key, ())]:
+        matching = [(needed <= parts, name) for parts, name in found.get(cell.result_key, ())
+                    if not (cell.members and parts) or _is_made_of(Path(cell.config.output_dir, name), cell.members)]
+        if matching:
             own = cell.config.run_name
             cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))
+
+
+def _is_made_of(stack: Path, members: Sequence[Cell]) -> bool:
+    """Whether the stack in a run folder holds the models of these cells."""
+    try:
+        return [member["sha256"] for member in read_json(stack / "best" / "config.json")["members"]] == [
+            sha256_of(member.folder / "best" / MANIFEST) for member in members]
+    except FileNotFoundError:
+        return False
 
 
 def _name(cell: Cell) -> str:

@@ -47,6 +47,7 @@ class Result:
     predictions: Predictions  # logits: the logarithms of the saved probabilities
     data_fingerprint: str | None  # of all reviews and their split; None if the model has been removed
     split: str = "test"  # or "valid"
+    members: Sequence[dict[str, Any]] = ()  # of a stack: the `values` of the runs in it
 
     @property
     def train_limit(self) -> int | None:
@@ -73,11 +74,12 @@ class Result:
     @functools.cached_property
     def values(self) -> dict[str, Any]:
         """{dotted key: value} of the configuration that shape the result, without the seed and those of the log; of a
-        bag of words or a stack, those that mean something to it. For `auto`, the device or precision that it was. A
-        teacher is named without its seed."""
+        bag of words, those that mean something to it, and of a stack, those of its members. For `auto`, the device or
+        precision that it was. A teacher is named without its seed."""
         values, measured = shaping_values(self.config), self.metrics.get("environment", {})
         if not is_encoder(self.config):
-            return {key: values[key] for key in values if key in WITHOUT_ENCODER}
+            own = {key: values[key] for key in values if key in WITHOUT_ENCODER}
+            return own | _joined(self.members) | {NAME: values[NAME]}
         if values[TEACHER]:
             values[TEACHER] = without_seed(values[TEACHER])
         for key, name in (("train_config.device", "device"), ("train_config.mixed_precision", "precision")):
@@ -85,6 +87,16 @@ class Result:
                 values[key] = measured.get(name, "auto")
         return {key: value for key, value in values.items()
                 if key != "train_config.seed" and not key.startswith("log_config.")}
+
+
+def _joined(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The settings of a stack's members: for each key the value, or a list of those that they have."""
+    joined: dict[str, list[Any]] = {}
+    for settings in members:
+        for key, value in settings.items():
+            if value not in joined.setdefault(key, []):
+                joined[key].append(value)
+    return {key: found[0] if len(found) == 1 else found for key, found in joined.items()}
 
 
 @dataclass
@@ -126,9 +138,12 @@ def read_result(folder: Path, split: str = "test") -> Result:
         f"test the run with python main.py --mode test output_dir={folder.parent} run_name={folder.name}")
     if split not in metrics:
         raise UserError(f"{folder} was not measured on its {SPLITS[split]} reviews: {fix}, or leave it out")
-    model = folder / "best" / "config.json"
-    fingerprint = read_json(model).get("data_fingerprint") if model.exists() else None
-    return Result(folder, config, metrics, *read_predictions(folder / PREDICTIONS[split], fix), fingerprint, split)
+    path = folder / "best" / "config.json"
+    model = read_json(path) if path.exists() else {}
+    # of a stack that an earlier version has made, only the members' names are known
+    members = [member["settings"] for member in model.get("members", ()) if "settings" in member]
+    return Result(folder, config, metrics, *read_predictions(folder / PREDICTIONS[split], fix),
+                  model.get("data_fingerprint"), split, members)
 
 
 def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions]:

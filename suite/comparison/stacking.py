@@ -151,7 +151,7 @@ def write_stack(folder: Path, runs: Sequence[Result], models: Sequence[Path], re
         "model_type": STACK, "id2label": {str(i): name for i, name in enumerate(runs[0].label_names)},
         "data_fingerprint": runs[0].data_fingerprint, "weights": regression.coef_.tolist(),
         "intercept": regression.intercept_.tolist(),
-        "members": [{"run": run.config.run_name, "sha256": sha256_of(model / MANIFEST)}
+        "members": [{"run": run.config.run_name, "sha256": sha256_of(model / MANIFEST), "settings": run.values}
                     for run, model in zip(runs, models, strict=True)]})
 
 

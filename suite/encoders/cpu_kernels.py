@@ -2,7 +2,8 @@
 
 torch draws one random number for each element of a dropout mask, from a slow generator. Here four elements share one
 64-bit number of a fast generator, 16 bits each, whose seed comes from torch's. The rate is rounded to 1/65,536 and the
-kept values are scaled by exactly that rate, so the expectation is the input.
+kept values are scaled by exactly that rate, so the expectation is the input; in bf16, the factor is rounded, as torch's
+own is.
 torch's fused attention has no dropout on a CPU, and its backward pass in bf16 is slow for short inputs; in both cases
 `BlockAttention` takes its place. On a GPU and under torch.compile nothing is replaced, because fused kernels do both
 there.

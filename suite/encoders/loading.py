@@ -36,6 +36,7 @@ from suite.encoders.checkpoints import (
     try_forward_pass,
     weight_files,
 )
+from suite.encoders.native_heads import undo_scale
 from suite.encoders.tokenizers import refuse_foreign_tokens, refuse_unknown_words
 from utils import BAG_OF_WORDS, PROJECT, Config, ModelConfig, UserError, say
 
@@ -131,6 +132,7 @@ def load_checkpoint(kind: type, name: str, config: PreTrainedConfig) -> tuple[Pr
     if missing := [weight for weight in lacking if weight.startswith(of_encoder) and not weight.startswith("pooler.")]:
         raise UserError(f"{key}: {name} lacks {len(missing)} weights of its architecture ({missing[0]}, ...): take a "
                         "complete model, or model_config.pretrained=false")
+    undo_scale(model.base_model, config)
     return model, lacking
 
 

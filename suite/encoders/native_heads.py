@@ -65,7 +65,8 @@ def native_config(model: nn.Module) -> PreTrainedConfig:
     values = encoder.to_dict() | {"id2label": own.id2label, "label2id": own.label2id, "dtype": "float32",
                                   "problem_type": "single_label_classification"}
     if kind == "modernbert":
-        values |= {"classifier_pooling": own.pooling, "classifier_activation": "gelu", "classifier_bias": False}
+        values |= {"classifier_pooling": own.pooling, "classifier_activation": "gelu", "classifier_bias": False,
+                   "final_norm_scale": FINAL_NORM}  # for `undo_scale`; transformers does not read it
     elif kind.startswith("deberta"):
         values |= {"pooler_hidden_act": "gelu", "pooler_hidden_size": encoder.hidden_size}
     config = type(encoder).from_dict(values)
@@ -116,6 +117,16 @@ def _set_modernbert(native: nn.Module, dense: nn.Linear, last: nn.Linear, head: 
         norm.bias.zero_()
     _subtract(last, 2.0 ** exponent)
     last.bias.copy_(head.bias)
+
+
+@torch.no_grad()
+def undo_scale(encoder: nn.Module, config: PreTrainedConfig) -> None:
+    """Make of the encoder of an exported model, and of its configuration, those that were trained: the exported head
+    makes up for the small norm."""
+    vars(encoder.config).pop("final_norm_scale", None)
+    if scale := vars(config).pop("final_norm_scale", None):
+        for values in encoder.final_norm.parameters():
+            values.div_(scale)
 
 
 def _rows(values: torch.Tensor, width: int) -> torch.Tensor:

@@ -25,7 +25,8 @@ from utils import DEMO_WARNING, UserError, brief, say
 FILES = ["README.md", "config.json", "model.safetensors", "model.py", THRESHOLD, "sentence_bert_config.json",
          "index.html", "page.json", "onnx/model.onnx", "onnx/model.onnx.data", "onnx/model_quantized.onnx",
          "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-         "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"]
+         "vocab.json", "merges.txt", "bpe.codes", "spm.model", "spiece.model", "sentencepiece.bpe.model",
+         "sentencepiece.model", "tokenizer.model", "entity_vocab.json", "word_shape.json", "word_pronunciation.json"]
 
 
 def publish(command: Command, devices: Devices) -> None:

@@ -135,10 +135,9 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
     _refuse_missing(parts, np.flatnonzero(pc.fill_null(pc.equal(values, ""), True)), "label")
     encoded = values.dictionary_encode()
     named = encoded.dictionary.to_pylist()  # the class of each distinct value
-    if order := _declared_classes(parts):  # by its name, or as a text by its number
-        numbers = {str(number): label for number, label in enumerate(order)} | {label: label for label in order}
-        named = [numbers.get(value, value) for value in named]
-    elif all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) for value in named):
+    if order := _declared_classes(parts):
+        named = _by_name_or_number(named, order, name)
+    elif all(re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", value) for value in named):
         longest_first = sorted(named, key=lambda value: (len(value), value), reverse=True)
         written = {Decimal(value): value for value in longest_first}  # 1, 1.0 and 01 are one number, written as 1
         named, order = [written[Decimal(value)] for value in named], [written[number] for number in sorted(written)]
@@ -166,6 +165,22 @@ def _encode_labels(table: Dataset, name: str, parts: list[Part], column: str, nu
                         f"model_config.num_labels is {num_labels}: set model_config.num_labels={len(names)}, or "
                         f"correct the data; {alike}the rarest class is {names[rare]!r} ({name_rows(parts, rows)})")
     return labels, names
+
+
+def _by_name_or_number(values: list[str], order: list[str], name: str) -> list[str]:
+    """The names of these classes, which stand in a file as their names or as their numbers in `order`. Where all are
+    names, they are names; where all are numbers, they are numbers. Raises UserError where one may be either."""
+    numbers = {str(number): label for number, label in enumerate(order)}
+    if set(values) <= set(order):
+        return values
+    if set(values) <= numbers.keys():
+        return [numbers[value] for value in values]
+    known = set(order) | numbers.keys()
+    if set(values) <= known and (either := [value for value in values if value in order
+                                            and numbers.get(value, value) != value]):
+        raise UserError(f"{name}: the label {either[0]!r} is the name of one of the classes {listed(order)} and the "
+                        "number of another, and the labels are neither all names nor all numbers: write names")
+    return [value if value in order else numbers.get(value, value) for value in values]
 
 
 def _declared_classes(parts: list[Part]) -> list[str] | None:

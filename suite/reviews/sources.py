@@ -36,7 +36,7 @@ if not sys.stderr.isatty():
 
 FILE_TYPES = tuple(kind for kind in ROW_FILES if kind != ".txt")  # whose rows have a column for the label
 READ = ("text", "label", "group")  # what the columns that data_config names are called once they are read
-READER = 2  # the version of what reads rows: it is part of the name under which they are cached
+READER = 3  # the version of what reads rows: it is part of the name under which they are cached
 
 
 @dataclass
@@ -120,9 +120,11 @@ def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, ...], 
 
 
 def _label(value: Any, class_names: Sequence[str] | None) -> str | None:
-    """A label as text: the name of its class if it is a number of a declared one."""
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return class_names[value] if is_number and class_names and 0 <= value < len(class_names) else as_text(value)
+    """A label as text: the name of its class if it is a number of a declared one. A number that is too large must not
+    be taken for a name, such as 3 of the three classes 1, 2 and 3."""
+    if class_names is None or not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        return as_text(value)
+    return class_names[value] if value < len(class_names) else f"number {value}"
 
 
 def _load_folder(name: str, subset: str | None, columns: tuple[str, ...]) -> list[Part]:

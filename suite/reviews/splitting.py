@@ -37,6 +37,15 @@ class Split:
         return self.digests_of("valid", "test")
 
     @property
+    def held_out_anywhere(self) -> np.ndarray:
+        """`held_out`, and the texts of held-out groups that are in no part of this split. Another run, without the
+        groups, may have been trained on them."""
+        if self.groups is None:
+            return self.held_out
+        texts = self.digests[np.isin(self.groups, self.held_out)]
+        return np.union1d(self.held_out, np.setdiff1d(texts, self.digests[self.ids_of["train"]]))
+
+    @property
     def label_names(self) -> list[str]:
         return self.reviews.label_names
 

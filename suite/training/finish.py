@@ -75,7 +75,11 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
         tested["calibration"] = calibration_figures(predictions, temperature)
     if tested and (chosen := folder / "best" / THRESHOLD).exists():
         tested["threshold"] = threshold_figures(predictions, read_json(chosen))
-    metrics = run.figures | tested | {"data": run.data.record, "environment": environment(run.devices)}
+    here = environment(run.devices)
+    # A TrainedRun's figures hold the data and the environment of its training, which stay.
+    metrics = {"data": run.data.record, "environment": here} | run.figures | tested
+    if "environment" in run.figures:
+        metrics["tested_on"] = here
     if tested:
         label_names, history = run.data.label_names, read_history(folder / "history.jsonl")
         rows = mistakes(predictions, run.data.text, label_names)

@@ -46,7 +46,7 @@ def prepare_texts(config: Config) -> PreparedData:
     table, digests, groups = split.reviews.table, split.digests, split.groups
     train, valid = choose(split.ids_of["train"], np.arange(len(labelled.digests), len(table)), digests, split.held_out,
                           data_config, groups)
-    seen = trained_texts(config.model_config, split.held_out)
+    seen = trained_texts(config.model_config, split.held_out_anywhere)
     tokenizer = load_tokenizer(name, line_breaks=data_config.line_breaks, texts=table[:COMPARED_TEXTS]["text"])
     if tokenizer.mask_token is None:
         raise UserError(f"model_config.model_name: the tokenizer of {name} has no mask token: take a model that was "

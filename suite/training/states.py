@@ -53,7 +53,7 @@ class Progress:
     micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
     history_lines: int = 0
     wandb_id: str | None = None  # of the run in the tracker, whichever it is
-    version: int = 5  # raised when a state's values mean something else, or the same seed draws other numbers
+    version: int = 6  # raised when a state's values mean something else, or the same seed draws other numbers
 
 
 class RunFolder:
