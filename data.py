@@ -260,7 +260,7 @@ def prepare_data(config: Config, trained_model: str | None = None, split: Split 
     """
     data_config, split = config.data_config, split or load_split(config)
     reviews, ids_of = split.reviews, split.ids_of
-    for part in reviews.unlabelled:
+    for part in () if config.train_config.teacher else reviews.unlabelled:  # a student has learnt from them
         say(f"{part.place}: the split {part.split} has no labels and is not used ({len(part.table):,} rows)")
     seen = split.digests_of("train")
     if trained_model is None:

@@ -258,8 +258,19 @@ def test_a_declared_name_comes_before_a_declared_number(many, name):
     assert reviews.labels.tolist() == [0, 1, 2] * 20
 
 
-STARS = ("---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
-         "      class_label: {names: {'0': '1', '1': '2', '2': '3'}}\n---\n")
+def card_of(names: list[str]) -> str:
+    return ("---\ndataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n"
+            f"      class_label: {{names: {json.dumps(dict(enumerate(names)))}}}\n---\n")
+
+
+STARS = card_of(["1", "2", "3"])
+
+
+@pytest.mark.parametrize("names", [["-1", "0", "1"], ["3", "4", "5"]])
+def test_a_number_of_no_declared_class_is_not_a_name(many, names):
+    write(many / "train.jsonl", films(60, list(map(int, names))))
+    (many / "README.md").write_text(card_of(names))
+    assert f"labels such as 'number {names[0]}'" in refusal(many, 3)
 
 
 @pytest.mark.parametrize(("kind", "values", "reason"), [

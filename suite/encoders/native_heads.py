@@ -123,8 +123,10 @@ def _set_modernbert(native: nn.Module, dense: nn.Linear, last: nn.Linear, head: 
 def undo_scale(encoder: nn.Module, config: PreTrainedConfig) -> None:
     """Make of the encoder of an exported model, and of its configuration, those that were trained: the exported head
     makes up for the small norm."""
-    vars(encoder.config).pop("final_norm_scale", None)
-    if scale := vars(config).pop("final_norm_scale", None):
+    scale = getattr(config, "final_norm_scale", 1.0)
+    for each in (config, encoder.config):
+        vars(each).pop("final_norm_scale", None)
+    if scale != 1.0:
         for values in encoder.final_norm.parameters():
             values.div_(scale)
 

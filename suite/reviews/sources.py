@@ -120,11 +120,14 @@ def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, ...], 
 
 
 def _label(value: Any, class_names: Sequence[str] | None) -> str | None:
-    """A label as text: the name of its class if it is a number of a declared one. A number that is too large must not
-    be taken for a name, such as 3 of the three classes 1, 2 and 3."""
-    if class_names is None or not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        return as_text(value)
-    return class_names[value] if value < len(class_names) else f"number {value}"
+    """A label as text: the name of its class if it is a number of a declared one. The number of none must not be taken
+    for a name, such as 3 where the classes 0, 1 and 2 are called 1, 2 and 3."""
+    text = as_text(value)
+    if class_names is None or not isinstance(value, int) or isinstance(value, bool):
+        return text
+    if 0 <= value < len(class_names):
+        return class_names[value]
+    return f"number {value}" if text in class_names else text
 
 
 def _load_folder(name: str, subset: str | None, columns: tuple[str, ...]) -> list[Part]:
