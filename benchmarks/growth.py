@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.workload import PROJECT, write_reviews
+from benchmarks.workload import PROJECT, random_lengths, write_reviews
 
 POLL_SECONDS = 0.02
 
@@ -67,7 +67,7 @@ def grow(folder: Path, counts: list[int]) -> None:
     for rows in counts:
         work = folder / str(rows)
         work.mkdir()
-        write_reviews(work / "reviews.csv", rows, tokenizer)
+        write_reviews(work / "reviews.csv", random_lengths(rows), tokenizer)
         command = ["--config", "demo.yaml", f"data_config.dataset={work / 'reviews.csv'}", "train_config.epochs=1"]
         cold, cached = train(command, work / "cold", only_first_step=True), train(command, work / "cached")
         seconds = json.loads((work / "cached" / "metrics.json").read_text())["train"]["seconds"]

@@ -16,6 +16,7 @@ from unittest import mock
 from utils import PROJECT, Config, load_config
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedConfig
 
     from suite.training.run import Run
@@ -32,6 +33,7 @@ SHAPES = {"minilm": ("bert", {**SMALL, "num_attention_heads": 12, "intermediate_
 WARM_UP_STEPS = 2
 EVALUATED = 1 / 3  # reviews, as a share of those that are trained on
 LOG_MEAN, LOG_STD = 5.53, 0.65  # of the lengths of IMDB's reviews in BERT's tokens, fitted to every fifth of train
+MEGA_BATCH = 50  # batches among which transformers' group_by_length sorts, where there are four times as many
 
 
 def new_parser(description: str, **defaults: int) -> argparse.ArgumentParser:
@@ -44,8 +46,12 @@ def new_parser(description: str, **defaults: int) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def workload(shape: str, reviews: int):
-    """A folder with an encoder of this shape and with reviews, of which `config_for` trains on the given number."""
+def workload(shape: str, reviews: int, batch: int | None = None):
+    """A folder with an encoder of this shape and with reviews, of which `config_for` trains on the given number.
+
+    With a `batch`, reviews that are grouped by length pad each other as little as they do among IMDB's 40,000: see
+    `grouped_lengths`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(Path(folder) / "cache")
         from transformers import AutoTokenizer
@@ -55,8 +61,12 @@ def workload(shape: str, reviews: int):
         quiet_libraries()
         work = Path(folder)
         write_encoder(work / "encoder", shape)
-        write_reviews(work / "reviews.csv", round(reviews * (1 + 2 * EVALUATED)),
-                      AutoTokenizer.from_pretrained(work / "encoder"))
+        tokenizer = AutoTokenizer.from_pretrained(work / "encoder")
+        (work / "reviews").mkdir()
+        for seed, (name, share) in enumerate({"train": 1, "validation": EVALUATED, "test": EVALUATED}.items()):
+            lengths = (grouped_lengths(reviews, batch) if name == "train" and batch
+                       else random_lengths(round(reviews * share), seed))
+            write_reviews(work / "reviews" / f"{name}.csv", lengths, tokenizer, seed)
         yield work
 
 
@@ -81,20 +91,45 @@ def write_encoder(folder: Path, shape: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_reviews(path: Path, count: int, tokenizer: Any) -> None:
-    """Reviews of random words that are one token each, as long as IMDB's."""
+def random_lengths(count: int, seed: int = 0) -> np.ndarray:
+    """(count,) tokens of reviews, distributed like IMDB's."""
     import numpy as np
 
-    random = np.random.default_rng(0)
+    return as_lengths(np.random.default_rng(seed).normal(size=count))
+
+
+def grouped_lengths(count: int, batch: int) -> np.ndarray:
+    """The same of `count` reviews that are some batches of a mega-batch: of 50 batches between which the reviews are
+    divided by length, so many at equal distances, in random order. So few reviews, drawn one by one, would differ more
+    within a batch of similar lengths than in a real run, and be padded more."""
+    import numpy as np
+    from scipy.stats import norm
+
+    random, groups = np.random.default_rng(0), max(1, round(count / batch))
+    centers = (np.arange(count) * groups // count + 0.5) / groups
+    return as_lengths(norm.ppf(random.permutation(centers + random.uniform(-0.5, 0.5, count) / MEGA_BATCH)))
+
+
+def as_lengths(normal: np.ndarray) -> np.ndarray:
+    """Lengths, with [CLS] and [SEP], that stand where these values stand among normal ones."""
+    import numpy as np
+
+    return np.maximum(np.exp(LOG_MEAN + LOG_STD * normal).astype(int), 10)
+
+
+def write_reviews(path: Path, lengths: np.ndarray, tokenizer: Any, seed: int = 0) -> None:
+    """Reviews of random words that are one token each, of so many tokens with [CLS] and [SEP]."""
+    import numpy as np
+
+    random = np.random.default_rng([seed, 1])
     vocabulary = {token.removeprefix("\u0120") for token in tokenizer.get_vocab()}  # byte-level BPE's mark of a space
     words = np.array([word for word in sorted(vocabulary) if word.isalpha() and word.islower()
                       and len(tokenizer.tokenize(f"a {word}")) == 1 + len(tokenizer.tokenize("a"))])
-    lengths = np.maximum(random.lognormal(LOG_MEAN, LOG_STD, count).astype(int) - 2, 8)  # without [CLS] and [SEP]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for number, length in enumerate(lengths):
-            writer.writerow([" ".join(random.choice(words, length)), number % 2])
+            writer.writerow([" ".join(random.choice(words, length - 2)), number % 2])
 
 
 def config_for(work: Path, tokens: int, batch: int, *more: str) -> Config:
@@ -103,11 +138,9 @@ def config_for(work: Path, tokens: int, batch: int, *more: str) -> Config:
 
 
 def overrides_for(work: Path, tokens: int, batch: int, *more: str) -> list[str]:
-    shares = 1 / (1 + 2 * EVALUATED)
     return [
         f"output_dir={work / 'runs'}", f"model_config.model_name={work / 'encoder'}", "model_config.pretrained=false",
-        f"data_config.dataset={work / 'reviews.csv'}", f"data_config.max_len={tokens}",
-        f"data_config.split=[{shares},{shares * EVALUATED},{shares * EVALUATED}]",
+        f"data_config.dataset={work / 'reviews'}", "data_config.split=official", f"data_config.max_len={tokens}",
         f"data_config.batch_size={batch}", "log_config.wandb_mode=disabled", *more]
 
 
