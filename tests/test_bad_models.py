@@ -146,6 +146,7 @@ CLASSIFIERS = [  # an encoder has no classes, and its words are compared with th
     ("other words", other_words, "does not know 100% of the words"),
     *((f"classes {names}", lambda folder, names=names: relabelled(folder, id2label=names), "id2label in its config")
       for names in ({"0": "a"}, {"0": "a", "1": "a"}, {"1": "a", "2": "b"})),
+    ("names of words", lambda folder: relabelled(folder, architectures=["BertForTokenClassification"]), "whole texts"),
     ("several labels", lambda folder: relabelled(folder, problem_type="multi_label_classification"), "problem_type"),
 ]
 WHOLE = [

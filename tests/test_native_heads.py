@@ -191,7 +191,7 @@ def test_other_readers_find_the_keys_that_they_look_for_and_an_export_can_be_exp
         folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("truncation", ["head", "windows"])
+@pytest.mark.parametrize("truncation", ["head", "tail", "windows"])
 def test_a_cut_that_others_do_not_know_is_said(tmp_path, truncation):
     make(tmp_path, "bert", "cls", 2)
     config = tmp_path / "model" / "config.json"

@@ -120,6 +120,9 @@ def test_every_kind_of_file_says_the_same(trained, predicting, stdin, tmp_path):
     found = pyarrow.parquet.read_table(predicting(tmp_path / "in.parquet", "out.parquet"))
     assert [str(p) for p in found.column("probability_good").to_pylist()] == [row[ADDED[2]] for row in expected]
 
+    shutil.copy(tmp_path / "in.jsonl", tmp_path / "in.ndjson")
+    printed = expect(0, run_here(*trained[0], mode="predict", input=str(tmp_path / "in.ndjson"))).stdout
+    assert printed.splitlines() == lines
     stdin((tmp_path / "in.txt").read_bytes())
     printed = list(csv.DictReader(io.StringIO(expect(0, run_here(*trained[0], mode="predict", input="-")).stdout)))
     assert [{name: row[name] for name in ADDED} for row in printed] == expected
@@ -131,7 +134,7 @@ def test_the_run_s_text_column_is_read(trained):
     overrides, folder = trained
     without = [item for item in overrides if "text_column" not in item]
     named = [item for item in without if "output_dir" not in item and "run_name" not in item]
-    for arguments, model in ((without, None), (named, str(folder))):
+    for arguments, model in ((without, None), (named, str(folder)), (named, str(folder / "best"))):
         config = cli.config_for("predict", PROJECT / "config.yaml", arguments, model)
         assert config.data_config.text_column == "review"
     chosen = cli.config_for("predict", PROJECT / "config.yaml", [*without, "data_config.text_column=body"])

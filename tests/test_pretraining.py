@@ -23,6 +23,7 @@ from transformers import (
 import main
 from suite.common import cli
 from suite.common.devices import Devices
+from suite.common.pages import write_pretrained_card
 from suite.comparison.results import read_result
 from suite.encoders.loading import load_encoder_config, new_model
 from suite.encoders.masked_lm import MaskedLanguageModel, new_masked_lm
@@ -256,7 +257,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(overrides, finishe
         assert (stopped.folder.path / name).read_bytes() == (finished[1] / name).read_bytes(), name
 
 
-def test_the_run_folder(overrides, finished):
+def test_the_run_folder(overrides, finished, tmp_path):
     _, folder = finished
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics.keys() == {"train", "valid", "data", "environment"}
@@ -268,7 +269,12 @@ def test_the_run_folder(overrides, finished):
               if "valid/loss" in record]
     assert valid["loss"] == min(losses) < 7  # an even guess has log 2500 = 7.8
     assert "auto_map" not in (folder / "best" / "config.json").read_text()
-    assert (folder / "best" / "README.md").exists()
+    card, fresh = (folder / "best" / "README.md").read_text(), config_of(overrides)
+    assert ", pretrained further by masked" in card
+    fresh.model_config.pretrained, fresh.model_config.model_name = False, "owner/encoder"
+    write_pretrained_card(tmp_path, fresh, valid, 3)
+    assert ", pretrained from random weights by masked" in (tmp_path / "README.md").read_text()
+    assert "base_model" not in (tmp_path / "README.md").read_text()
     assert pipeline("fill-mask", model=str(folder / "best"))("the [MASK] was dull")[0]["token_str"]
     before = (folder / "metrics.json").read_bytes()
     again = run_here(*overrides, "run_name=finished", mode="pretrain")

@@ -58,10 +58,17 @@ def words(undisturbed, tmp_path_factory):
     return given, folder / "words", source
 
 
-def test_predict_follows_it_and_the_test_is_reported_both_ways(words, tmp_path):
+def test_predict_follows_it_and_the_test_is_reported_both_ways(words, tmp_path, monkeypatch):
     given, run, source = words
-    before = metrics_of(run)
-    expect(0, run_here(*given, mode="decide", threshold="recall>=0.99"))
+    before, card = metrics_of(run), (run / "best" / "README.md").read_text()
+    (run / "best" / "README.md").write_text(card + "Written by hand.\n")
+    monkeypatch.chdir(tmp_path)  # where a relative path of the run's configuration leads nowhere
+    for threshold in ("f1", "none", "recall>=0.99"):
+        expect(0, run_here(*given, mode="decide", threshold=threshold))
+        now = (run / "best" / "README.md").read_text().splitlines()
+        decision = [line for line in now if line.startswith("Decision: ")]
+        assert len(decision) == (threshold != "none")
+        assert [line for line in now if line not in decision] == [*card.splitlines(), "Written by hand."]
     threshold, metrics = read_json(run / "best" / "threshold.json")["threshold"], metrics_of(run)
     assert metrics["test"] == before["test"]
     tested = rows_of(run / "test_predictions.csv")
@@ -83,5 +90,5 @@ def test_predict_follows_it_and_the_test_is_reported_both_ways(words, tmp_path):
     assert metrics_of(run)["threshold"] == metrics["threshold"]
 
     expect(0, run_here(*given, mode="decide", threshold="none"))
-    assert metrics_of(run).keys() == before.keys()
+    assert metrics_of(run).keys() == before.keys() | {"tested_on"}
     assert not (run / "best" / "threshold.json").exists()

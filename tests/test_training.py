@@ -4,21 +4,48 @@ import csv
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, RESULTS, bits_of, history_of, metrics_of, rows_of, train, train_here, write_reviews
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AlbertConfig, AutoModel, BertConfig
 
 import main
 from suite.common.devices import Devices
 from suite.training import finish
+from suite.training.meter import peak_flops, training_flops, work_of
 from suite.training.run import Run, quality
 from utils import UserError, load_config
 
 FILES = RESULTS | {"config.yaml", "metrics.json", "plots/learning_curves.png", "plots/confusion_matrix.png",
                    "plots/reliability.png", "plots/risk_coverage.png"}
+
+
+@pytest.mark.parametrize(("config", "reads_first"), [
+    (AlbertConfig(hidden_size=64, embedding_size=16, num_attention_heads=2, intermediate_size=128,
+                  num_hidden_layers=6), False),  # which passes one layer six times
+    (BertConfig(hidden_size=64, num_attention_heads=2, intermediate_size=128, num_hidden_layers=3), True)])
+def test_the_flops_are_those_that_torch_counts(config, reads_first):
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, add_pooling_layer=False)
+    given = SimpleNamespace(encoder=model, reads_first_token=reads_first)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 40, dtype=torch.long, device="meta"))
+    assert training_flops(work_of(given, executed=False), np.array([40, 40])) == pytest.approx(
+        3 * counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None),
+    ("NVIDIA RTX A1000", None), ("NVIDIA T400", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_the_peak_is_that_of_the_device_itself(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_the_run_folder_is_complete(undisturbed):

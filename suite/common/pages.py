@@ -15,9 +15,12 @@ from suite.common.storage import CARD, write_json, write_text
 from utils import BAG_OF_WORDS, DEMO_WARNING, PROJECT, Config, printable, short_name
 
 USE = "\n## How to use it\n"  # from here on, a model card speaks of its own folder
+DECISION = "Decision: `threshold.json` "  # how that line begins
 NOT_TESTED = "A text classifier, not tested yet"
 OTHERS = "programs that cut a long review themselves, such as transformers' pipeline, read"
 TRUNCATION_NOTES = {
+    "tail": "programs that do not know truncation_side, such as transformers.js, read the head of a long review; in "
+            "training its tail was read, as transformers' pipeline does",
     "head_tail": f"{OTHERS} its head alone; in training its head and its tail were read",
     "windows": f"{OTHERS} its first window alone; in training all of its windows were read, and their logits averaged"}
 
@@ -52,7 +55,7 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         language="en" if config.is_demo or on_hub and dataset.endswith("imdb") else None,
         library_name="transformers" if is_encoder(config) else None, pipeline_tag="text-classification",
         tags=["sentiment-analysis"] + ["demo"] * config.is_demo,
-        base_model=encoder if is_hub_name(encoder) and is_encoder(config) else None,
+        base_model=encoder if is_hub_name(encoder) and is_encoder(config) and config.model_config.pretrained else None,
         datasets=[dataset] if on_hub else None, model_name=printable(config.run_name),
         eval_results=[EvalResult(task_type="text-classification", dataset_type=dataset, dataset_name=dataset,
                                  metric_type=name, metric_value=test[name]) for name in ("accuracy", "f1")])
@@ -66,13 +69,25 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         optimizer_steps=metrics.get("train", {}).get("optimizer_steps"), note=TRUNCATION_NOTES.get(data.truncation)))
 
 
+def write_decision(folder: Path, threshold: dict[str, Any] | None, label_names: list[str]) -> None:
+    """Say in a model card from which probability on a text gets class 1; None: nothing. All else stays: where the run's
+    data and encoder lie is not known in every folder, and the card may have been edited."""
+    lines = [line for line in (folder / CARD).read_text(encoding="utf-8").splitlines(keepends=True)
+             if not line.startswith(DECISION)]
+    if threshold:
+        places = [number for number, line in enumerate(lines, start=1) if line.startswith("Data: ")]
+        lines.insert(places[0] if places else len(lines),
+                     render("decision.md", threshold=threshold, classes=label_names))
+    write_text(folder / CARD, "".join(lines))
+
+
 def write_pretrained_card(folder: Path, config: Config, valid: dict[str, Any], steps: int) -> None:
     """README.md of a pretrained encoder's folder. `valid`: the metrics on validation after these optimizer steps."""
     from huggingface_hub import ModelCardData
 
     data, encoder = config.data_config, config.model_config.model_name
     metadata = ModelCardData(library_name="transformers", pipeline_tag="fill-mask",
-                             base_model=encoder if is_hub_name(encoder) else None,
+                             base_model=encoder if is_hub_name(encoder) and config.model_config.pretrained else None,
                              datasets=[data.dataset] if is_hub_name(data.dataset) else None,
                              tags=["demo"] if config.is_demo else None)
     write_text(folder / CARD, render(

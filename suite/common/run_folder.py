@@ -207,16 +207,15 @@ def config_for(mode: str, path: str | Path, overrides: Sequence[str], model: str
         raise UserError(f"model_config.model_name={config.model_config.model_name} does not name an encoder: make a "
                         "bag of words with --mode baseline, a stack with ensemble.py")
     run = Path(model) if model else config.run_folder
+    if mode in ("predict", "audit") or int8:
+        run = run_of(run) or run
     if mode == "predict" and (run / "config.yaml").exists() and not _replaces(overrides, "data_config.text_column"):
         config.data_config.text_column = read_saved_config(run / "config.yaml").data_config.text_column
     audits = mode == "audit"  # a run
-    if int8 or audits:
-        run = run_of(run) or run
-        if not (run / "config.yaml").exists():
-            needs = ("--mode audit reads the predictions" if audits else
-                     "--int8 is checked on the validation reviews")
-            raise UserError(f"{needs} of the model's run, and {run}/config.yaml is missing: name the run, or its best "
-                            "model" + audits * ", or leave --model out")
+    if (int8 or audits) and not (run / "config.yaml").exists():
+        needs = "--mode audit reads the predictions" if audits else "--int8 is checked on the validation reviews"
+        raise UserError(f"{needs} of the model's run, and {run}/config.yaml is missing: name the run, or its best "
+                        "model" + audits * ", or leave --model out")
     if int8 or audits or mode == "test" and (run / "config.yaml").exists():
         config = _config_of_run(run / "config.yaml", path, overrides, config)
     return without_encoder(config, BAG_OF_WORDS) if audits else config  # no encoder is loaded

@@ -20,7 +20,7 @@ import numpy as np
 from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.figures import show
-from suite.common.pages import write_model_card
+from suite.common.pages import write_decision
 from suite.common.run_folder import best_model, read_metrics, run_of
 from suite.common.storage import THRESHOLD, lock, remove, write_json
 from suite.comparison.results import read_result
@@ -48,7 +48,7 @@ def decide(command: Command, devices: Devices) -> None:
     aim = None if command.threshold == "none" else Aim.parse(command.threshold)
     run = (run_of(Path(command.model)) or Path(command.model)) if command.model else command.config.run_folder
     valid = read_result(run, "valid")
-    config, names = valid.config, valid.label_names
+    names = valid.label_names
     if len(names) != 2:
         raise UserError(f"--threshold: {run} has {len(names)} classes, and a threshold divides two: use "
                         "--min-confidence of --mode predict")
@@ -70,7 +70,7 @@ def decide(command: Command, devices: Devices) -> None:
             metrics["threshold"] = threshold_figures(test, saved)
             say(f"test {in_words(metrics['threshold'])}; at 0.5, {in_words(metrics['test'])}")
     if "test" in metrics:
-        write_model_card(best, config, metrics, names)
+        write_decision(best, metrics.get("threshold"), names)
     write_json(run / "metrics.json", metrics)
 
 

@@ -239,6 +239,13 @@ def refuse_other_tasks(config: PreTrainedConfig) -> None:
     if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names) or len(names) < 2:
         raise ValueError(f"id2label in its config.json is {names}: two or more different names, numbered from 0, are "
                          "needed")
+    known = ("ForSequenceClassification", EncoderForClassification.__name__)
+    if not all(name.endswith(known) for name in config.architectures or []):
+        raise ValueError(f"architectures in its config.json is {config.architectures}: a model for the classification "
+                         "of whole texts is needed")
+    if config.model_type == "xlnet":
+        raise ValueError("its classifier reads the last token, after padding on the left, and this suite pads on the "
+                         "right")
     if config.problem_type not in (None, "single_label_classification"):
         raise ValueError(f"problem_type in its config.json is {config.problem_type!r}: one class of a review must be "
                          "right")

@@ -53,7 +53,7 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
                 print(f"skipped: {printable(problem)}", file=sys.stderr)
             for values in label(classifier, chunk):
                 undecided += values["predicted"] is None
-                if file_kind(path) in (".jsonl", ".json"):
+                if file_kind(path) in (".jsonl", ".ndjson", ".json"):
                     print(json.dumps(values, ensure_ascii=False))
                     continue
                 if writer is None:

@@ -94,7 +94,7 @@ SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "pre
 
 
 # Dense bf16 (fp16 before Ampere) matrix throughput in FLOP/s, from the vendors' data sheets. Of the names that occur in
-# the device's name, the longest one counts.
+# the device's name as whole words, the longest one counts.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "A10": 125e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
@@ -114,7 +114,10 @@ def work_of(model: nn.Module, executed: bool) -> Work:
     """The work of an EncoderForClassification: of the whole encoder, or (`executed`) without what the first-token fast
     path of model.py saves. Embeddings and head are not counted."""
     config, layers = model.encoder.config, linear_layers(model)
-    total, spans = sum(layer.weight.numel() for _, layer in layers), _attention_spans(config)
+    # ALBERT passes the same layers several times.
+    passes = config.num_hidden_layers / getattr(config, "num_hidden_groups", config.num_hidden_layers)
+    total = round(sum(layer.weight.numel() * (passes if "layer_group" in name else 1) for name, layer in layers))
+    spans = _attention_spans(config)
     if not (executed and model.reads_first_token):
         return Work(total, 0, config.hidden_size, spans, 0)
     last = max(int(number) for name, _ in layers for number in re.findall(r"layers?\.(\d+)\.", name))
@@ -147,7 +150,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return max(((len(known), peak) for known, peak in PEAK_FLOPS.items() if known in name), default=(0, None))[1]
+    if "Laptop" in name:
+        return None
+    found = [known for known in PEAK_FLOPS if re.search(rf"\b{known}\b", name)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
