@@ -1,4 +1,4 @@
-"""How fast is a trained model's answer: the model in PyTorch, without the packed layers of --mode predict, against the exported ONNX.
+"""How fast is a trained model's answer: in PyTorch, without the packed layers of --mode predict, and in ONNX.
 
     python -m benchmarks.inference                          MiniLM's shape: about two minutes on two CPU cores
     python -m benchmarks.inference --shape bert-base        or any other shape

@@ -87,6 +87,28 @@ def test_mode_test_gives_the_same_figures_to_the_last_digit(undisturbed):
     assert bits_of(folder) == before
 
 
+def test_a_finished_run_is_not_taken_for_one_of_other_reviews(undisturbed, tmp_path, monkeypatch):
+    """Neither when the file has changed, nor when the same name means another file in another folder."""
+    overrides, _ = undisturbed
+    source = next(item for item in overrides if item.startswith("data_config.dataset=")).partition("=")[2]
+    given = [*overrides, "train_config.epochs=1", "run_name=here", f"output_dir={tmp_path / 'runs'}"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(source, tmp_path / name / "reviews.csv")
+    with open(tmp_path / "two" / "reviews.csv", "a") as file:
+        file.write("one more review that was gripping,good\n")
+    monkeypatch.chdir(tmp_path / "one")
+    train_here(*given, "data_config.dataset=reviews.csv")
+    assert "nothing was done again" in train_here(*given, "data_config.dataset=reviews.csv").stdout
+    for dataset in ("reviews.csv", str(tmp_path / "two" / "reviews.csv")):
+        monkeypatch.chdir(tmp_path / "two")
+        refused = train_here(*given, f"data_config.dataset={dataset}", code=2).stderr
+        assert f"{dataset} holds other reviews than those of the finished run in " in refused
+    monkeypatch.chdir(tmp_path / "one")
+    shutil.copy(tmp_path / "two" / "reviews.csv", "reviews.csv")
+    assert "holds other reviews" in train_here(*given, "data_config.dataset=reviews.csv", code=2).stderr
+
+
 def test_a_run_can_leave_the_test_split_alone_until_later(undisturbed):
     overrides, folder = undisturbed
     untested = folder.with_name("untested")

@@ -4,6 +4,7 @@ history, mistakes."""
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from suite.common.checks import problems_of
-from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_damage
+from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_damage, sha256_of
 from utils import (
     BAG_OF_WORDS,
     INPUTS,
@@ -28,6 +29,7 @@ from utils import (
     TrainConfig,
     UserError,
     config_fields,
+    file_kind,
     leaves,
     load_config,
     num_processes,
@@ -56,6 +58,22 @@ def best_model(run_folder: Path) -> Path:
                         "FILE, run_name=NAME or --model FOLDER")
     refuse_damage(folder)
     return folder
+
+
+def content_of(dataset: str) -> str | None:
+    """A sum of the files of a dataset that lies here, in hex; None for one on the Hub."""
+    path = Path(dataset)
+    files = sorted(file for file in path.rglob("*") if file_kind(file)) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        return None
+    sums = (f"{file.relative_to(path)}\0{sha256_of(file)}\0" for file in files)
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def is_of_content(metrics: dict[str, Any], dataset: str) -> bool:
+    """Whether a finished run may have been trained on the files that `dataset` holds now."""
+    then, now = metrics.get("data", {}).get("content"), content_of(dataset)
+    return None in (then, now) or then == now
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

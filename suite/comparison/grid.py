@@ -41,6 +41,7 @@ from suite.common.run_folder import (
     SAME_TEST,
     STACK_OF,
     WITHOUT_ENCODER,
+    is_of_content,
     read_metrics,
     read_saved_config,
     shaping_values,
@@ -259,27 +260,31 @@ def _name_runs(cells: list[Cell]) -> None:
 
 def find_finished(cells: list[Cell]) -> None:
     """Look for the cells among the run folders. A cell takes over the name of the folder that has its configuration."""
-    found: dict[str, list[tuple[set[str], str]]] = {}  # {result_key: [(parts of its metrics.json, its folder's name)]}
+    found: dict[str, list[tuple[dict[str, Any], str]]] = {}  # {result_key: [(its metrics.json, its folder's name)]}
     for path in sorted(Path(cells[0].config.output_dir).glob("*/config.yaml")):
         with suppress(UserError):  # not a run of this version; if a cell needs its name, the script says so
             found.setdefault(result_key(read_saved_config(path)), []).append(
-                (set(read_metrics(path.parent)), path.parent.name))
+                (read_metrics(path.parent), path.parent.name))
     for cell in sorted(cells, key=lambda cell: len(cell.members)):  # stacks last
         if cell.members:
             cell.config.model_config.model_name = stack_name(member.config.run_name for member in cell.members)
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
-        matching = [(needed <= parts, name) for parts, name in found.get(cell.result_key, ())
-                    if not (cell.members and parts) or _is_made_of(Path(cell.config.output_dir, name), cell.members)]
-        if matching:
+        if matching := [(needed <= metrics.keys(), name) for metrics, name in found.get(cell.result_key, ())
+                        if _is_of(cell, metrics, Path(cell.config.output_dir, name))]:
             own = cell.config.run_name
             cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))
 
 
-def _is_made_of(stack: Path, members: Sequence[Cell]) -> bool:
-    """Whether the stack in a run folder holds the models of these cells."""
+def _is_of(cell: Cell, metrics: dict[str, Any], run: Path) -> bool:
+    """Whether a run with the configuration of the cell is of its data, and if it is a finished stack, of the models of
+    its members."""
+    if not is_of_content(metrics, cell.config.data_config.dataset):
+        return False
+    if not (cell.members and metrics):
+        return True
     try:
-        return [member["sha256"] for member in read_json(stack / "best" / "config.json")["members"]] == [
-            sha256_of(member.folder / "best" / MANIFEST) for member in members]
+        return [member["sha256"] for member in read_json(run / "best" / "config.json")["members"]] == [
+            sha256_of(member.folder / "best" / MANIFEST) for member in cell.members]
     except FileNotFoundError:
         return False
 

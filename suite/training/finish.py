@@ -17,7 +17,7 @@ from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.hub import say_what_was_cached
 from suite.common.pages import write_model_card
-from suite.common.run_folder import best_model, is_encoder, read_history, read_metrics
+from suite.common.run_folder import best_model, content_of, is_encoder, read_history, read_metrics
 from suite.common.storage import THRESHOLD, read_json, write_json, write_text
 from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
@@ -77,7 +77,8 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
         tested["threshold"] = threshold_figures(predictions, read_json(chosen))
     here = environment(run.devices)
     # A TrainedRun's figures hold the data and the environment of its training, which stay.
-    metrics = {"data": run.data.record, "environment": here} | run.figures | tested
+    data = run.data.record | {"content": content_of(config.data_config.dataset)}
+    metrics = {"data": data, "environment": here} | run.figures | tested
     if "environment" in run.figures:
         metrics["tested_on"] = here
     if tested:
