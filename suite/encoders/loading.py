@@ -239,7 +239,7 @@ def refuse_other_tasks(config: PreTrainedConfig) -> None:
     if sorted(names) != list(range(len(names))) or len(set(names.values())) != len(names) or len(names) < 2:
         raise ValueError(f"id2label in its config.json is {names}: two or more different names, numbered from 0, are "
                          "needed")
-    known = ("ForSequenceClassification", EncoderForClassification.__name__)
+    known = ("Model", "ForSequenceClassification", EncoderForClassification.__name__)
     if not all(name.endswith(known) for name in config.architectures or []):
         raise ValueError(f"architectures in its config.json is {config.architectures}: a model for the classification "
                          "of whole texts is needed")
