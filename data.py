@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from suite.common.hub import cached
 from suite.common.stopping import EXIT_CODES
-from suite.common.storage import sha256_of
+from suite.common.storage import sum_of_files
 from suite.encoders.loading import trained_texts
 from suite.encoders.tokenizers import COMPARED_TEXTS, load_tokenizer
 from suite.reviews.classes import name_rows
@@ -193,16 +193,16 @@ class Encode:
     def fingerprint(self, digests: np.ndarray) -> str:
         """The name of the cached result: the same for the same reviews, tokenizer and lengths, in any process."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        own = backend.to_str() if backend else saved_files(self.tokenizer)
+        own = backend.to_str() if backend else sum_of_saved(self.tokenizer)
         parts = (digests.tobytes(), own, self.prefix, self.suffix, self.room, self.truncation, self.max_windows)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def saved_files(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """(name, SHA-256 sum) of all files that a tokenizer saves: its vocabulary, merges and settings."""
+def sum_of_saved(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sum of all files that a tokenizer saves: its vocabulary, merges and settings."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return [(path.name, sha256_of(path)) for path in sorted(Path(folder).iterdir())]
+        return sum_of_files(Path(folder), Path(folder).iterdir())
 
 
 def tokenize(table: Dataset, rows: np.ndarray, digests: np.ndarray, encode: Encode, parts: list[Part]

@@ -4,7 +4,6 @@ history, mistakes."""
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import json
 import os
@@ -18,7 +17,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from suite.common.checks import problems_of
-from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_damage, sha256_of
+from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_damage, sum_of_files
 from utils import (
     BAG_OF_WORDS,
     INPUTS,
@@ -63,17 +62,14 @@ def best_model(run_folder: Path) -> Path:
 def content_of(dataset: str) -> str | None:
     """A sum of the files of a dataset that lies here, in hex; None for one on the Hub."""
     path = Path(dataset)
-    files = sorted(file for file in path.rglob("*") if file_kind(file)) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        return None
-    sums = (f"{file.relative_to(path)}\0{sha256_of(file)}\0" for file in files)
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
+    files = [file for file in path.rglob("*") if file_kind(file)] if path.is_dir() else [path] * path.is_file()
+    return sum_of_files(path, files) if files else None
 
 
-def is_of_content(metrics: dict[str, Any], dataset: str) -> bool:
-    """Whether a finished run may have been trained on the files that `dataset` holds now."""
-    then, now = metrics.get("data", {}).get("content"), content_of(dataset)
-    return None in (then, now) or then == now
+def is_of_content(metrics: dict[str, Any], content: str | None) -> bool:
+    """Whether a finished run may have been trained on the files of this content: see `content_of`."""
+    then = metrics.get("data", {}).get("content")
+    return None in (then, content) or then == content
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,14 @@ def sha256_of(path: Path, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sum_of_files(folder: Path, paths: Iterable[Path]) -> str:
+    """The SHA-256 sum, in hex, of the names of files within `folder` and of what they hold."""
+    result = hashlib.sha256()
+    for path in sorted(paths):
+        result.update(os.fsencode(path.relative_to(folder)) + sha256_of(path).encode())
+    return result.hexdigest()
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

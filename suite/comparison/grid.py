@@ -24,6 +24,7 @@ with the second, so that an experiment that is cut short has something of each s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -41,6 +42,7 @@ from suite.common.run_folder import (
     SAME_TEST,
     STACK_OF,
     WITHOUT_ENCODER,
+    content_of,
     is_of_content,
     read_metrics,
     read_saved_config,
@@ -265,28 +267,26 @@ def find_finished(cells: list[Cell]) -> None:
         with suppress(UserError):  # not a run of this version; if a cell needs its name, the script says so
             found.setdefault(result_key(read_saved_config(path)), []).append(
                 (read_metrics(path.parent), path.parent.name))
+    content = functools.cache(content_of)  # most cells have one dataset
     for cell in sorted(cells, key=lambda cell: len(cell.members)):  # stacks last
         if cell.members:
             cell.config.model_config.model_name = stack_name(member.config.run_name for member in cell.members)
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
         if matching := [(needed <= metrics.keys(), name) for metrics, name in found.get(cell.result_key, ())
-                        if _is_of(cell, metrics, Path(cell.config.output_dir, name))]:
+                        if is_of_content(metrics, content(cell.config.data_config.dataset))
+                        and not (cell.members and metrics and _has_other_members(cell, name))]:
             own = cell.config.run_name
             cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))
 
 
-def _is_of(cell: Cell, metrics: dict[str, Any], run: Path) -> bool:
-    """Whether a run with the configuration of the cell is of its data, and if it is a finished stack, of the models of
-    its members."""
-    if not is_of_content(metrics, cell.config.data_config.dataset):
-        return False
-    if not (cell.members and metrics):
-        return True
+def _has_other_members(cell: Cell, name: str) -> bool:
+    """Whether the finished stack in the run folder `name` holds other models than those of the cell's members."""
     try:
-        return [member["sha256"] for member in read_json(run / "best" / "config.json")["members"]] == [
+        made = read_json(Path(cell.config.output_dir, name, "best", "config.json"))["members"]
+        return [member["sha256"] for member in made] != [
             sha256_of(member.folder / "best" / MANIFEST) for member in cell.members]
     except FileNotFoundError:
-        return False
+        return True
 
 
 def _name(cell: Cell) -> str:

@@ -28,7 +28,7 @@ from suite.training.evaluation import SPLITS, TEST_PREDICTIONS, VALID_PREDICTION
 from utils import INPUTS, Config, UserError, short_name
 
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
-TEACHER = "train_config.teacher"
+TEACHER_KEY = "train_config.teacher"
 PREDICTIONS = {"valid": VALID_PREDICTIONS, "test": TEST_PREDICTIONS}
 MOST_NAMED = 3  # keys that a setting's name has room for
 TRAIN_AGAIN = "train the run again with train_config.resume=never train_config.overwrite=true"
@@ -80,8 +80,8 @@ class Result:
         if not is_encoder(self.config):
             own = {key: values[key] for key in values if key in WITHOUT_ENCODER}
             return own | _joined(self.members) | {NAME: values[NAME]}
-        if values[TEACHER]:
-            values[TEACHER] = without_seed(values[TEACHER])
+        if values[TEACHER_KEY]:
+            values[TEACHER_KEY] = without_seed(values[TEACHER_KEY])
         for key, name in (("train_config.device", "device"), ("train_config.mixed_precision", "precision")):
             if values[key] == "auto":
                 values[key] = measured.get(name, "auto")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from suite.common.storage import (
     read_json,
     refuse_existing,
     room_for,
-    sha256_of,
+    sum_of_files,
     sync_folder,
     write_json,
 )
@@ -295,14 +294,6 @@ class Job:
                 path.unlink()
         with contextlib.suppress(OSError):  # somebody has put something into it
             self.folder.rmdir()
-
-
-def sum_of_files(folder: Path, paths: Iterable[Path]) -> str:
-    """The SHA-256 sum, in hex, of the names of files within `folder` and of what they hold."""
-    result = hashlib.sha256()
-    for path in sorted(paths):
-        result.update(os.fsencode(path.relative_to(folder)) + sha256_of(path).encode())
-    return result.hexdigest()
 
 
 def undecided(part: Path) -> int:

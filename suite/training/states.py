@@ -19,7 +19,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suite.common.run_folder import REPLACED, TEACHER, differences, is_of_content, read_metrics, save_config
+from suite.common.run_folder import (
+    REPLACED,
+    TEACHER,
+    content_of,
+    differences,
+    is_of_content,
+    read_metrics,
+    save_config,
+)
 from suite.common.storage import (
     PARTIAL,
     atomic_write,
@@ -90,7 +98,7 @@ class RunFolder:
             raise UserError(f"{self.path} holds a finished run: choose another run_name, or replace it with "
                             "train_config.overwrite=true")
         self.refuse_differences()
-        if not is_of_content(metrics, self.config.data_config.dataset):
+        if not is_of_content(metrics, content_of(self.config.data_config.dataset)):
             raise UserError(f"{self.config.data_config.dataset} holds other reviews than those of the finished run in "
                             f"{self.path}: choose another run_name, or replace the run with train_config.resume=never "
                             "train_config.overwrite=true")
