@@ -4,8 +4,8 @@
 #
 # Guess, written before the run: `step_was_skipped` is true, and the learning rate stays, in both.
 # What happens: a fused optimizer is called even then. The scaler hands it the overflow, and its kernel changes no
-# weight. Accelerate takes the call for a step: the scale falls and the weight stays, but `step_was_skipped` is false and the
-# schedule moves on, so that each overflow shortens a warmup or a decay by a step.
+# weight. Accelerate takes the call for a step: the scale falls and the weight stays, but `step_was_skipped` is false and
+# the schedule moves on, so that each overflow shortens a warmup or a decay by a step.
 #
 # Output (2026-11-30):
 #     AdamW(fused=False)  weight 1.0  scale 32768.0  skipped True   rate 0.10

@@ -5,8 +5,8 @@
 # Guess, written before the run: a batch holds texts of like length whatever their number, so padding costs a few
 # percent.
 # What happens: it sorts among 50 batches at most, and among a quarter of the dataset at most. Up to 255 texts a
-# "quarter" is a single batch: nothing is sorted, and 192 texts need 2.15 tokens for each real one, as shuffled texts do. So a
-# benchmark on a few hundred texts measures a Trainer that does not group: at 40,000 texts it needs 1.02.
+# "quarter" is a single batch: nothing is sorted, and 192 texts need 2.15 tokens for each real one, as shuffled texts do. So
+# a benchmark on a few hundred texts measures a Trainer that does not group: at 40,000 texts it needs 1.02.
 #
 # Output (2026-11-30), tokens computed for each token of a text:
 #        64 texts: grouped 2.22, shuffled 2.22
