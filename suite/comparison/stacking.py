@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -24,13 +23,13 @@ from suite.common.devices import Devices
 from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
 from suite.common.run_folder import best_model, differences, is_encoder, read_metrics, stack_name, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
-from suite.comparison.results import TRAIN_AGAIN, Result, read_predictions, read_result, refuse_different_tests
+from suite.comparison.results import Result, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits, refuse_other_version
 from suite.encoders.loading import STACK, kind_of
 from suite.inference.classifier import log_odds, member_name
 from suite.reviews.grouping import draw_units, units_of
 from suite.reviews.splitting import load_split
-from suite.training.evaluation import VALID_PREDICTIONS, Predictions
+from suite.training.evaluation import Predictions
 from suite.training.finish import FittedRun, write_results
 from suite.training.states import RunFolder
 from utils import BAG_OF_WORDS, Config, UserError, config_fields, say
@@ -55,7 +54,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     for model in models:
         if kind_of(model) == BAG_OF_WORDS:
             refuse_other_version(model)
-    valid = read_valid(runs)
+    valid = [read_result(folder, "valid").predictions for folder in folders]
     config = configuration(runs, output)
     made, devices, names = RunFolder(config), Devices(config), runs[0].label_names
     made.lock()
@@ -70,33 +69,18 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     units = None if split.groups is None else units_of(split.digests[ids], split.groups[ids])
     crossed = cross_fit(features, labels, names, units)
     regression = LogisticRegression(max_iter=MOST_ITERATIONS).fit(features, labels)
-    seconds = time.perf_counter() - started
+    seconds, iterations = time.perf_counter() - started, int(regression.n_iter_.max())
+    figures = {"seconds": seconds + sum(run.metrics["train"]["seconds"] for run in runs),  # of the members, too
+               "optimizer_steps": iterations}
     with room_for(output, sum(path.stat().st_size for model in models for path in model.rglob("*")),
                   fix="make room or choose another --output"):
-        iterations = int(regression.n_iter_.max())
-        run = FittedRun(made, devices, split, training_figures(runs, seconds, iterations), iterations,
-                        Predictions(valid[0].ids, labels, crossed))
+        run = FittedRun(made, devices, split, figures, iterations, Predictions(ids, labels, crossed))
         made.save_best(lambda folder: write_stack(folder, runs, models, regression))
         tested = log_odds([run.predictions.probabilities for run in runs])
         predictions = Predictions(runs[0].predictions.ids, runs[0].predictions.labels,
                                   class_logits(regression.decision_function(tested).reshape(len(tested), -1)))
         show_weights(config, runs, regression)
         write_results(run, predictions)
-
-
-def read_valid(runs: Sequence[Result]) -> list[Predictions]:
-    """Each run's predictions for the validation reviews. Raises UserError if a file is missing or of other reviews."""
-    found = []
-    for run in runs:
-        path = run.folder / VALID_PREDICTIONS
-        names, predictions = read_predictions(path, TRAIN_AGAIN)
-        first = found[0] if found else predictions
-        if names != run.label_names or not (np.array_equal(predictions.ids, first.ids)
-                                            and np.array_equal(predictions.labels, first.labels)):
-            raise UserError(f"{path} is not of the same reviews and classes as {runs[0].folder / VALID_PREDICTIONS}: "
-                            f"{TRAIN_AGAIN}")
-        found.append(predictions)
-    return found
 
 
 def configuration(runs: Sequence[Result], output: Path) -> Config:
@@ -153,11 +137,6 @@ def write_stack(folder: Path, runs: Sequence[Result], models: Sequence[Path], re
         "intercept": regression.intercept_.tolist(),
         "members": [{"run": run.config.run_name, "sha256": sha256_of(model / MANIFEST), "settings": run.values}
                     for run, model in zip(runs, models, strict=True)]})
-
-
-def training_figures(runs: Sequence[Result], seconds: float, iterations: int) -> dict[str, Any]:
-    """`seconds`: of all members and of the fit together, what a stack costs; `iterations`: of the fit."""
-    return {"seconds": seconds + sum(run.metrics["train"]["seconds"] for run in runs), "optimizer_steps": iterations}
 
 
 def show_weights(config: Config, runs: Sequence[Result], regression: LogisticRegression) -> None:
