@@ -99,7 +99,7 @@ def test_the_unchanged_config_through_the_hubs_own_protocol(hub, tmp_path):
     hub.shutdown()
     hub.server_close()
     again = expect(0, run_here(*arguments, mode="test"))
-    assert ("The Hugging Face Hub does not answer: bert-base-uncased and stanfordnlp/imdb came from the local cache."
+    assert ("The Hugging Face Hub does not answer: bert-base-uncased and stanfordnlp/imdb must be in the local cache."
             in again.stdout.splitlines())
     assert bits_of(run) == before
     absent = expect(2, run_here(*arguments, "run_name=new", "model_config.model_name=nobody/nothing"))

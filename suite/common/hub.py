@@ -25,7 +25,6 @@ PROBE_SECONDS = 6
 WITHOUT_THE_HUB = ("connect to the internet once, or give a local folder or file as model_config.model_name and "
                    "data_config.dataset, or try the built-in demo: python main.py --config demo.yaml")
 ANOTHER_DISK = "set HF_HOME to another disk"  # where a cache has no room
-UNANSWERED: list[str] = []  # what this process asked the Hub for in vain
 
 
 def is_hub_name(name: str) -> bool:
@@ -39,21 +38,15 @@ def check_hub(config: Config) -> None:
 
     Offline, the libraries use what the local cache holds and fail at once for the rest. Online, they try each file six
     times, which takes 24 seconds if connections are refused, and 83 if they are never answered. Call this before any
-    loading, and `say_what_was_cached` after it.
+    loading.
     """
     from huggingface_hub import constants
 
     encoder = [config.model_config.model_name] if is_encoder(config) else []
     names = [name for name in (*encoder, config.data_config.dataset) if is_hub_name(name)]
     if names and not constants.HF_HUB_OFFLINE and not answers(constants.ENDPOINT):
-        UNANSWERED.extend(names)
+        say(f"The Hugging Face Hub does not answer: {' and '.join(names)} must be in the local cache.")
         constants.HF_HUB_OFFLINE = True
-
-
-def say_what_was_cached() -> None:
-    if UNANSWERED:
-        say(f"The Hugging Face Hub does not answer: {' and '.join(UNANSWERED)} came from the local cache.")
-        UNANSWERED.clear()
 
 
 def answers(url: str) -> bool:

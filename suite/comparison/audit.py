@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from suite.common.cli import Command
 from suite.common.devices import Devices
-from suite.common.hub import check_hub, say_what_was_cached
+from suite.common.hub import check_hub
 from suite.common.pages import UNPRINTABLE, render
 from suite.common.run_folder import best_model, read_metrics, run_of
 from suite.common.storage import atomic_write, room_for, write_text
@@ -76,7 +76,6 @@ def audit(command: Command, devices: Devices) -> None:
     results = run and read_run(run)
     check_hub(config)
     split = load_split(config)
-    say_what_was_cached()
     confirmed = command.confirmed and read_confirmed(command.confirmed, split.reviews)
     if run:
         refuse_other_reviews(run, results, split)

@@ -20,7 +20,7 @@ from sklearn.model_selection import PredefinedSplit, StratifiedKFold, cross_val_
 
 from suite.common.checks import problems_of
 from suite.common.devices import Devices
-from suite.common.hub import check_hub, quiet_libraries, say_what_was_cached
+from suite.common.hub import check_hub, quiet_libraries
 from suite.common.run_folder import best_model, differences, is_encoder, read_metrics, stack_name, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import Result, read_result, refuse_different_tests
@@ -61,7 +61,6 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     refuse_existing_output(config)
     check_hub(config)
     split = load_split(config)
-    say_what_was_cached()
     made.refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
     started = time.perf_counter()
     features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels

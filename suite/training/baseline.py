@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 
 from suite.common.devices import Devices
-from suite.common.hub import say_what_was_cached
 from suite.encoders.bag_of_words import fit
 from suite.reviews.splitting import load_split
 from suite.training.calibration import at_temperature, fit_temperature
@@ -27,7 +26,6 @@ def baseline(config: Config, devices: Devices) -> None:
     folder.lock()
     folder.state_to_continue()  # refuses a folder with another run; a bag of words has no saved states
     split = load_split(config)
-    say_what_was_cached()
     names, (texts, labels) = split.label_names, split.texts_and_labels("train")
     say(f"{config.run_name}: {len(texts):,} reviews to train on, {len(split.ids_of['valid']):,} to validate")
     started = time.perf_counter()

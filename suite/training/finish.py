@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from data import evaluation_loader, prepare_data
 from suite.common.devices import Devices
 from suite.common.figures import on_console, show
-from suite.common.hub import say_what_was_cached
 from suite.common.pages import write_model_card
 from suite.common.run_folder import best_model, content_of, is_encoder, read_history, read_metrics
 from suite.common.storage import THRESHOLD, read_json, write_json, write_text
@@ -174,7 +173,6 @@ class TrainedRun:
         self.model = getattr(self.classifier, "model", None)  # None: a bag of words, or a stack
         with devices.main_process_first():
             self.data = prepare_data(config, trained_model=str(best)) if is_encoder(config) else load_split(config)
-        say_what_was_cached()
         folder.refuse_other_data(self.classifier.data_fingerprint, self.data.fingerprint)
         if self.data.label_names != self.classifier.label_names:
             raise UserError(f"{config.data_config.dataset} has the classes {self.data.label_names}, {best} was trained "

@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.devices import Devices, random_state, set_random_state, set_seed
-from suite.common.hub import say_what_was_cached
 from suite.common.run_folder import best_model
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
@@ -83,7 +82,6 @@ class Run:
         model = cls.new_model(config, encoder_config, data)
         if config.train_config.gradient_checkpointing:
             checkpoint_gradients(model, config.model_config.model_name)
-        say_what_was_cached()
         devices.barrier()
         run = cls(config, devices, data, model, folder)
         run.ensure_room()
