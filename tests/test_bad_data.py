@@ -16,7 +16,7 @@ from conftest import PROJECT, write_reviews
 import data
 from suite.reviews import classes, sources
 from suite.training import run
-from utils import DataConfig, UserError, load_config
+from utils import DataConfig, load_config
 
 GOOD = "".join(f"a fine film number {row},good\na dull film number {row},bad\n" for row in range(20))
 
@@ -91,7 +91,7 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
      "test.csv: row 1 has the same text as {}/train.csv: row 8, and another label: correct"),
     ("a script beside data", tree(train__csv=HEADED + GOOD, many__py=""), MANY, "scripts are no longer supported"),
     ("an archive beside data", tree(some__csv=HEADED + GOOD, data__zip="PK"), MANY, "{} holds .csv and .zip files"),
-    ("a broken archive", tree(data__zip="PK"), MANY, "{} cannot be loaded (File is not a zip"),
+    ("a broken archive", tree(data__zip="PK"), MANY, "{} cannot be loaded (BadZipFile: File is not a zip"),
     ("a README that is no YAML", tree(train__csv=HEADED + GOOD, README__md="---\na: [\n---\n"), MANY,
      "{} with its README.md cannot be loaded"),
     ("declared files that are missing", card("configs: [{config_name: default, data_files: gone.parquet}]"), MANY,
@@ -146,6 +146,5 @@ def test_a_review_of_100_000_words_is_only_truncated(tmp_path, overrides):
 
 def test_a_bug_in_the_reader_of_a_file_keeps_its_traceback(reviews_file, monkeypatch):
     monkeypatch.setattr(sources, "as_text", lambda value: value.bug())
-    with pytest.raises(Exception, match="generating the dataset") as caught:
+    with pytest.raises(AttributeError):
         classes.load_reviews(DataConfig(dataset=str(reviews_file), text_column="review", label_column="verdict"), 2)
-    assert not isinstance(caught.value, UserError)

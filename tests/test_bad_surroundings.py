@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import PROJECT, run_here
 
-from suite.common import cli, hub
+from suite.common import cli
 from utils import UserError, say
 
 
@@ -20,14 +20,6 @@ def test_fp16_on_a_cpu_that_nobody_named_is_refused(refused, monkeypatch):
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
     assert "a CPU cannot train in" in refused("train_config.mixed_precision=fp16", "train_config.device=auto")
-
-
-@pytest.mark.parametrize(("error", "stays"), [
-    (TypeError("a bug"), True), (KeyError("a bug"), True), (AttributeError("a bug"), True), (RuntimeError("bug"), True),
-    (OSError("no such file"), False), (ValueError("a bad value"), False), (UserError("said already"), False)])
-def test_only_errors_about_the_input_are_explained(error, stays):
-    with pytest.raises(type(error) if stays else UserError), hub.explained("data_config.dataset", "./reviews"):
-        raise error
 
 
 def test_an_output_dir_that_cannot_be(overrides, tmp_path):

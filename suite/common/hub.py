@@ -106,11 +106,9 @@ def digest_of(paths: Iterable[Path]) -> str:
 
 
 @contextmanager
-def explained(key: str, name: str, any_error: bool = False):
-    """Surrounds code that loads `name`, the value of `key`: turns its errors into one UserError that says what to do.
-
-    Errors that come from a bug rather than from what is loaded, such as a TypeError, keep their traceback. With
-    `any_error` there are none: the libraries fail on bad values of a model's or a dataset's files in any way.
+def explained(key: str, name: str):
+    """Surrounds code of the libraries that loads `name`, the value of `key`: turns its errors, of whatever type, into
+    one UserError that says what to do. The libraries fail on bad values of a model's or a dataset's files in any way.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -121,13 +119,9 @@ def explained(key: str, name: str, any_error: bool = False):
         causes = list(chain(error))
         if user_error := next((cause for cause in causes if isinstance(cause, UserError)), None):
             raise user_error from None
-        # datasets wraps every error of the code that reads the rows, bugs included, in a DatasetGenerationError
-        culprit = error.__cause__ or error if type(error).__name__ == "DatasetGenerationError" else error
         reason = brief(causes[-1])
-        if not _is_about_input(culprit):
-            if not any_error:
-                raise
-            reason = f"{type(error).__name__}: {reason}"
+        if not isinstance(causes[-1], OSError | ValueError):  # the others may be no sentence: KeyError says `'a'`
+            reason = f"{type(causes[-1]).__name__}: {reason}"
         problem = (is_hub_name(name) and _hub_problem(name, causes)
                    or f"{name} cannot be loaded ({reason}): repair it or name another one")
         raise UserError(f"{key}: {problem}") from error
@@ -152,10 +146,3 @@ def _hub_problem(name: str, causes: list[BaseException]) -> str | None:
         return (f"the Hugging Face Hub cannot be reached and {name} is not completely in the local cache; "
                 f"{WITHOUT_THE_HUB}")
     return None
-
-
-def _is_about_input(error: BaseException) -> bool:
-    """Whether an error tells of what was loaded: Python's own other kinds come from bugs."""
-    return (isinstance(error, OSError | ValueError | ImportError)  # ImportError: "... requires the ... library"
-            or type(error) is Exception  # tokenizers raises nothing more specific
-            or type(error).__module__ != "builtins")

@@ -62,7 +62,7 @@ def load_encoder_config(model_config: ModelConfig) -> PreTrainedConfig:
         raise UserError(f"{key}: {name} holds a {kind} model, not a text encoder: {EXAMPLES}")
     if (Path(name) / "best" / "config.json").is_file() and not (Path(name) / "config.json").exists():
         raise UserError(f"{key}: {name} is a run folder: name the model in it, {Path(name) / 'best'}")
-    with explained(key, name, any_error=True):
+    with explained(key, name):
         config = read_config(name)
     config = config.encoder if isinstance(config, ClassifierConfig) else config
     kind = config.model_type
@@ -89,7 +89,7 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
     if encoder_config is None:
         encoder_config = load_encoder_config(model_config)
     names, encoder = label_names or [str(label) for label in range(model_config.num_labels)], None
-    with explained(key, name, any_error=True):
+    with explained(key, name):
         own = own_classifier(name) if model_config.pretrained else None
         if not model_config.pretrained:
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
@@ -219,7 +219,7 @@ def load_model(folder: str | Path) -> nn.Module:
                         "--format onnx,transformers")
     if lost := "config.json" if not (folder / "config.json").is_file() else None if files else WEIGHTS:
         raise UserError(f"{folder}: no {lost}; train this run first, or name a folder with a trained model")
-    with explained("--model", str(folder), any_error=True):
+    with explained("--model", str(folder)):
         config = read_config(str(folder))
         if str(config.architectures).endswith("ForMaskedLM']"):
             raise UserError(f"{folder}: it predicts masked words and has no classes: fine-tune it first, with "

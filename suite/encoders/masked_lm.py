@@ -82,7 +82,7 @@ def new_masked_lm(model_config: ModelConfig, config: PreTrainedConfig) -> Masked
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UserError(f"model_config.model_name: transformers has no head for masked words for {name}, which is a "
                         f"{config.model_type} model: take one such as bert-base-uncased or answerdotai/ModernBERT-base")
-    with explained("model_config.model_name", name, any_error=True):
+    with explained("model_config.model_name", name):
         if model_config.pretrained:
             if own_classifier(name):
                 raise UserError(f"model_config.model_name: {name} is a trained classifier: pretrain first, then "

@@ -25,7 +25,7 @@ def load_tokenizer(name: str, key: str = "model_config.model_name", line_breaks:
     With line_breaks="space" it reads `<br />` as a space, also wherever it is loaded from a trained model's folder.
     `texts`: some of those that it will read, which `compare_with_file` compares.
     """
-    with explained(key, name, any_error=True):
+    with explained(key, name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens):
             raise ValueError("its tokenizer has no words: the files are missing, such as tokenizer.json, or empty")

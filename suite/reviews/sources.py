@@ -21,6 +21,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetBuilder, DatasetDict, Features, Value
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # as a dataset, `csv` is what lies around
 from huggingface_hub import is_offline_mode, snapshot_download
 
@@ -80,13 +81,15 @@ def _cached_table(place: str, files: list[Path], columns: tuple[str, ...], class
                   ) -> Dataset:
     """What `_labelled_rows` gives, from the cache if files of the same content were read before."""
     features = Features({name: Value("string") for name in READ[:len(columns)]})
-    with explained("data_config.dataset", place):
-        names = list(map(os.path.abspath, files))
-        key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
+    names = list(map(os.path.abspath, files))
+    key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
+    try:
         return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
             _labelled_rows, features=features, cache_dir=str(folder), fingerprint=key,
             gen_kwargs={"place": place, "files": tuple(files), "columns": columns,  # the library cuts lists into shards
                         "class_names": class_names and tuple(class_names)}))
+    except DatasetGenerationError as error:  # around whatever `_labelled_rows` raises
+        raise error.__cause__ from None
 
 
 def _labelled_rows(place: str, files: Sequence[Path], columns: tuple[str, ...], class_names: Sequence[str] | None
@@ -133,7 +136,7 @@ def _label(value: Any, class_names: Sequence[str] | None) -> str | None:
 def _load_folder(name: str, subset: str | None, columns: tuple[str, ...]) -> list[Part]:
     """The parts of a dataset folder: of `save_to_disk`, of texts in a folder for each class, or of files of rows."""
     if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # the library's own
-        with explained("data_config.dataset", name, any_error=True):  # other files there are caches of `map`
+        with explained("data_config.dataset", name):  # other files there are caches of `map`
             saved = datasets.load_from_disk(str(Path(name).resolve()))
         return _library_parts(name, saved if isinstance(saved, DatasetDict) else {"train": saved}, columns)
     everything = visible_files(name)
@@ -197,7 +200,7 @@ def _load_from_hub(name: str, subset: str | None, columns: tuple[str, ...]) -> l
     """
     place = hashlib.sha256(repr((name, subset, columns[1])).encode()).hexdigest()
     listing, tables = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"files-{place}.json", None
-    with explained("data_config.dataset", name, any_error=True):
+    with explained("data_config.dataset", name):
         if not is_offline_mode():
             builder, urls = _builder(name, subset)
             parsed = {url: re.fullmatch("hf://[^@]*@([^/]*)/(.*)", url)
@@ -245,7 +248,7 @@ def _builder(name: str, subset: str | None) -> tuple[DatasetBuilder, dict[str, l
     """What the datasets library knows of a dataset before it reads it: its declared columns, and each split's files."""
     path = str(Path(name).resolve()) if os.path.isdir(name) else name  # else a folder called `csv` would be its reader
     card = " with its README.md" if os.path.isfile(os.path.join(name, "README.md")) else ""  # it may be what is wrong
-    with explained("data_config.dataset", name + card, any_error=True):
+    with explained("data_config.dataset", name + card):
         try:
             builder = datasets.load_dataset_builder(path, subset)
             return builder, {str(split): list(files) for split, files in builder.config.data_files.items()}
