@@ -35,7 +35,7 @@ from suite.training.meter import Meter
 from suite.training.optimization import AveragedWeights, build_optimizer, build_scheduler
 from suite.training.states import KEPT_STATES, Progress, RunFolder, load_progress, saved_states
 from suite.training.tracking import ProgressBar, Tracker
-from utils import Config, UserError, process_rank, say
+from utils import Config, process_rank, say
 
 
 class Run:
@@ -142,12 +142,9 @@ class Run:
         self.folder.refuse_other_data(self.progress.data_fingerprint, self.data.fingerprint)
         if self.progress.best_epoch:
             best_model(self.folder.path)  # raises UserError if it is lost or damaged
-        own = state / f"process_{process_rank()}.pt"
-        if not own.exists():
-            raise UserError(f"{state} was saved by fewer processes than are running now: start as many as before")
         self.devices.read_state(state, self.model, self.optimizer)
         self.average.load(state)
-        loop = torch.load(own, map_location="cpu", weights_only=True)
+        loop = torch.load(state / f"process_{process_rank()}.pt", map_location="cpu", weights_only=True)
         self.scheduler.load_state_dict(loop["scheduler"])
         self.meter.load_state_dict(loop["meter"])
         set_random_state(loop["random"])
