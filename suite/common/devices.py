@@ -132,10 +132,6 @@ class Devices:
         self.guard.count()
         return self.scaler.get_scale() >= scale  # the scale falls only when the step was skipped
 
-    def steps_before_failure(self) -> int | None:
-        """How many optimizer steps were finite before one was not; None if all were. Waits for the device."""
-        return self.guard.steps_before_failure()
-
     def gather(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """The rows of all processes, one process after the other."""
         return arrays
@@ -235,13 +231,6 @@ def make_deterministic() -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # it only helps debugging, and costs time
-
-
-def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch, on every device."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:

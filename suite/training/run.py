@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, set_seed
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
-from suite.common.devices import Devices, random_state, set_random_state, set_seed
+from suite.common.devices import Devices, random_state, set_random_state
 from suite.common.run_folder import best_model
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
@@ -253,7 +253,7 @@ class Run:
         one has changed the weights: see FiniteGuard.
         """
         self.meter.stop_clock()
-        good_steps = self.devices.steps_before_failure()
+        good_steps = self.devices.guard.steps_before_failure()
         if good_steps is None:
             return
         step = self.start_step + good_steps + 1
