@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from suite.common.devices import Devices
 from suite.inference.classifier import open_classifier
-from suite.training.calibration import LEAST, at_temperature, calibration_figures, cross_entropy, fit_temperature
+from suite.training.calibration import LEAST, at_temperature, calibration_figures, fit_temperature
 from suite.training.evaluation import Predictions
 from utils import load_config
 
@@ -33,7 +33,7 @@ def test_the_temperature_is_found():
 def test_its_figures():
     calibrated = at_temperature(draw(2000, 3.0), 3.0)
     figures = calibration_figures(calibrated, 3.0)
-    assert figures["loss_before"] == pytest.approx(cross_entropy(draw(2000, 3.0)).mean())
+    assert figures["loss_before"] == pytest.approx(draw(2000, 3.0).losses.mean())
     for name in ("loss", "ece"):
         (low, high), value = figures[f"{name}_after_ci95"], figures[f"{name}_after"]
         assert high < figures[f"{name}_before_ci95"][0]

@@ -6,7 +6,6 @@ the model is calibrated without knowing of it.
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import log_softmax
 
 from suite.training.evaluation import Calibration, Predictions
 
@@ -19,7 +18,7 @@ def fit_temperature(predictions: Predictions) -> float:
     from scipy.optimize import minimize_scalar  # here, because most runs do not need it
 
     def loss(log_temperature: float) -> float:
-        return cross_entropy(at_temperature(predictions, np.exp(log_temperature))).sum()
+        return at_temperature(predictions, np.exp(log_temperature)).losses.sum()
 
     return float(np.exp(minimize_scalar(loss, bounds=np.log([LEAST, MOST]), method="bounded").x))
 
@@ -28,19 +27,13 @@ def at_temperature(predictions: Predictions, temperature: float) -> Predictions:
     return Predictions(predictions.ids, predictions.labels, predictions.logits.astype(np.float64) / temperature)
 
 
-def cross_entropy(predictions: Predictions) -> np.ndarray:
-    """(n,) the loss of each review, in nats."""
-    logs = log_softmax(predictions.logits.astype(np.float64), axis=1)
-    return -logs[np.arange(len(predictions.labels)), predictions.labels]
-
-
 def calibration_figures(predictions: Predictions, temperature: float) -> dict[str, float | list[float]]:
     """What the temperature has changed: the loss and the calibration error before and after, with 95 % intervals by the
     percentiles of a bootstrap over the reviews. `predictions`: those after it."""
     figures: dict[str, float | list[float]] = {"temperature": temperature}
     n = len(predictions.labels)
     for when, given in (("before", at_temperature(predictions, 1 / temperature)), ("after", predictions)):
-        losses, generator, resampled = cross_entropy(given), np.random.default_rng(0), []
+        losses, generator, resampled = given.losses, np.random.default_rng(0), []
         for _ in range(RESAMPLES):
             rows = generator.integers(0, n, n)
             drawn = Predictions(np.arange(n), given.labels[rows], given.logits[rows])

@@ -35,9 +35,19 @@ class Predictions:
         self.ids, self.labels, self.logits = self.ids[order], self.labels[order], self.logits[order]
 
     @functools.cached_property
+    def log_probabilities(self) -> np.ndarray:
+        """(n, num_labels) float64."""
+        return log_softmax(self.logits.astype(np.float64), axis=1)
+
+    @functools.cached_property
     def probabilities(self) -> np.ndarray:
         """(n, num_labels) float64."""
-        return np.exp(log_softmax(self.logits.astype(np.float64), axis=1))
+        return np.exp(self.log_probabilities)
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(n,) float64: the cross-entropy of each review, in nats."""
+        return -self.log_probabilities[np.arange(len(self.labels)), self.labels]
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
@@ -75,7 +85,6 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
                                  "train_config.max_grad_norm")
     labels, predicted = predictions.labels, predictions.predicted
     n, num_labels = predictions.logits.shape
-    log_probabilities = log_softmax(predictions.logits.astype(np.float64), axis=1)
     correct = int((predicted == labels).sum())
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
@@ -89,7 +98,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     risk, sure = risk_coverage(predictions), round(SUREST * n)
     sure_hits = round(sure * (1 - risk[sure - 1]))
     return {
-        "loss": float(-log_probabilities[np.arange(n), labels].sum() / n),
+        "loss": float(predictions.losses.sum() / n),
         "accuracy": correct / n,
         "accuracy_ci95": list(wilson_interval(correct, n)),
         "precision": float(precision),
