@@ -295,8 +295,9 @@ def foreseen_errors():
         yield
     except UserError as error:
         leave(error)
-    except BrokenPipeError:  # leave as SIGPIPE would
-        drop_output()
+    except BrokenPipeError:  # the reader of standard output, such as `head`, has closed it: leave as SIGPIPE would
+        # What is still in the buffer must not make the flush fail with which Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:
         if error.filename is None:
@@ -312,12 +313,6 @@ def foreseen_errors():
     except FloatingPointError as error:  # the training diverged, the program did not fail: the message is enough
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
-
-
-def drop_output() -> None:
-    """After a BrokenPipeError: the reader of standard output, such as `head`, has closed it. What is still in its
-    buffer must not make the flush fail with which Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave(error: UserError) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from suite.common.cli import Command, drop_output
+from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.inference.classifier import Labeller, chosen_model, open_classifier
 from utils import file_kind, printable, say
@@ -46,23 +46,20 @@ def print_rows(classifier: Labeller, path: str, column: str) -> None:
     writer, broken, undecided = None, 0, 0
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", newline="")  # the same bytes as in a file
-    try:
-        for chunk in read_chunks(path, column, classifier):
-            for problem in (row.problem for row in chunk if row.problem):
-                broken += 1
-                print(f"skipped: {printable(problem)}", file=sys.stderr)
-            for values in label(classifier, chunk):
-                undecided += values["predicted"] is None
-                if file_kind(path) in (".jsonl", ".ndjson", ".json"):
-                    print(json.dumps(values, ensure_ascii=False))
-                    continue
-                if writer is None:
-                    writer = csv.DictWriter(sys.stdout, list(values))
-                    writer.writeheader()
-                writer.writerow(cells(values))
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader has what it wanted
-        drop_output()
+    for chunk in read_chunks(path, column, classifier):
+        for problem in (row.problem for row in chunk if row.problem):
+            broken += 1
+            print(f"skipped: {printable(problem)}", file=sys.stderr)
+        for values in label(classifier, chunk):
+            undecided += values["predicted"] is None
+            if file_kind(path) in (".jsonl", ".ndjson", ".json"):
+                print(json.dumps(values, ensure_ascii=False))
+                continue
+            if writer is None:
+                writer = csv.DictWriter(sys.stdout, list(values))
+                writer.writeheader()
+            writer.writerow(cells(values))
+        sys.stdout.flush()
     if broken:
         print(f"broken rows that were skipped: {broken:,}", file=sys.stderr)
     if undecided:
