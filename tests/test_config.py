@@ -240,11 +240,11 @@ def test_every_mode_has_its_function_and_every_option_its_modes():
     ("--mode publish name", "name: name one on the Hub, as OWNER/NAME"),
     ("--mode publish a/b c/d", "c/d"),
     ("--mode export --yes", "--yes is for --mode publish, not for export: leave it out"),
-    ("--mode export --output ''", "give the name of a file or folder"),
     ("--mode export --format ''", "'' is not one of onnx, transformers"),
     ("--mode export --format onnx,tflite", "'tflite' is not one of onnx, transformers"),
     ("--mode export --format transformers --int8", "--int8 is made of the ONNX"),
     ("--mode explain --output page.txt", "must end in .html"),
+    ("--mode explain --output /nowhere/page.html", "no such folder"),
 ])
 def test_wrong_command_lines(tmp_path, monkeypatch, capsys, command, words):
     """Wrong settings end in one line with the fix and exit code 2, before anything is loaded."""

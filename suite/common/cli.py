@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from suite.common.devices import Devices  # torch is imported later
 
 FORMATS = ("onnx", "transformers", "web")  # of --mode export
-TRACKER_PACKAGES = {"trackio": "trackio==0.43.0", "tensorboard": "tensorboard==2.21.0"}  # requirements-trackers.txt
 
 
 class Mode(NamedTuple):
@@ -125,8 +124,8 @@ def read_command(description: str, accumulates: bool) -> Command:
 
 def refuse_missing_tracker(name: str) -> None:
     """Raises UserError if the run asks for a tracker that is not installed."""
-    if name in TRACKER_PACKAGES and importlib.util.find_spec(name) is None:
-        raise UserError(f"log_config.tracker={name} needs {name}: pip install {TRACKER_PACKAGES[name]}")
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"log_config.tracker={name} needs {name}: pip install -r requirements-trackers.txt")
 
 
 def new_parser(description: str, **arguments: Any) -> argparse.ArgumentParser:
@@ -191,10 +190,10 @@ def check_options(given: argparse.Namespace) -> None:
     elif mode == "audit":
         check_audit(output, given.confirmed)
     elif output is not None:
-        if output in ("", "-"):
-            raise UserError(f"--output {output!r}: give the name of a file or folder")
-        if mode == "explain" and Path(output).suffix != ".html":
-            raise UserError(f"--output: {output}: the file must end in .html")
+        if mode == "explain":
+            if Path(output).suffix != ".html":
+                raise UserError(f"--output: {output}: the file must end in .html")
+            refuse_missing_folder(output)
         refuse_existing(output)
 
 

@@ -90,8 +90,6 @@ def explain(command: Command, devices: Devices) -> None:
     Raises UserError if there is no model, no run of it, or no misclassified.csv.
     """
     config, output = command.config, command.output and Path(command.output)
-    if output and not output.absolute().parent.is_dir():
-        raise UserError(f"--output: no such folder: {output.absolute().parent}")
     folder = chosen_model(command)
     run = run_of(folder) if command.model else config.run_folder
     if command.text is not None:
