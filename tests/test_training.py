@@ -267,18 +267,6 @@ def test_mode_test_without_the_settings_that_the_run_was_trained_with(undisturbe
     assert "data_config.max_len: 32 -> 16" in refused.stderr
 
 
-def test_a_cut_configuration_is_refused_rather_than_filled_with_defaults(undisturbed):
-    overrides, folder = undisturbed
-    cut = shutil.copytree(folder, folder.parent / "cut")
-    text = (folder / "config.yaml").read_text()
-    for content in ("", text[:text.index("train_config:")]):
-        (cut / "config.yaml").write_text(content)
-        card = (cut / "best" / "README.md").read_bytes()
-        result = train_here(f"output_dir={folder.parent}", "run_name=cut", mode="test", code=2)
-        assert f"{cut / 'config.yaml'}: damaged, or of another version" in result.stderr
-        assert (cut / "best" / "README.md").read_bytes() == card
-
-
 @pytest.mark.parametrize("override", ["train_config.learning_rate=7", "train_config.effective_batch_size=64"])
 def test_a_test_with_other_training_settings_than_the_run_s_is_refused(undisturbed, override):
     overrides, folder = undisturbed

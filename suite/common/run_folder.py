@@ -21,7 +21,6 @@ from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_d
 from utils import (
     BAG_OF_WORDS,
     INPUTS,
-    SECTIONS,
     Config,
     DataConfig,
     ModelConfig,
@@ -127,15 +126,13 @@ def run_of(folder: Path) -> Path | None:
 
 
 def read_saved_config(path: Path) -> Config:
-    """The configuration that a run has saved. Raises UserError if the file is damaged."""
+    """The configuration that a run has saved. Raises UserError if another version has."""
     saved = read_yaml(path, "it belongs to its run folder")
     try:
-        if missing := SECTIONS.keys() - saved.keys():
-            raise UserError(f"{path}: damaged, or of another version: {min(missing)} is missing")
         return Config(**saved)
     except ValidationError as error:
         problems = "; ".join(problems_of(error, config_fields()).values())
-        raise UserError(f"{path}: damaged, or of another version: {problems}") from None
+        raise UserError(f"{path}: of another version: {problems}") from None
 
 
 def differences(path: Path, config: Config, ignored: tuple[str, ...] = ()) -> list[str]:
