@@ -3,19 +3,18 @@ when something cannot be loaded."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suite.common.run_folder import is_encoder
-from suite.common.storage import chain, room_for, sha256_of
+from suite.common.storage import chain, room_for
 from utils import Config, UserError, brief, file_kind, say
 
 if TYPE_CHECKING:
@@ -94,11 +93,6 @@ def cached(name: str, build: Callable[[Path], Dataset]) -> Dataset:
                         ) from None
     with room_for(folder, needed=0, fix=ANOTHER_DISK):
         return build(folder)
-
-
-def digest_of(paths: Iterable[Path]) -> str:
-    """A name for the content of files: the key under which what was made of them is cached."""
-    return hashlib.sha256("".join(map(sha256_of, paths)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

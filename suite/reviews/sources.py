@@ -25,8 +25,8 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as READERS  # as a dataset, `csv` is what lies around
 from huggingface_hub import is_offline_mode, snapshot_download
 
-from suite.common.hub import cached, digest_of, explained, is_hub_name
-from suite.common.storage import read_json, write_json
+from suite.common.hub import cached, explained, is_hub_name
+from suite.common.storage import read_json, sha256_of, write_json
 from suite.reviews import rows
 from suite.reviews.rows import COLUMN_KEYS, as_text, columns_of, listed, text_files, visible_files
 from utils import ROW_FILES, DataConfig, UserError, file_kind, say
@@ -81,8 +81,8 @@ def _cached_table(place: str, files: list[Path], columns: tuple[str, ...], class
                   ) -> Dataset:
     """What `_labelled_rows` gives, from the cache if files of the same content were read before."""
     features = Features({name: Value("string") for name in READ[:len(columns)]})
-    names = list(map(os.path.abspath, files))
-    key = hashlib.sha256(repr((READER, names, digest_of(files), columns, class_names)).encode()).hexdigest()
+    content = [(os.path.abspath(file), sha256_of(file)) for file in files]
+    key = hashlib.sha256(repr((READER, content, columns, class_names)).encode()).hexdigest()
     try:
         return cached(f"reviews-{key}", lambda folder: Dataset.from_generator(
             _labelled_rows, features=features, cache_dir=str(folder), fingerprint=key,
