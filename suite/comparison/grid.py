@@ -115,10 +115,6 @@ class Cell:
             return ["ensemble.py", *(str(member.folder) for member in self.members), "--output", str(self.folder)]
         return [*self.arguments, f"run_name={self.config.run_name}"]
 
-    @property
-    def result_key(self) -> str:
-        return result_key(self.config)
-
 
 def result_key(config: Config) -> str:
     """Equal for two configurations if they give the same result, whatever the names of their run folders."""
@@ -196,12 +192,12 @@ def _cells(file: ExperimentFile, path: str, overrides: Sequence[str]) -> list[Ce
             words = Cell(len(cells) + 1, {MODEL: BAG_OF_WORDS} | of_words, file.seeds[0],
                          without_encoder(named, BAG_OF_WORDS),
                          ["main.py", "--mode", "baseline", *given(replaced_here)])
-            words = found.setdefault(words.result_key, words)
+            words = found.setdefault(result_key(words.config), words)
             if words.index > len(cells):  # else it is the same beside another encoder
                 cells.append(words)
         cell = Cell(len(cells) + 1, setting, seed, config, [file.script, *given(replaced)])
         cells.append(cell)
-        twin = found.setdefault(cell.result_key, cell)
+        twin = found.setdefault(result_key(cell.config), cell)
         if twin is not cell:
             problems.append(f"{path}: runs {twin.index} and {cell.index} are the same ({describe(setting)}, seed "
                             f"{seed}): leave one out")
@@ -254,7 +250,7 @@ def _name_runs(cells: list[Cell]) -> None:
         cell.config.run_name = name
         is_taken = names.count(name) > 1 or cell.folder.exists() and any(cell.folder.iterdir())
         if is_taken or len(name) > LONGEST_RUN_NAME:
-            keys = "".join(part.result_key for part in (*cell.members, cell))
+            keys = "".join(result_key(part.config) for part in (*cell.members, cell))
             digest = hashlib.sha256(keys.encode()).hexdigest()[:8]
             cell.config.run_name = f"{name[:LONGEST_RUN_NAME - 9]}-{digest}"
     find_finished(cells)
@@ -272,7 +268,7 @@ def find_finished(cells: list[Cell]) -> None:
         if cell.members:
             cell.config.model_config.model_name = stack_name(member.config.run_name for member in cell.members)
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
-        if matching := [(needed <= metrics.keys(), name) for metrics, name in found.get(cell.result_key, ())
+        if matching := [(needed <= metrics.keys(), name) for metrics, name in found.get(result_key(cell.config), ())
                         if is_of_content(metrics, content(cell.config.data_config.dataset))
                         and not (cell.members and metrics and _has_other_members(cell, name))]:
             own = cell.config.run_name
