@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from sklearn.metrics import precision_recall_curve
 
 from suite.common.cli import Command
 from suite.common.devices import Devices
@@ -84,13 +85,9 @@ def choose(predictions: Predictions, aim: Aim) -> float:
 
     Raises UserError if none meets it.
     """
-    scores, is_positive = predictions.probabilities[:, 1], predictions.labels == 1
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores are decided together
-    thresholds, hits = scores[order][last], np.cumsum(is_positive[order])[last]
-    thresholds = (thresholds + np.append(thresholds[1:], 0)) / 2
-    precision = hits / (np.flatnonzero(last) + 1)
-    recall = hits / max(is_positive.sum(), 1)
+    precision, recall, scores = precision_recall_curve(predictions.labels, predictions.probabilities[:, 1])
+    precision, recall = precision[:-1], recall[:-1]  # the last ones are of no score
+    thresholds = (scores + np.append(0, scores[:-1])) / 2  # scores: ascending, each once
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     values = {"f1": f1, "precision": precision, "recall": recall}[aim.metric]
     goal = {"f1": f1, "precision": recall, "recall": precision}[aim.metric]

@@ -97,11 +97,10 @@ def plot_confusion_matrix(config: Config, predictions: Predictions, label_names:
     size = 4.5 + 0.5 * len(label_names)
     figure = new_figure(config, f"{len(predictions.labels):,} test reviews\n{config.run_name}", (size, size))
     axis = figure.subplots()
-    matrix = np.zeros((len(label_names), len(label_names)), dtype=int)
-    np.add.at(matrix, (predictions.labels, predictions.predicted), 1)
-    ConfusionMatrixDisplay(matrix, display_labels=[no_formula(name) for name in label_names]).plot(
-        ax=axis, cmap="Blues", values_format=",d", im_kw={"vmin": 0}, colorbar=False,
-        xticks_rotation=45 if len(label_names) > 4 else "horizontal")
+    ConfusionMatrixDisplay.from_predictions(
+        predictions.labels, predictions.predicted, labels=range(len(label_names)),
+        display_labels=[no_formula(name) for name in label_names], ax=axis, cmap="Blues", values_format=",d",
+        im_kw={"vmin": 0}, colorbar=False, xticks_rotation=45 if len(label_names) > 4 else "horizontal")
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     return figure
