@@ -41,7 +41,7 @@ from suite.common.devices import Devices
 from suite.comparison.report import show_baseline
 from suite.encoders.placement import compute_logits, to_device
 from suite.training.evaluation import Predictions
-from suite.training.finish import TrainedRun, show_finished, test_loader, write_results
+from suite.training.finish import TrainedRun, lacks_only_its_test, show_finished, test_loader, write_results
 from suite.training.run import Run
 from suite.training.tracking import watched
 from utils import Config
@@ -107,6 +107,10 @@ def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) 
 def train_and_test(config: Config, devices: Devices, kind: type[Run] = Run) -> None:
     """--mode train: a new run, or the rest of one that was interrupted."""
     if show_finished(config):
+        show_baseline(config)
+        return
+    if lacks_only_its_test(config):
+        test_again(config, devices)
         show_baseline(config)
         return
     run = kind.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there

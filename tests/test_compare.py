@@ -21,7 +21,8 @@ from suite.common import cli
 from suite.common.run_folder import save_config
 from suite.common.storage import write_json
 from suite.comparison.report import compare_runs
-from suite.comparison.results import group, read_result, refuse_different_tests
+from suite.comparison.results import _labels, group, read_result, refuse_different_tests
+from suite.comparison.summary import _conditions
 from suite.training import finish
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
 from utils import UserError, load_config
@@ -260,6 +261,24 @@ def test_students_of_teachers_with_other_seeds_are_one_setting(tmp_path):
                           "train_config.teacher=runs/stack-seed2")[0])
     with pytest.raises(UserError, match="the same setting with the same seed 1"):
         group([read_result(run) for run in runs])
+
+
+def test_where_runs_were_trained_and_tested_is_said(tmp_path):
+    here = {"device_name": "A", "numba": "0.68.1"}
+    runs = [read_result(write_run(tmp_path / name, 0.8, f"train_config.seed={seed}", environment=here)[0])
+            for seed, name in enumerate(("first", "second"))]
+    runs[1].metrics["tested_on"] = {"device_name": "B"}
+    for given, warns in ((runs[:1], False), (runs, True)):
+        conditions = "\n".join(_conditions(given))
+        assert "A (" in conditions
+        assert "numba 0.68.1" in conditions
+        assert ("; B (" in conditions) == ("machines, versions or precisions" in conditions) == warns
+
+
+def test_a_stack_of_a_student_and_an_encoder_has_a_name():
+    values = {"model_config.model_name": "stack of a and b"}
+    assert _labels([{**values, "train_config.teacher": [None, "runs/words"]}, {**values, "train_config.teacher": None}]
+                   ) == [f"stack of a and b, {teacher}" for teacher in ("teacher [None, 'words']", "no teacher")]
 
 
 def test_settings_are_named_by_what_tells_them_apart(tmp_path):

@@ -212,6 +212,12 @@ def test_files_that_belong_to_no_split_are_named(many, capsys):
     assert len(reviews_of(many).table) == 40
     assert (f"files whose names tell none of the splits train, test are not read (1, such as "
             f"{many / 'heldout.csv'})") in capsys.readouterr().out
+    snapshot = many.with_name("snapshot")  # as the Hub's cache has it: links to files that lie elsewhere
+    snapshot.mkdir()
+    for name in ("train.csv", "test.csv"):
+        (snapshot / name).symlink_to(many / name)
+    assert len(reviews_of(snapshot).table) == 40
+    assert "are not read" not in capsys.readouterr().out
 
 
 def test_shards_of_a_split_may_differ_in_columns_that_nobody_asked_for(many):

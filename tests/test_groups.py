@@ -23,8 +23,8 @@ from suite.comparison.results import read_result, refuse_different_tests
 from suite.comparison.stacking import stack_runs
 from suite.encoders.loading import TRAINED_TEXTS, trained_texts
 from suite.reviews import splitting
-from suite.reviews.grouping import draw_units
-from suite.reviews.splitting import load_split
+from suite.reviews.grouping import draw_units, group_digests
+from suite.reviews.splitting import load_split, split_reviews
 from suite.training.pretraining import choose
 from utils import DataConfig, UserError, load_config
 
@@ -143,10 +143,15 @@ def test_train_limit_draws_whole_films_whatever_names_and_order_are():
 
 
 def test_a_class_that_a_part_lacks_is_named(capsys):
-    """A class of one film: the groups do not allow more."""
+    """A class of one film: the groups do not allow more. And a class that is rare beside small shares."""
     film = np.repeat(np.arange(100), 6)
     parts_of(range(600), film, np.where(film == 7, 2, np.arange(600) % 2), seed=3)
-    assert "; no row of valid has the class 2; no row of test has the class 2\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"no row of {split} has the class 2: its figures" in printed for split in ("valid", "test"))
+    config = DataConfig(dataset="rare", split=[0.98, 0.01, 0.01])
+    labels = (np.arange(1000) < 20).astype(int)
+    split_reviews(digests(range(1000)), labels, np.full(1000, "train"), config)
+    assert "rare: no row of test has the class 1: its figures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("film", "options", "said"), [
@@ -234,6 +239,11 @@ def test_blanks_around_a_group_do_not_count_and_a_text_is_no_group(tmp_path):
     films_of = [records[row]["film"].strip() for row in range(len(records))]
     assert stands_once(films_of, *split.ids_of.values())
     assert not np.isin(split.digests, split.groups).any()
+
+
+def test_a_number_that_pandas_wrote_as_a_float_is_the_same_group():
+    found = group_digests(datasets.Dataset.from_dict({"group": ["7", "7.0", " 7.00", "70", "7.5", "v1.0", "1.0.0"]}))
+    assert [int(np.flatnonzero(found == digest)[0]) for digest in found] == [0, 0, 0, 3, 4, 5, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from conftest import ENCODERS, run_here
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, BigBirdConfig, BigBirdModel
 
 from data import Encode
 from model import EncoderForClassification, mean_over_tokens
+from suite.common.storage import read_json
 from suite.encoders.loading import load_model, new_model, save_model
 from suite.encoders.tokenizers import load_tokenizer
 from utils import ModelConfig
@@ -195,6 +196,16 @@ def test_the_tokenizer_of_a_trained_model_cuts_as_in_training(encoder_folder, tm
     save_model(tmp_path, model.config, model.state_dict(), tokenizer)
     assert load_tokenizer(tmp_path)(text, truncation=True)["input_ids"] == expected
     assert len(expected) == 8
+    assert read_json(tmp_path / "tokenizer_config.json")["padding_side"] == "right"  # as in training
+
+
+def test_a_big_bird_says_how_it_is_trained(tmp_path):
+    """transformers turns it to full attention at its first short text, and saves the attention it had before."""
+    config = BigBirdConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=32, block_size=4, num_random_blocks=1)
+    BigBirdModel(config).save_pretrained(tmp_path)
+    model = new_model(ModelConfig(model_name=str(tmp_path)))
+    assert model.config.encoder.attention_type == model.encoder.attention_type == "original_full"
 
 
 @pytest.mark.parametrize(("name", "dtype", "precision"), [

@@ -137,8 +137,9 @@ def test_the_run_s_text_column_is_read(trained):
     for arguments, model in ((without, None), (named, str(folder)), (named, str(folder / "best"))):
         config = cli.config_for("predict", PROJECT / "config.yaml", arguments, model)
         assert config.data_config.text_column == "review"
-    chosen = cli.config_for("predict", PROJECT / "config.yaml", [*without, "data_config.text_column=body"])
-    assert chosen.data_config.text_column == "body"
+    for override in ("data_config.text_column=body", "data_config={text_column: body}"):
+        chosen = cli.config_for("predict", PROJECT / "config.yaml", [*without, override])
+        assert chosen.data_config.text_column == "body"
 
 
 def test_any_model_folder(trained, encoder_folder, tmp_path):
@@ -153,6 +154,7 @@ def test_any_model_folder(trained, encoder_folder, tmp_path):
     load_tokenizer(encoder_folder("bert")).save_pretrained(tmp_path / "foreign")
     said = expect(0, run_here("data_config.max_len=32", mode="predict", text="a film", model=str(tmp_path / "foreign")))
     assert {line.split()[0] for line in said.stdout.splitlines()} == {"no", "yes", "?"}
+    assert f"{tmp_path / 'foreign'} does not say how a long review is cut: data_config.max_len=32" in said.stderr
     bare = expect(2, run_here("data_config.max_len=32", mode="predict", text="a film", model=encoder_folder("bert")))
     assert "no weights for classifier" in bare.stderr
 

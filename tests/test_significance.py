@@ -130,6 +130,16 @@ def test_false_claims_among_equal_settings_stay_below_five_percent(seeds, luck):
     assert claims / SIMULATIONS <= 0.05
 
 
+def test_false_claims_among_six_settings_with_scattered_seeds():
+    """There the intervals decide, for nearly every test sees that the trained models differ."""
+    generator, claims = np.random.default_rng(6), 0
+    for _ in range(100):
+        luck = 1.2 + 0.05 * generator.standard_normal((6, 3, 1))
+        answers = luck + generator.standard_normal(2000) + 0.6 * generator.standard_normal((6, 3, 2000)) > 0
+        claims += any(pair.is_shown for pair in compare("ABCDEF", list(answers), 500))
+    assert claims <= 5  # with intervals of 95 %: about 25
+
+
 def test_one_run_is_not_favoured_over_the_mean_of_three():
     """Equally good settings: p should be as often above 0.5 as below, and below 0.05 in one of twenty comparisons."""
     generator = np.random.default_rng(7)
@@ -170,6 +180,8 @@ def test_each_pair_gets_one_plain_sentence():
     first, second = from_table([[4400, 100], [95, 405]])
     text = sentence(compare(["A", "B"], [first, second])[0])
     assert "no difference shown at 5,000 reviews and 1 seed each; 0.8 points would be needed, -0.1 for the" in text
+    everything = np.ones((1, 5000), dtype=bool)
+    assert "McNemar's exact test p < 1e-300)" in sentence(compare(["A", "B"], [~everything, everything])[0])
     assert "get the same of the 5,000 reviews right" in sentence(compare(["A", "B"], [first, first])[0])
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AutoModel, BertConfig
 
 import main
+from suite.common import run_folder
 from suite.common.devices import Devices
 from suite.training import finish
 from suite.training.meter import peak_flops, training_flops, work_of
@@ -42,7 +43,9 @@ def test_the_flops_are_those_that_torch_counts(config, reads_first):
 
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None),
-    ("NVIDIA RTX A1000", None), ("NVIDIA T400", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+    ("NVIDIA RTX A1000", None), ("NVIDIA T400", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA H100 NVL", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ("NVIDIA GeForce RTX 4090 D", None), ("Tesla V100-PCIE-16GB", 112e12), ("NVIDIA GeForce RTX 4090", 165e12)])
 def test_the_peak_is_that_of_the_device_itself(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
@@ -109,6 +112,18 @@ def test_a_finished_run_is_not_taken_for_one_of_other_reviews(undisturbed, tmp_p
     assert "holds other reviews" in train_here(*given, "data_config.dataset=reviews.csv", code=2).stderr
 
 
+def test_the_card_of_a_dataset_folder_belongs_to_its_content(tmp_path):
+    """It may name the classes. Another file in the folder's depth does not count."""
+    (tmp_path / "part").mkdir()
+    for name in ("train.csv", "README.md", "part/README.md"):
+        (tmp_path / name).write_text("text,label\n")
+    before = run_folder.content_of(str(tmp_path))
+    (tmp_path / "part/README.md").write_text("other")
+    assert run_folder.content_of(str(tmp_path)) == before
+    (tmp_path / "README.md").write_text("other")
+    assert run_folder.content_of(str(tmp_path)) != before
+
+
 def test_a_run_can_leave_the_test_split_alone_until_later(undisturbed):
     overrides, folder = undisturbed
     untested = folder.with_name("untested")
@@ -117,7 +132,11 @@ def test_a_run_can_leave_the_test_split_alone_until_later(undisturbed):
         assert words in train_here(*arguments, "train_config.test=false").stdout
         assert not {"test_predictions.csv", "misclassified.csv"} & {path.name for path in untested.iterdir()}
         assert metrics_of(untested).keys() == {"train", "valid", "data", "environment"}
+    before = metrics_of(untested)
     assert "test accuracy" in train_here(*arguments).stdout
+    after = metrics_of(untested)
+    assert {name: after[name] for name in before} == before  # where, and with how much memory, it was trained
+    assert {"test", "tested_on"} <= after.keys()
     assert bits_of(untested) == bits_of(folder) | {
         "best/README.md": (folder / "best/README.md").read_bytes().replace(b"# run", b"# untested").replace(
             b"name: run", b"name: untested")}

@@ -31,6 +31,7 @@ from utils import (
     leaves,
     load_config,
     num_processes,
+    read_override,
     read_yaml,
     shapes_result,
 )
@@ -59,9 +60,11 @@ def best_model(run_folder: Path) -> Path:
 
 
 def content_of(dataset: str) -> str | None:
-    """A sum of the files of a dataset that lies here, in hex; None for one on the Hub."""
+    """A sum of the files of a dataset that lies here, in hex; None for one on the Hub. A README.md may name classes."""
     path = Path(dataset)
-    files = [file for file in path.rglob("*") if file_kind(file)] if path.is_dir() else [path] * path.is_file()
+    files = [path] * path.is_file()
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file_kind(file) or file == path / "README.md"]
     return sum_of_files(path, files) if files else None
 
 
@@ -253,7 +256,7 @@ def _config_of_run(saved: Path, path: str | Path, overrides: Sequence[str], conf
 
 
 def _replaces(overrides: Sequence[str], key: str) -> bool:
-    return any(item.startswith(f"{key}=") for item in overrides)
+    return any(key == replaced for item in overrides for replaced, _ in read_override(item))
 
 
 def refuse_accumulation(mode: str, config: Config) -> None:

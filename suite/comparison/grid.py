@@ -160,7 +160,8 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
         raise UserError(f"{path}: {count}{'; '.join(problems)}")
     cells = _cells(file, path, overrides)
     _name_runs(cells)
-    shaping = [item for item in overrides if item.partition("=")[0] in shaping_values(cells[0].config)]
+    known = shaping_values(cells[0].config)
+    shaping = [item for item in overrides if any(key in known for key, _ in read_override(item))]
     return Experiment(file.name or Path(path).stem, file.question, cells, file.published, [*own, *shaping])
 
 

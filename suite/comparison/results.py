@@ -238,7 +238,7 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
         if len(varying) > MOST_NAMED:
             varying = [key for key in varying if values[key] != alike[0][key]]
         # The folders of a path mean nothing on another machine.
-        said = {key: short_name(values[key]) if key in INPUTS and values[key] else values[key] for key in varying}
+        said = {key: _without_folders(values[key]) if key in INPUTS else values[key] for key in varying}
         labels.append(", ".join(value if key in (NAME, "data_config.dataset") else
                                 f"{'no ' * (value is None)}{SHORT_NAMES.get(key, key.rpartition('.')[2])}"
                                 + f" {value}" * (value is not None)
@@ -246,6 +246,11 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
     if len(set(labels)) < len(labels):  # two paths end in the same name
         labels = [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
     return labels
+
+
+def _without_folders(path: str | list | None) -> str | list | None:
+    """The path's last part; of a list, as the members of a stack may have, that of each."""
+    return [*map(_without_folders, path)] if isinstance(path, list) else path and short_name(path)
 
 
 def texts(results: Sequence[Result]) -> dict[int, str]:

@@ -28,7 +28,8 @@ class Pair:
     reviews: int
     seeds: tuple[int, int]
     difference: float  # mean accuracy of the second minus that of the first
-    interval: tuple[float, float]  # see `bootstrap_interval`
+    interval: tuple[float, float]  # of 95 %, see `bootstrap_interval`
+    corrected_interval: tuple[float, float]  # the same, wider: 1 - 0.05 / the number of pairs (Bonferroni)
     better_on: tuple[int, int]  # on how many reviews the first, and the second, is right more often than the other
     p_value: float  # see `paired_test`
     p_holm: float  # corrected for the number of pairs, see `holm`
@@ -36,8 +37,9 @@ class Pair:
 
     @property
     def is_shown(self) -> bool:
-        """Both must agree: the test is about these trained models only, the interval also about other seeds."""
-        low, high = self.interval
+        """Both must agree: the test is about these trained models only, the interval also about other seeds. Both are
+        corrected for the number of pairs."""
+        low, high = self.corrected_interval
         return self.p_holm < 1 - LEVEL and not low <= 0 <= high
 
 
@@ -48,17 +50,18 @@ def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DR
     corrected = holm([p_value for _, p_value in tests])
     result = []
     for (i, j), (better_on, p_value), p_holm in zip(pairs, tests, corrected, strict=True):
-        interval = bootstrap_interval(correct[j], correct[i], draws)
+        interval, corrected_interval = (bootstrap_interval(correct[j], correct[i], draws, level=level)
+                                        for level in (LEVEL, 1 - (1 - LEVEL) / len(pairs)))
         result.append(Pair(
             names[i], names[j], correct[i].shape[1], (len(correct[i]), len(correct[j])),
-            float(correct[j].mean() - correct[i].mean()), interval, better_on, p_value, p_holm,
-            detectable_difference(interval, len(pairs))))
+            float(correct[j].mean() - correct[i].mean()), interval, corrected_interval, better_on,
+            p_value, p_holm, detectable_difference(interval, len(pairs))))
     return result
 
 
-def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, draws: int = DRAWS, seed: int = 0
-                       ) -> tuple[float, float]:
-    """The 95 % interval, over reviews and seeds, of a setting's accuracy, or of its lead over `other`.
+def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, draws: int = DRAWS, seed: int = 0,
+                       level: float = LEVEL) -> tuple[float, float]:
+    """The interval of this level, over reviews and seeds, of a setting's accuracy, or of its lead over `other`.
 
     Reviews are resampled with replacement, the same ones for both settings (Efron and Tibshirani 1993, chapter 13).
     Three seeds are too few to resample: their variance would come out a third too small, and the tails would be those
@@ -79,7 +82,7 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
         if other is None:
             return wilson_interval(round(center * n), n)
         rare = wilson_interval(0, n)[1]
-        return center - rare, center + rare
+        return float(max(center - rare, -1.0)), float(min(center + rare, 1.0))
     resampled = generator.multinomial(n, counts / n, size=draws) @ values / n
     repeated = [runs for runs in settings if len(runs) > 1]
     variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
@@ -89,7 +92,7 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
     if variances.sum() > 0:
         freedom = variances.sum()**2 / sum(variances**2 / [len(runs) - 1 for runs in repeated])
         drawn = drawn + np.sqrt(variances.sum()) * generator.standard_t(freedom, size=draws)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     least = 0.0 if other is None else -1.0
     return float(max(low, least)), float(min(high, 1.0))
 
@@ -158,9 +161,9 @@ def sentence(pair: Pair) -> str:
     basis = f"{pair.reviews:,} reviews and {seeds} seed{'' if pair.seeds == (1, 1) else 's'}"
     basis += " each" if pair.seeds[0] == pair.seeds[1] else ""
     test = "McNemar's exact test" if pair.seeds == (1, 1) else "exact randomization test"
-    test += f" p = {_p(pair.p_value)}"
+    test += f" p {_p(pair.p_value)}"
     if pair.p_holm != pair.p_value:
-        test += f", corrected {_p(pair.p_holm)}"
+        test += f", corrected {_p(pair.p_holm).removeprefix('= ')}"
     if sum(pair.better_on) == 0:
         return f"{pair.first} and {pair.second} get the same of the {pair.reviews:,} reviews right, at {basis}."
     if pair.is_shown:
@@ -169,14 +172,14 @@ def sentence(pair: Pair) -> str:
         return (f"{better} is better than {worse} by {abs(points):.1f} points "
                 f"(95 % interval {ends[0]:.1f} to {ends[1]:.1f}; {test}), at {basis}.")
     reason = ""
-    if pair.p_holm < 1 - LEVEL:
+    if pair.p_holm < 1 - LEVEL and low <= 0 <= high:
         reason = " These trained models differ, but with other seeds they might not."
     elif low > 0 or high < 0:
-        reason = " The interval does not contain 0, but the test does not exclude chance."
+        reason = " The interval does not contain 0, but among so many comparisons this may be chance."
     return (f"{pair.first} and {pair.second}: no difference shown at {basis}; {100 * pair.detectable:.1f} points would "
             f"be needed, {points:+.1f} for the second were seen (95 % interval {low:+.1f} to {high:+.1f}; {test})."
             f"{reason}")
 
 
 def _p(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
+    return f"= {value:.2g}" if value >= 1e-4 else f"= {value:.0e}" if value else "< 1e-300"  # smaller than a float

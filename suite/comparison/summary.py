@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -66,15 +67,24 @@ def _conditions(runs: Sequence[Result]) -> list[str]:
     if runs[0].split == "valid":
         lines.append("Not all runs were tested, so they are compared on validation, on which their best epochs and "
                      "settings were chosen. The figure to report is that of a test.")
-    places = {f"{found.get('device_name')} ({found.get('device')}, {found.get('precision')}, "
-              f"{found.get('processes')} process(es), {found.get('threads')} thread(s)), torch {found.get('torch')}, "
-              f"transformers {found.get('transformers')}, commit {str(found.get('git_commit'))[:10]}"
-              for found in (run.metrics.get("environment", {}) for run in runs)}
+    if data.group_column:
+        lines.append(f"Intervals and tests take the reviews as independent. Those of one {data.group_column} may "
+                     "resemble each other: then the intervals are too narrow, and p too small.")
+    places = {_place(found) for run in runs
+              for found in (run.metrics.get("environment", {}), run.metrics.get("tested_on")) if found is not None}
     lines.append("Measured on: " + "; ".join(sorted(places)) + ".")
     if len(places) > 1:
-        lines.append("The runs come from different machines or versions. Do not compare their time, memory or reviews "
-                     "a second; small differences in accuracy may have the same cause.")
+        lines.append("The runs come from different machines, versions or precisions. Do not compare their time, memory "
+                     "or reviews a second; small differences in accuracy may have the same cause.")
     return lines
+
+
+def _place(environment: dict[str, Any]) -> str:
+    """Where a run was trained or tested, as metrics.json says it."""
+    found = defaultdict(lambda: None, environment)
+    return (f"{found['device_name']} ({found['device']}, {found['precision']}, {found['processes']} process(es), "
+            f"{found['threads']} thread(s)), torch {found['torch']}, transformers {found['transformers']}, "
+            + (f"numba {found['numba']}, " if found["numba"] else "") + f"commit {str(found['git_commit'])[:10]}")
 
 
 def hard_reviews(runs: Sequence[Result]) -> dict[str, np.ndarray]:

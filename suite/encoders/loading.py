@@ -185,6 +185,7 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
     tokenizer.save_pretrained(folder)
     values = read_json(folder / "tokenizer_config.json")
     values["truncation_side"] = "left" if config.truncation == "tail" else "right"
+    values["padding_side"] = "right"
     values["model_max_length"] = config.max_len or values.get("model_max_length")
     if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
         values["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -25,6 +25,7 @@ from suite.common.devices import Devices
 from suite.common.run_folder import best_model
 from suite.common.storage import MANIFEST, THRESHOLD, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
+from suite.encoders.checkpoints import remark
 from suite.encoders.evaluation_pass import arithmetic
 from suite.encoders.loading import STACK, kind_of, load_model
 from suite.encoders.placement import compute_logits, needs_fp32, pass_tokens, place_model
@@ -106,6 +107,9 @@ class Classifier(Labeller):
         says_how_to_cut = {"max_len", "truncation", "max_windows"} <= vars(own).keys()  # a model of others does not
         cut_by = own if says_how_to_cut else config.data_config
         max_len = cut_by.max_len or config.data_config.max_len
+        if not says_how_to_cut:
+            remark("--model", f"{folder} does not say how a long review is cut: data_config.max_len={max_len} and "
+                              f"data_config.truncation={cut_by.truncation} are used")
         if problem := too_long(max_len, str(folder), position_limit(encoder.to_dict())):
             raise UserError(problem)
         self.encode = Encode(self.tokenizer, max_len, cut_by.truncation, cut_by.max_windows)

@@ -152,7 +152,8 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, ...]) -> lis
         raise UserError(f"data_config.dataset: {name} holds {' and '.join(kinds)} files: give files of one kind of "
                         f"{', '.join(FILE_TYPES)}, each also as .gz, or folders of .txt files")
     used = {Path(file) for of_split in files.values() for file in of_split}
-    unread = [path for path in everything if file_kind(path) == kinds[0] and path.resolve() not in used]
+    unread = [path for path in everything  # the library's names lead to the folder, and then may be links
+              if file_kind(path) == kinds[0] and Path(name).resolve() / path.relative_to(name) not in used]
     if unread and subset is None:
         say(f"{name}: files whose names tell none of the splits {', '.join(files)} are not read ({len(unread):,}, such "
             f"as {unread[0]})")

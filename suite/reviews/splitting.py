@@ -152,6 +152,11 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     _say_repeats(is_dropped.sum(), is_copy.sum(), data_config)
     if groups is not None:
         say_groups(splits, units, labels, label_names, data_config)
+    for split, rows in splits.items():
+        counts = np.bincount(labels[rows], minlength=len(label_names))
+        if lacking := [str(label_names[label]) for label in np.flatnonzero(counts == 0)]:
+            say(f"{name}: no row of {split} has the class {' or '.join(lacking)}: its figures, and means over the "
+                "classes, count it as 0")
     return {split: np.sort(rows) for split, rows in splits.items()}
 
 

@@ -122,6 +122,11 @@ def show_finished(config: Config) -> bool:
     return True
 
 
+def lacks_only_its_test(config: Config) -> bool:
+    """Whether the run was finished with train_config.test=false, and its test alone is to be made up for."""
+    return "train" in read_metrics(config.run_folder) and config.train_config.resume != "never"
+
+
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
     split, train = "test" if "test" in metrics else "valid", metrics.get("train")
     found, unit = metrics[split], "masked words" if config.pretrains else "reviews"

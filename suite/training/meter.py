@@ -96,7 +96,8 @@ SAVED = ("sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "pre
 # Dense bf16 (fp16 before Ampere) matrix throughput in FLOP/s, from the vendors' data sheets. Of the names that occur in
 # the device's name as whole words, the longest one counts.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-              "A10": 125e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+              "A10": 125e12, "A10G": 70e12, "V100": 125e12, "V100-PCIE": 112e12, "T4": 65e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 @dataclass
@@ -150,7 +151,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    if "Laptop" in name:
+    if re.search(r"Laptop|\b(MIG|NVL|Ti|D)\b", name):  # slower or faster than the card of the same number
         return None
     found = [known for known in PEAK_FLOPS if re.search(rf"\b{known}\b", name)]
     return PEAK_FLOPS[max(found, key=len)] if found else None

@@ -80,6 +80,7 @@ def plot_learning_curves(config: Config, history: list[dict[str, Any]]) -> Figur
     figure = new_figure(config, f"learning curves\n{config.run_name}", (9, 4))
     steps = config.log_config.log_every_steps
     train = "train" + (f", mean of {steps} steps" if steps > 1 else "")
+    train += ", weighted by class" if config.train_config.class_weights else ""
     for axis, metric, scale, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100),
                                          ("cross-entropy (nats)", "accuracy (% of reviews)"), strict=True):
         for key, label, style in ((f"train/{metric}", train, {"color": BLUE, "linewidth": 1}),
