@@ -28,19 +28,18 @@ class Pair:
     reviews: int
     seeds: tuple[int, int]
     difference: float  # mean accuracy of the second minus that of the first
-    interval: tuple[float, float]  # of 95 %, see `bootstrap_interval`
-    corrected_interval: tuple[float, float]  # the same, wider: 1 - 0.05 / the number of pairs (Bonferroni)
+    interval: tuple[float, float]  # see `bootstrap_interval`
     better_on: tuple[int, int]  # on how many reviews the first, and the second, is right more often than the other
     p_value: float  # see `paired_test`
     p_holm: float  # corrected for the number of pairs, see `holm`
+    p_seeds: float  # the larger of p_value and of `bootstrap_p`, corrected likewise
     detectable: float  # see `detectable_difference`
 
     @property
     def is_shown(self) -> bool:
-        """Both must agree: the test is about these trained models only, the interval also about other seeds. Both are
-        corrected for the number of pairs."""
-        low, high = self.corrected_interval
-        return self.p_holm < 1 - LEVEL and not low <= 0 <= high
+        """Test and bootstrap must agree: the test is about these trained models only, the bootstrap about other seeds,
+        too."""
+        return self.p_seeds < 1 - LEVEL
 
 
 def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DRAWS) -> list[Pair]:
@@ -48,20 +47,22 @@ def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DR
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     tests = [paired_test(correct[i], correct[j]) for i, j in pairs]
     corrected = holm([p_value for _, p_value in tests])
+    draws = max(draws, 400 * len(pairs))  # or no p could be small enough for so many pairs
+    with_seeds = holm([max(p_value, bootstrap_p(correct[j], correct[i], draws))
+                       for (i, j), (_, p_value) in zip(pairs, tests, strict=True)])
     result = []
-    for (i, j), (better_on, p_value), p_holm in zip(pairs, tests, corrected, strict=True):
-        interval, corrected_interval = (bootstrap_interval(correct[j], correct[i], draws, level=level)
-                                        for level in (LEVEL, 1 - (1 - LEVEL) / len(pairs)))
+    for (i, j), (better_on, p_value), p_holm, p_seeds in zip(pairs, tests, corrected, with_seeds, strict=True):
+        interval = bootstrap_interval(correct[j], correct[i], draws)
         result.append(Pair(
             names[i], names[j], correct[i].shape[1], (len(correct[i]), len(correct[j])),
-            float(correct[j].mean() - correct[i].mean()), interval, corrected_interval, better_on,
-            p_value, p_holm, detectable_difference(interval, len(pairs))))
+            float(correct[j].mean() - correct[i].mean()), interval, better_on, p_value, p_holm,
+            p_seeds, detectable_difference(interval, len(pairs))))
     return result
 
 
-def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, draws: int = DRAWS, seed: int = 0,
-                       level: float = LEVEL) -> tuple[float, float]:
-    """The interval of this level, over reviews and seeds, of a setting's accuracy, or of its lead over `other`.
+def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, draws: int = DRAWS, seed: int = 0
+                       ) -> tuple[float, float]:
+    """The 95 % interval, over reviews and seeds, of a setting's accuracy, or of its lead over `other`.
 
     Reviews are resampled with replacement, the same ones for both settings (Efron and Tibshirani 1993, chapter 13).
     Three seeds are too few to resample: their variance would come out a third too small, and the tails would be those
@@ -72,17 +73,35 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
     Nothing is subtracted where the seeds' accuracies are equal, as those of two seeds that always answer the opposite.
     A single seed says nothing about other seeds, so its interval is over reviews only.
     """
+    drawn, n = _bootstrap(correct, other, draws, seed), correct.shape[1]
+    center, least = drawn[0], 0.0 if other is None else -1.0
+    if (drawn == center).all():  # all reviews are alike: they only limit how frequent a different one can be
+        if other is None:
+            return wilson_interval(round(center * n), n)
+        rare = wilson_interval(0, n)[1]
+        low, high = center - rare, center + rare
+    else:
+        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(max(low, least)), float(min(high, 1.0))
+
+
+def bootstrap_p(correct: np.ndarray, other: np.ndarray, draws: int = DRAWS, seed: int = 0) -> float:
+    """Two-sided: twice the share of the draws behind `bootstrap_interval` in which the lead is not what was seen, but 0
+    or the opposite. At least 2 / (draws + 1)."""
+    drawn = _bootstrap(correct, other, draws, seed)
+    return min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (draws + 1))
+
+
+def _bootstrap(correct: np.ndarray, other: np.ndarray | None, draws: int, seed: int) -> np.ndarray:
+    """(draws,) accuracies, or leads over `other`; see `bootstrap_interval`."""
     generator = np.random.default_rng(seed)
     settings = [correct] if other is None else [correct, other]
     n = correct.shape[1]
     shares = correct.mean(axis=0) - (0 if other is None else other.mean(axis=0))  # (reviews,)
     center = shares.mean()
     values, counts = np.unique(shares.round(12), return_counts=True)  # few values, so we draw their counts
-    if len(values) == 1:  # all reviews are alike: the data only limit how frequent a different one can be
-        if other is None:
-            return wilson_interval(round(center * n), n)
-        rare = wilson_interval(0, n)[1]
-        return float(max(center - rare, -1.0)), float(min(center + rare, 1.0))
+    if len(values) == 1:
+        return np.full(draws, center)
     resampled = generator.multinomial(n, counts / n, size=draws) @ values / n
     repeated = [runs for runs in settings if len(runs) > 1]
     variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
@@ -92,9 +111,7 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
     if variances.sum() > 0:
         freedom = variances.sum()**2 / sum(variances**2 / [len(runs) - 1 for runs in repeated])
         drawn = drawn + np.sqrt(variances.sum()) * generator.standard_t(freedom, size=draws)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    least = 0.0 if other is None else -1.0
-    return float(max(low, least)), float(min(high, 1.0))
+    return drawn
 
 
 def _interaction(correct: np.ndarray) -> float:
