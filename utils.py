@@ -120,8 +120,8 @@ class DataConfig:
                                         "tests stays the same")
     max_len: int = setting(128, "longest input in tokens, special tokens included", ge=4, le=2**31)
     truncation: Literal["head", "tail", "head_tail", "windows"] = setting(
-        "head", "what is read of a review longer than max_len: its head, its tail, half from each end, or all of it "
-        "in windows whose logits are averaged")
+        "head", "what is read of a review longer than max_len: its head, its tail, half from each end, or up to "
+        "max_windows windows whose logits are averaged")
     max_windows: int = setting(4, "most windows of a review; of a longer one, half are from each end", ge=1, le=1024)
     line_breaks: Literal["keep", "space"] = setting("keep", "how `<br />` is read: as it is written, or as a space")
     batch_size: Count = setting(64, "reviews, or their windows, per forward pass on one device: the micro-batch")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ENCODERS, train_here, write_reviews
+from transformers import BatchEncoding
 
 import main
 from suite.common import cli
@@ -104,6 +105,19 @@ def test_the_words_that_give_the_class_away_are_the_strongest(run):
             (telling if is_telling else others).append(word.attribution)
         assert max(telling) > max(map(abs, others))
         assert sum(telling) > 2 * sum(map(abs, others))
+
+
+def test_blanks_divide_words_where_the_tokenizer_does_not(random_model, monkeypatch):
+    """Gemma's says of every token that it is part of the first word."""
+    each, text = random_model("bert", "mean"), "a gripping film,\nif dreary"
+    whole = [text[word.start:word.end] for word in attribute(each, text).words]
+    monkeypatch.setattr(BatchEncoding, "word_ids", lambda encoded: [0] * len(encoded["input_ids"]))
+    found = [text[word.start:word.end] for word in attribute(each, text).words]
+    assert whole == ["a", "gripping", "film", ",", "if", "dreary"]
+    assert found == text.split()
+    each.tokenizer = SimpleNamespace(is_fast=False)
+    with pytest.raises(UserError, match="does not say where its tokens stand in the text"):
+        attribute(each, text)
 
 
 def test_words_for_the_other_class_count_against(run):

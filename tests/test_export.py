@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENCODERS, PROJECT
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 pytest.importorskip("onnxscript")
@@ -18,6 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 import main
 from suite.common import cli
 from suite.common.devices import Devices
+from suite.common.storage import read_json, write_json
 from suite.encoders.loading import load_model, new_model, save_model
 from suite.encoders.tokenizers import load_tokenizer
 from suite.inference import export
@@ -120,6 +122,19 @@ def test_a_full_disk_is_named_by_the_output(bert, tmp_path, monkeypatch):
                                         "--output$"):
         export.export(command, Devices(config))
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_an_export_reads_a_text_as_the_model_does(bert):
+    """transformers builds BertTokenizer by its class; others read tokenizer.json, which may differ."""
+    values, config = (read_json(bert / f"tokenizer{name}.json") for name in ("", "_config"))
+    write_json(bert / "tokenizer.json", values | {"normalizer": None})
+    write_json(bert / "tokenizer_config.json", config | {"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    run_export(bert)
+    text, exported = "A GREAT Film", bert.with_name("model-export")
+    expected = load_tokenizer(bert)(text)["input_ids"]
+    assert Tokenizer.from_file(str(bert / "tokenizer.json")).encode(text).ids != expected
+    assert Tokenizer.from_file(str(exported / "tokenizer.json")).encode(text).ids == expected
+    assert read_json(exported / "tokenizer_config.json")["truncation_side"] == "right"
 
 
 @pytest.mark.parametrize("problem", ["exists", "no packages", "not exportable"])

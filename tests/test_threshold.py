@@ -58,6 +58,14 @@ def words(undisturbed, tmp_path_factory):
     return given, folder / "words", source
 
 
+def test_an_export_is_not_decided_on(words):
+    given, run, _ = words
+    (run / "export").mkdir()
+    refused = expect(2, run_here(*given, mode="decide", threshold="f1", model=str(run / "export"))).stderr
+    assert "is an export, which keeps the threshold that it was made with: decide with --model" in refused
+    (run / "export").rmdir()
+
+
 def test_predict_follows_it_and_the_test_is_reported_both_ways(words, tmp_path, monkeypatch):
     given, run, source = words
     before, card = metrics_of(run), (run / "best" / "README.md").read_text()

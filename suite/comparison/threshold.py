@@ -48,6 +48,9 @@ def decide(command: Command, devices: Devices) -> None:
     """Raises UserError if the run is not finished, has other than two classes, or cannot reach the aim."""
     aim = None if command.threshold == "none" else Aim.parse(command.threshold)
     run = (run_of(Path(command.model)) or Path(command.model)) if command.model else command.config.run_folder
+    if command.model and Path(command.model).resolve() not in (run.resolve(), (run / "best").resolve()):
+        raise UserError(f"--model: {command.model} is an export, which keeps the threshold that it was made with: "
+                        f"decide with --model {run}, and export it again")
     valid = read_result(run, "valid")
     names = valid.label_names
     if len(names) != 2:

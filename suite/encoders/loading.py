@@ -182,20 +182,25 @@ def save_model(folder: Path, config: ClassifierConfig, weights: dict[str, torch.
                tokenizer: PreTrainedTokenizerBase) -> None:
     """What the Hugging Face ecosystem expects of a model folder: tokenizer, code, config.json, and the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    values = read_json(folder / "tokenizer_config.json")
-    values["truncation_side"] = "left" if config.truncation == "tail" else "right"
-    values["padding_side"] = "right"
-    values["model_max_length"] = config.max_len or values.get("model_max_length")
-    if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    write_json(folder / "tokenizer_config.json", values)
+    save_tokenizer(folder, tokenizer, config.max_len, config.truncation)
     shutil.copyfile(PROJECT / "model.py", folder / "model.py")
     write_json(folder / "config.json", config.to_dict() | {
         "architectures": [EncoderForClassification.__name__], "dtype": "float32",
         "auto_map": {"AutoConfig": f"model.{ClassifierConfig.__name__}",
                      "AutoModelForSequenceClassification": f"model.{EncoderForClassification.__name__}"}})
     save_weights(folder, weights)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, max_len: int | None, truncation: str) -> None:
+    """The tokenizer as it reads here, for every reader of tokenizer.json, and how it cuts."""
+    tokenizer.save_pretrained(folder)
+    values = read_json(folder / "tokenizer_config.json")
+    values["truncation_side"] = "left" if truncation == "tail" else "right"
+    values["padding_side"] = "right"
+    values["model_max_length"] = max_len or values.get("model_max_length")
+    if hasattr(tokenizer, "backend_tokenizer"):  # tokenizer.json is all of it; BertTokenizer would build a part anew
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(folder / "tokenizer_config.json", values)
 
 
 def save_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:

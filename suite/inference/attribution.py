@@ -21,6 +21,7 @@ from data import pad, truncate
 from model import mean_over_windows
 from suite.encoders.placement import encoder_of
 from suite.inference.classifier import Classifier
+from utils import UserError
 
 FEWEST_STEPS, MOST_STEPS = 16, 512  # points on the path; a fine-tuned MiniLM needs 16
 TOLERANCE = 0.02  # allowed error of the attributions' sum, as a share of their sum without signs
@@ -77,8 +78,14 @@ def attribute(classifier: Classifier, text: str) -> Explanation:
     """Explain the class that the classifier predicts for a text, which is truncated as in training."""
     encode, tokenizer, device = classifier.encode, classifier.tokenizer, classifier.devices.device
     model = classifier.model.requires_grad_(False)
+    if not tokenizer.is_fast:
+        raise UserError(f"{classifier.folder}: its tokenizer, {type(tokenizer).__name__}, does not say where its "
+                        "tokens stand in the text, so no word can be marked")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets, word_ids = encoded["offset_mapping"], encoded.word_ids()
+    # Gemma's tokenizer takes all of a text for one word, so a blank begins one, too.
+    blanks = list(itertools.accumulate(any(map(str.isspace, text[max(0, start - 1):start + 1]))
+                                       for start, _ in offsets))
     windows = truncate(list(range(len(offsets))), encode.room, encode.truncation, encode.max_windows)
     kept = list(itertools.chain.from_iterable(windows))
     cut = sorted(set(range(len(offsets))) - set(kept))  # one stretch without gaps
@@ -100,7 +107,7 @@ def attribute(classifier: Classifier, text: str) -> Explanation:
     of_content = [value for values, window in zip(of_tokens, windows, strict=True)
                   for value in values[len(encode.prefix):len(encode.prefix) + len(window)]]
     # With its window and the side of the cut: a word that was cut in the middle counts as two words.
-    ids = [(word_ids[place], number, bool(cut) and place > cut[0])
+    ids = [(word_ids[place], blanks[place], number, bool(cut) and place > cut[0])
            for number, window in enumerate(windows) for place in window]
     words = merge(text, [offsets[place] for place in kept], ids, of_content)
     return Explanation(text, classifier.label_names[predicted], float(probabilities[predicted]), words,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.pages import UNPRINTABLE, render
-from suite.common.run_folder import read_mistakes, run_of
+from suite.common.run_folder import read_mistakes, read_saved_config, run_of
 from suite.common.storage import room_for, write_text
 from suite.encoders.tokenizers import refuse_unknown_words
 from suite.inference.attribution import Explanation, attribute
@@ -118,5 +118,6 @@ def explain(command: Command, devices: Devices) -> None:
         for heading, explanation in explained[:SHOWN_MISTAKES]:
             show(heading, explanation)
         if output:
-            write_page(output, title, f"{config.demo_mark}Model: {folder}", explained)
+            own = read_saved_config(run / "config.yaml") if run and (run / "config.yaml").exists() else config
+            write_page(output, title, f"{own.demo_mark}Model: {folder}", explained)
             say(f"as a page: {output}")

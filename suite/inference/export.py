@@ -38,7 +38,7 @@ from suite.common.devices import Devices
 from suite.common.pages import TRUNCATION_NOTES, write_export_card, write_page
 from suite.common.storage import THRESHOLD, new_folder, read_json, refuse_existing, room_for, write_json
 from suite.encoders.checkpoints import weight_files
-from suite.encoders.loading import save_weights
+from suite.encoders.loading import save_tokenizer, save_weights
 from suite.encoders.native_heads import native_config, native_model, problem_of
 from suite.inference.classifier import Classifier, chosen_model
 from suite.inference.onnx_file import OnnxModel, load_validation, refuse_missing_packages, write_int8, write_onnx
@@ -71,6 +71,9 @@ def export(command: Command, devices: Devices) -> None:
     classifier.model.cpu()
     if "transformers" in formats and (problem := problem_of(classifier.model)):
         raise UserError(f"{folder}: {problem}; or export it with --format onnx")
+    if "web" in formats and not classifier.tokenizer.is_fast:
+        raise UserError(f"{folder}: its tokenizer, {type(classifier.tokenizer).__name__}, is written in Python, so a "
+                        "web page cannot run it: leave web out of --format")
     validation = load_validation(command.config, classifier) if command.int8 else ()
     size = sum(path.stat().st_size for path in weight_files(folder)) * (len(formats - {"web"}) + command.int8)
     with room_for(target.parent, size, fix="make room or choose another --output"):
@@ -105,10 +108,10 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: se
                  *tokenizer.vocab_files_names.values()}:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if (path := folder / "tokenizer_config.json").is_file():
-        # An encoder's own max_length stays out: fastembed would cut at the smaller of the two.
-        write_json(path, {key: value for key, value in read_json(path).items() if key != "max_length"}
-                   | {"model_max_length": encode.max_len})
+    save_tokenizer(folder, tokenizer, encode.max_len, encode.truncation)  # its own files may build another one
+    path = folder / "tokenizer_config.json"
+    # An encoder's own max_length stays out: fastembed would cut at the smaller of the two.
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "max_length"})
     write_config(folder, classifier)
     if "transformers" in formats:
         save_weights(folder, native_model(classifier.model).state_dict())

@@ -152,11 +152,7 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     _say_repeats(is_dropped.sum(), is_copy.sum(), data_config)
     if groups is not None:
         say_groups(splits, units, labels, label_names, data_config)
-    for split, rows in splits.items():
-        counts = np.bincount(labels[rows], minlength=len(label_names))
-        if lacking := [str(label_names[label]) for label in np.flatnonzero(counts == 0)]:
-            say(f"{name}: no row of {split} has the class {' or '.join(lacking)}: its figures, and means over the "
-                "classes, count it as 0")
+    _say_lacking(splits, labels, label_names, name)
     return {split: np.sort(rows) for split, rows in splits.items()}
 
 
@@ -168,6 +164,14 @@ def _say_repeats(dropped: int, copies: int, data_config: DataConfig) -> None:
     if copies:
         say(f"{data_config.dataset}: {copies:,} exact duplicates "
             + ("dropped" if data_config.drop_duplicates else "kept in the same split as their first occurrence"))
+
+
+def _say_lacking(splits: dict[str, np.ndarray], labels: np.ndarray, label_names: Sequence[str], dataset: str) -> None:
+    for split, rows in splits.items():
+        counts = np.bincount(labels[rows], minlength=len(label_names))
+        if lacking := [str(label_names[label]) for label in np.flatnonzero(counts == 0)]:
+            say(f"{dataset}: no row of {split} has the class {' or '.join(lacking)}: its figures, and means over the "
+                "classes, count it as 0")
 
 
 def _is_outranked(rank: np.ndarray, firsts: np.ndarray) -> np.ndarray:
