@@ -68,7 +68,7 @@ class Step(NamedTuple):
     predictions: int  # of the effective batch: one a review
 
 
-class IMDBDataset:
+class IMDBDataset(torch.utils.data.Dataset):
     """The tokenized reviews of one split, as flat arrays: nothing is looked up or padded review by review.
 
     All splits share `tokens` (tokens of all windows,), `offsets` (windows + 1,), `first_windows` (reviews + 1,), the
@@ -91,6 +91,10 @@ class IMDBDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        """One review: `input_ids` (tokens,), `labels` () and `id` (); its windows, if it has several, as in `batch`."""
+        return {name: values[0] if len(values) == 1 else values for name, values in self.batch(np.array([row])).items()}
 
     def batch(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The padded batch of the reviews `rows` (batch,).
