@@ -101,12 +101,11 @@ def explain(command: Command, devices: Devices) -> None:
                    for row in read_mistakes(run, MISTAKES)]
         title = f"{run.name}: its most confident mistakes"
         output = output or run / "misclassified.html"
-    if not reviews:
-        raise UserError(f"{run} has no misclassified reviews, which is good news: explain one review "
-                        "with --text")
     if not devices.is_main:
         return
-    classifier = Classifier(folder, config, devices)
+    classifier = Classifier(folder, config, devices)  # a bag of words is refused
+    if not reviews:
+        raise UserError(f"{run} has no misclassified reviews, which is good news: explain one review with --text")
     tokens = classifier.encode({"text": [text for _, text in reviews]})["input_ids"]
     refuse_unknown_words("--model", str(folder), classifier.tokenizer, np.concatenate(tokens))
     with room_for(output.parent, fix="make room or choose another --output") if output else nullcontext():
