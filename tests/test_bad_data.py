@@ -73,7 +73,7 @@ BAD_DATA = [  # (name, what writes it, the dataset's name, words of the message)
     ("one class", lines("fine,good\nnice,good\n"), CSV, "{}: all rows have the label 'good' in the column"),
     ("a class with one text", lines("a,good\nb,good\nc,good\n" + "d,bad\n" * 5), CSV,
      "{}: the class 'bad' has too few different texts (1)"),
-    ("too few to split", lines("a,x\nb,x\nc,x\nd,y\ne,y\nf,y\n"), CSV, "6 rows, 3 of them of the rarest class"),
+    ("too few to split", lines("a,x\nb,x\nc,x\nd,y\ne,y\nf,y\n"), CSV, "6 rows that are to be divided, 3 of the"),
     ("a broken parquet", raw(b"PAR1 and no more", PARQUET), PARQUET, "{}: not a readable parquet file"),
     ("bad UTF-8", raw(HEADED.encode() + b"fine,good\nbl\xffeak,bad\n", CSV), CSV, "{}: line 3 is not UTF-8"),
     ("an open quote", lines('fine,good\n"so so,bad\n'), CSV, "{}: line"),

@@ -247,8 +247,9 @@ def draw_stratified(rows: np.ndarray, labels: np.ndarray, count: int, data_confi
     except ValueError:
         counts = np.unique(labels[rows], return_counts=True)[1]
         raised = "add rows" if data_config.limit is None else f"raise data_config.limit={data_config.limit}"
-        raise UserError(f"{data_config.dataset}: {len(rows)} rows still to be divided, {min(counts, default=0)} of "
-                        f"them of the rarest class, are too few for each of the {len(counts)} classes to be in every part of "
+        raise UserError(f"{data_config.dataset}: of the {len(rows)} rows that are to be divided, "
+                        f"{min(counts, default=0)} of the rarest class are too few for each of the {len(counts)} "
+                        "classes to be in every part of "
                         f"data_config.{key}={getattr(data_config, key)}: {raised}, or change data_config.{key}"
                         ) from None
 
