@@ -15,6 +15,7 @@ import numpy as np
 from suite.training.evaluation import wilson_interval
 
 LEVEL = 0.95  # of the intervals; a difference counts as shown if the corrected p is below 1 - LEVEL
+ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2
 POWER = 0.8  # the share of comparisons that would show the smallest difference that we call detectable
 DRAWS = 10_000  # of the bootstrap; with so many, an interval's ends vary by about 2 % of its half-width
 
@@ -32,7 +33,7 @@ class Pair:
     better_on: tuple[int, int]  # on how many reviews the first, and the second, is right more often than the other
     p_value: float  # see `paired_test`
     p_holm: float  # corrected for the number of pairs, see `holm`
-    p_seeds: float  # the larger of p_value and of `bootstrap_p`, corrected likewise
+    p_seeds: float  # the larger of p_value and of the bootstrap's p, see `_lead`, corrected likewise
     detectable: float  # see `detectable_difference`
 
     @property
@@ -48,11 +49,11 @@ def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DR
     tests = [paired_test(correct[i], correct[j]) for i, j in pairs]
     corrected = holm([p_value for _, p_value in tests])
     draws = max(draws, 400 * len(pairs))  # or no p could be small enough for so many pairs
-    with_seeds = holm([max(p_value, bootstrap_p(correct[j], correct[i], draws))
-                       for (i, j), (_, p_value) in zip(pairs, tests, strict=True)])
+    leads = [_lead(correct[j], correct[i], draws) for i, j in pairs]
+    with_seeds = holm([max(p_value, p_drawn) for (_, p_value), (_, p_drawn) in zip(tests, leads, strict=True)])
     result = []
-    for (i, j), (better_on, p_value), p_holm, p_seeds in zip(pairs, tests, corrected, with_seeds, strict=True):
-        interval = bootstrap_interval(correct[j], correct[i], draws)
+    for (i, j), (better_on, p_value), (interval, _), p_holm, p_seeds in zip(pairs, tests, leads, corrected, with_seeds,
+                                                                           strict=True):
         result.append(Pair(
             names[i], names[j], correct[i].shape[1], (len(correct[i]), len(correct[j])),
             float(correct[j].mean() - correct[i].mean()), interval, better_on, p_value, p_holm,
@@ -73,23 +74,25 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, dra
     Nothing is subtracted where the seeds' accuracies are equal, as those of two seeds that always answer the opposite.
     A single seed says nothing about other seeds, so its interval is over reviews only.
     """
-    drawn, n = _bootstrap(correct, other, draws, seed), correct.shape[1]
-    center, least = drawn[0], 0.0 if other is None else -1.0
-    if (drawn == center).all():  # all reviews are alike: they only limit how frequent a different one can be
-        if other is None:
-            return wilson_interval(round(center * n), n)
-        rare = wilson_interval(0, n)[1]
-        low, high = center - rare, center + rare
-    else:
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(max(low, least)), float(min(high, 1.0))
+    if other is not None:
+        return _lead(correct, other, draws, seed)[0]
+    drawn, n = _bootstrap(correct, None, draws, seed), correct.shape[1]
+    if (drawn == drawn[0]).all():  # all reviews are alike
+        return wilson_interval(round(drawn[0] * n), n)
+    low, high = np.quantile(drawn, ENDS)
+    return float(max(low, 0.0)), float(min(high, 1.0))
 
 
-def bootstrap_p(correct: np.ndarray, other: np.ndarray, draws: int = DRAWS, seed: int = 0) -> float:
-    """Two-sided: twice the share of the draws behind `bootstrap_interval` in which the lead is not what was seen, but 0
-    or the opposite. At least 2 / (draws + 1)."""
+def _lead(correct: np.ndarray, other: np.ndarray, draws: int, seed: int = 0) -> tuple[tuple[float, float], float]:
+    """(`bootstrap_interval` of the lead over `other`, two-sided p: twice the share of the same draws in which the lead
+    is 0 or the opposite of what was seen, at least 2 / (draws + 1))."""
     drawn = _bootstrap(correct, other, draws, seed)
-    return min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (draws + 1))
+    low, high = np.quantile(drawn, ENDS)
+    if (drawn == drawn[0]).all():  # all reviews are alike: they only limit how frequent a different one can be
+        rare = wilson_interval(0, correct.shape[1])[1]
+        low, high = drawn[0] - rare, drawn[0] + rare
+    p_value = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (draws + 1))
+    return (float(max(low, -1.0)), float(min(high, 1.0))), p_value
 
 
 def _bootstrap(correct: np.ndarray, other: np.ndarray | None, draws: int, seed: int) -> np.ndarray:

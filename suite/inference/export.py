@@ -104,8 +104,7 @@ def write_export(folder: Path, source: Path, classifier: Classifier, formats: se
     """
     checks: dict[str, str] = {}
     tokenizer, encode = classifier.tokenizer, classifier.encode
-    for name in {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", THRESHOLD,
-                 *tokenizer.vocab_files_names.values()}:
+    for name in {"special_tokens_map.json", "added_tokens.json", THRESHOLD, *tokenizer.vocab_files_names.values()}:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     save_tokenizer(folder, tokenizer, encode.max_len, encode.truncation)  # its own files may build another one
