@@ -243,7 +243,7 @@ def test_what_people_said_against_a_computation_by_hand(data, bag_of_words, tmp_
     agreed = len(correct - {corrected, none}) + (corrected not in correct)
 
     def shown(correct: int, n: int) -> str:
-        low, high = wilson_interval(correct, n)
+        low, high = wilson_interval(correct / n, n)
         return f"{correct / n:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
     flags = sum(row["flagged"] == "yes" for row in rows)

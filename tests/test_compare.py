@@ -269,7 +269,7 @@ def test_where_runs_were_trained_and_tested_is_said(tmp_path):
             for seed, name in enumerate(("first", "second"))]
     runs[1].metrics["tested_on"] = {"device_name": "B"}
     for given, warns in ((runs[:1], False), (runs, True)):
-        conditions = "\n".join(_conditions(given))
+        conditions = "\n".join(_conditions(given, None))
         assert "A (" in conditions
         assert "numba 0.68.1" in conditions
         assert ("; B (" in conditions) == ("machines, versions or precisions" in conditions) == warns

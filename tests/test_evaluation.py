@@ -88,7 +88,7 @@ def test_risk_and_coverage_by_hand():
     logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1)
     computed = compute_metrics(Predictions(np.arange(10), np.array([0] * 9 + [1]), logits))
     assert (computed["accuracy"], computed["surest_accuracy"]) == (0.9, 1.0)
-    assert computed["surest_accuracy_ci95"] == pytest.approx(wilson_interval(9, 9))
+    assert computed["surest_accuracy_ci95"] == pytest.approx(wilson_interval(1.0, 9))
 
 
 def test_edge_cases():

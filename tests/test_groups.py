@@ -19,12 +19,15 @@ from test_files_people_have import write
 
 from suite.common.run_folder import read_saved_config
 from suite.comparison import stacking
-from suite.comparison.results import read_result, refuse_different_tests
+from suite.comparison.results import group, read_result, refuse_different_tests
+from suite.comparison.significance import compare
 from suite.comparison.stacking import stack_runs
+from suite.comparison.summary import summarize
 from suite.encoders.loading import TRAINED_TEXTS, trained_texts
 from suite.reviews import splitting
 from suite.reviews.grouping import draw_units, group_digests
 from suite.reviews.splitting import load_split, split_reviews
+from suite.training.evaluation import share_interval
 from suite.training.pretraining import choose
 from utils import DataConfig, UserError, load_config
 
@@ -291,6 +294,13 @@ def test_a_run_validates_and_tests_on_films_of_its_own(trained, run):
     assert (len(valid), len(test), len(valid | test)) == (8, 8, 16)  # of 40, so the other 24 are trained on
     assert len(rows_of(runs / run / "valid_predictions.csv")) == len(rows_of(runs / run / "test_predictions.csv")) == 48
     assert "each film in one part" in (runs / run / "best" / "README.md").read_text()
+    predictions = rows_of(runs / run / "test_predictions.csv")
+    assert all(records[int(row["id"])]["film"] == records[int(row["group"])]["film"] for row in predictions)
+    metrics = json.loads((runs / run / "metrics.json").read_text())
+    is_right, film = (np.array([value(row) for row in predictions]) for value in (
+        lambda row: row["label"] == row["predicted"], lambda row: row["group"]))
+    assert metrics["valid"]["groups"] == metrics["test"]["groups"] == len(set(film)) == 8
+    assert metrics["test"]["accuracy_ci95"] == pytest.approx(share_interval(is_right, film))
     before = (runs / run / "test_predictions.csv").read_bytes()
     expect(0, run_here(f"output_dir={runs}", f"run_name={run}", mode="test"))
     assert (runs / run / "test_predictions.csv").read_bytes() == before
@@ -309,6 +319,20 @@ def test_a_stack_is_cross_fitted_and_tested_by_films(trained, monkeypatch):
     assert len(fold_of) == 8  # each film in one fold
     assert len({fold for _, fold in fold_of}) == 5
     assert not films_in(runs / "stack", records, "valid") & films_in(runs / "stack", records, "test")
+
+
+def test_runs_are_compared_by_films(trained):
+    _, _, runs = trained
+    results = [read_result(runs / name) for name in ("bag-of-words", "encoder")]
+    summary, film = summarize(group(results), "films"), results[0].predictions.groups
+    assert "The reviews are of 8 groups" in "\n".join(summary["notes"])
+    expected = compare("AB", [run.correct[None] for run in results], film)[0]
+    pair = summary["pairs"][0]
+    assert (pair["interval"], pair["p_value"], pair["groups"]) == (expected.interval, expected.p_value, 8)
+    assert "at 48 reviews of 8 groups and 1 seed each" in pair["sentence"]
+    for result in results:  # as an earlier version has written them
+        result.predictions.groups = None
+    assert "Test the runs again: --mode test" in "\n".join(summarize(group(results), "films")["notes"])
 
 
 def test_runs_with_and_without_the_column_are_not_compared(trained):

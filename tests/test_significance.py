@@ -19,6 +19,7 @@ from suite.comparison.significance import (
     paired_test,
     sentence,
 )
+from suite.training.evaluation import share_interval
 
 SIMULATIONS = 1000
 CHANCE = 0.6  # standard deviation of the latent score that neither review nor seed explains; reviews have 1
@@ -46,6 +47,48 @@ def test_intervals_cover_the_truth_at_the_promised_rate(seeds, luck):
         covered[1] += low <= truth[0] <= high
     assert (covered / SIMULATIONS >= 0.935).all()  # 0.95 less two standard errors
     assert (covered / SIMULATIONS <= 0.98).all()  # nor does it promise less than it knows
+
+
+def films(generator, count: int) -> np.ndarray:
+    """(reviews,) the film of each review; the films have 1 to 30 reviews."""
+    return np.repeat(np.arange(count), generator.integers(1, 31, count))
+
+
+@pytest.mark.parametrize(("seeds", "count"), [(1, 60), (3, 60), (1, 8)])
+def test_intervals_of_groups_cover_the_truth_where_those_of_single_reviews_do_not(seeds, count):
+    """A film's reviews share a part of their ease, and of what one setting has over the other."""
+    generator, of_film, own = np.random.default_rng(8), 0.8, 0.6
+    means = np.array([1.2, 1.3])
+    truth = norm.cdf(means / np.sqrt(of_film**2 + own**2 + 1))
+    covered = np.zeros((2, 2))
+    for number in range(SIMULATIONS):
+        film = films(generator, count)
+        ease = of_film * generator.standard_normal((2, count))[:, film] + own * generator.standard_normal(len(film))
+        first, second = (mean + ease[place] + generator.standard_normal((seeds, len(film))) > 0
+                         for place, mean in enumerate(means))
+        for place, groups in enumerate((film, None)):
+            low, high = bootstrap_interval(second, first, groups, draws=500, seed=number)
+            covered[place, 0] += low <= truth[1] - truth[0] <= high
+            low, high = accuracy_interval(first, groups)
+            covered[place, 1] += low <= truth[0] <= high
+    assert (covered[0] / SIMULATIONS >= 0.925).all()
+    assert (covered[0] / SIMULATIONS <= 0.98).all()
+    assert (covered[1] / SIMULATIONS < 0.8).all()
+
+
+def test_groups_of_one_review_are_reviews_and_equal_groups_count_once():
+    generator = np.random.default_rng(9)
+    first, second = simulate(generator, [1.2, 1.3], 3, 400, 0.05)
+    alone, hits = np.arange(400), first[0]
+    assert share_interval(hits, alone) == pytest.approx(share_interval(hits), abs=2e-3)
+    assert share_interval(np.repeat(hits, 5), np.repeat(alone, 5)) == pytest.approx(share_interval(hits, alone))
+    assert share_interval(np.ones(60, bool), np.repeat(np.arange(3), 20)) == pytest.approx(
+        share_interval(np.ones(3, bool)))
+    five = [np.repeat(runs, 5, axis=1) for runs in (first, second)]
+    for (runs, other), groups in ((five, np.repeat(alone, 5)), ((first, second), alone)):
+        assert bootstrap_interval(other, runs, groups, draws=20_000) == pytest.approx(
+            bootstrap_interval(second, first, draws=20_000), abs=3e-3)
+    assert paired_test(*five, np.repeat(alone, 5))[1] == pytest.approx(paired_test(first, second)[1], rel=1e-9)
 
 
 def test_seeds_that_answer_the_opposite_are_not_certain():
@@ -107,6 +150,17 @@ def test_the_randomization_test_meets_scipys(seeds):
     assert paired_test(first, second)[1] == pytest.approx(expected.pvalue, rel=1e-9)
 
 
+def test_whole_groups_are_exchanged():
+    generator = np.random.default_rng(5)
+    film = films(generator, 10)
+    first, second = simulate(generator, [0, 0.1], 2, len(film), 0.0)
+    leads = np.array([(second[:, film == group].astype(int) - first[:, film == group]).sum() for group in range(10)])
+    signs = 1 - 2 * (np.arange(2**10)[:, None] >> np.arange(10) & 1)
+    expected = (abs(signs @ leads) >= abs(leads.sum())).mean()
+    assert 0.01 < expected < 0.9
+    assert paired_test(first, second, film)[1] == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_probability_as_small_as_it_is():
     right, wrong = np.ones((1, 300), dtype=bool), np.zeros((3, 300), dtype=bool)
     assert paired_test(right, wrong)[1] == pytest.approx(2 * 0.5**300, rel=1e-9)
@@ -126,7 +180,7 @@ def test_false_claims_among_equal_settings_stay_below_five_percent(seeds, luck):
     for _ in range(SIMULATIONS):
         settings = simulate(generator, [1.2] * 3, 3, 300, luck)
         correct = [runs[:count] for runs, count in zip(settings, seeds, strict=True)]
-        claims += any(pair.is_shown for pair in compare("ABC", correct, 500))
+        claims += any(pair.is_shown for pair in compare("ABC", correct, draws=500))
     assert claims / SIMULATIONS <= 0.05
 
 
@@ -136,7 +190,7 @@ def test_false_claims_among_six_settings_with_scattered_seeds():
     for _ in range(100):
         luck = 1.2 + 0.05 * generator.standard_normal((6, 3, 1))
         answers = luck + generator.standard_normal(2000) + 0.6 * generator.standard_normal((6, 3, 2000)) > 0
-        claims += any(pair.is_shown for pair in compare("ABCDEF", list(answers), 500))
+        claims += any(pair.is_shown for pair in compare("ABCDEF", list(answers), draws=500))
     assert claims <= 5  # with intervals of 95 %: about 25
 
 
@@ -164,7 +218,7 @@ def test_the_detectable_difference_is_shown_in_four_of_five_comparisons():
         chances = [only_first, only_first + share * excess]
         for _ in range(300):
             kind = generator.choice(3, size=(1, reviews), p=[*chances, 1 - sum(chances)])
-            shown[share] += compare("AB", [first | (kind == 0), first | (kind == 1)], 2000)[0].is_shown
+            shown[share] += compare("AB", [first | (kind == 0), first | (kind == 1)], draws=2000)[0].is_shown
     assert 0.74 < shown[1.0] / 300 < 0.86
     assert shown[0.5] / 300 < 0.4
     assert shown[0.0] / 300 < 0.07

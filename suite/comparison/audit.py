@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from suite.reviews.confirmed import NO_CLASS, Confirmed, read_confirmed, rows_in
 from suite.reviews.grouping import draw_units, units_of
 from suite.reviews.splitting import Split, load_split
 from suite.training.calibration import fit_temperature
-from suite.training.evaluation import SPLITS, Predictions, wilson_interval
+from suite.training.evaluation import SPLITS, Predictions, share_interval
 from utils import Config, UserError, say
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def cross_fitted(split: Split, line_breaks: str) -> Judged:
         logits[held_out] = model.logits_of(features[held_out])
         places = held_out[logits[held_out].argmax(axis=1) != labels[held_out]]
         words |= words_against(model, features[places], Predictions(ids[places], labels[places], logits[places]))
-    predictions = Predictions(ids, labels, logits)
+    predictions = Predictions(ids, labels, logits).in_groups(split.groups)
     return Judged(predictions, words, {f"bags of words that were fitted without them, on {FOLDS - 1} of {FOLDS} folds":
                                        predictions})
 
@@ -153,11 +153,11 @@ def refuse_other_reviews(run: Path, results: Sequence[Result], split: Split) -> 
 def with_run(run: Path, results: Sequence[Result], split: Split, bags: Judged) -> Judged:
     """The validation and test reviews of a run, by its saved predictions and those of the bags of words."""
     own = Predictions(*(np.concatenate([getattr(result.predictions, name) for result in results])
-                        for name in ("ids", "labels", "logits")))
+                        for name in ("ids", "labels", "logits"))).in_groups(split.groups)
     places = np.searchsorted(bags.ids, own.ids)
     stacked = cross_fit(log_odds([own.probabilities, bags.predictions.probabilities[places]]), own.labels,
                         split.label_names, split_units(split, own.ids))
-    predictions = Predictions(own.ids, own.labels, stacked)
+    predictions = replace(own, logits=stacked)
     agreed = own.ids[predictions.predicted == bags.predicted[places]]
     return Judged(predictions, {review: bags.words[review] for review in agreed.tolist() if review in bags.words},
                   {f"{run}, which has not learnt from them": own,
@@ -202,7 +202,7 @@ def summary_of(judged: Judged) -> list[str]:
     n, flags = len(judged.ids), int(judged.flagged.sum())
     return [
         *(f"{n:,} labels compared with the predictions of {who}: accuracy "
-          f"{accuracy(predictions.predicted == predictions.labels)}" for who, predictions in judged.by.items()),
+          f"{accuracy(predictions, predictions.labels)}" for who, predictions in judged.by.items()),
         f"flagged as probably wrong: {flags:,} ({100 * flags / n:.1f} %), by confident learning, at the temperature "
         f"{judged.temperature:.3f}",
         f"if no label were wrong and reviews were as hard as the probabilities say, {judged.expected_flags:,.0f} would "
@@ -222,13 +222,15 @@ def confirmed_summary(judged: Judged, confirmed: Confirmed, split: Split) -> lis
                       for count in sorted({min(count, len(suspects)) for count in FIRST}))
     flags = asked & judged.flagged
     return [
-        f"{' and '.join(confirmed.splits)}: accuracy {accuracy((measured.predicted == judged.labels)[asked])} on all "
-        f"{asked.sum():,} labels; {accuracy((measured.predicted == labels)[agreed])} on the {agreed.sum():,} that "
+        f"{' and '.join(confirmed.splits)}: accuracy {accuracy(measured, judged.labels, asked)} on all "
+        f"{asked.sum():,} labels; {accuracy(measured, labels, agreed)} on the {agreed.sum():,} that "
         f"people confirmed or corrected, or were not asked about: that of {who}",
         f"people did not confirm {doubted.sum():,} labels: {first}, {(doubted & flags).sum():,} of the {flags.sum():,} "
         "that are flagged"]
 
 
-def accuracy(correct: np.ndarray) -> str:
-    low, high = wilson_interval(int(correct.sum()), len(correct))
-    return f"{correct.mean():.4f} (95 % interval {low:.4f} to {high:.4f})"
+def accuracy(measured: Predictions, labels: np.ndarray, chosen: np.ndarray | slice = slice(None)) -> str:
+    """With its interval, on these `labels` (n,) of the reviews that are `chosen` (n,) bool."""
+    is_right, groups = (measured.predicted == labels)[chosen], measured.groups
+    low, high = share_interval(is_right, None if groups is None else groups[chosen])
+    return f"{is_right.mean():.4f} (95 % interval {low:.4f} to {high:.4f})"

@@ -156,10 +156,12 @@ def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions]:
             header, *rows = csv.reader(file)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {fix}") from None
-    names = [column.removeprefix("probability_") for column in header[3:]]
+    first = 3 + (header[3] == "group")  # column of the probabilities
+    names = [column.removeprefix("probability_") for column in header[first:]]
     ids, labels = np.array([[int(row[0]), names.index(row[1])] for row in rows], np.int64).T
+    groups = np.array([row[3] for row in rows], np.int64) if first == 4 else None
     with np.errstate(divide="ignore"):  # some probabilities were rounded to 0
-        return names, Predictions(ids, labels, np.log(np.array([row[3:] for row in rows], np.float64)))
+        return names, Predictions(ids, labels, np.log(np.array([row[first:] for row in rows], np.float64)), groups)
 
 
 def refuse_different_tests(results: Sequence[Result]) -> None:

@@ -2,7 +2,8 @@
 
 `correct` always means an array (seeds, reviews) of bool: which reviews each run of a setting gets right. The reviews
 are the same in all settings and in the same order, so comparisons pair them. Seeds are not paired: seed 42 of one model
-has nothing in common with seed 42 of another.
+has nothing in common with seed 42 of another. `groups` (reviews,) tells which reviews belong together, see `_units`;
+None: each stands alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from suite.training.evaluation import wilson_interval
+from suite.training.evaluation import share_interval, wilson_interval
 
 LEVEL = 0.95  # of the intervals; a difference counts as shown if the corrected p is below 1 - LEVEL
 ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2
@@ -27,6 +28,7 @@ class Pair:
     first: str
     second: str
     reviews: int
+    groups: int | None  # that they belong to; None: each stands alone
     seeds: tuple[int, int]
     difference: float  # mean accuracy of the second minus that of the first
     interval: tuple[float, float]  # see `bootstrap_interval`
@@ -43,69 +45,79 @@ class Pair:
         return self.p_seeds < 1 - LEVEL
 
 
-def compare(names: Sequence[str], correct: Sequence[np.ndarray], draws: int = DRAWS) -> list[Pair]:
+def compare(names: Sequence[str], correct: Sequence[np.ndarray], groups: np.ndarray | None = None, draws: int = DRAWS
+            ) -> list[Pair]:
     """Compare every pair of settings; `names` and `correct` have one entry for each setting."""
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    tests = [paired_test(correct[i], correct[j]) for i, j in pairs]
+    tests = [paired_test(correct[i], correct[j], groups) for i, j in pairs]
     corrected = holm([p_value for _, p_value in tests])
     draws = max(draws, 400 * len(pairs))  # or no p could be small enough for so many pairs
-    leads = [_lead(correct[j], correct[i], draws) for i, j in pairs]
+    leads = [_lead(correct[j], correct[i], groups, draws) for i, j in pairs]
     with_seeds = holm([max(p_value, p_drawn) for (_, p_value), (_, p_drawn) in zip(tests, leads, strict=True)])
     result = []
     for (i, j), (better_on, p_value), (interval, _), p_holm, p_seeds in zip(pairs, tests, leads, corrected, with_seeds,
                                                                            strict=True):
         result.append(Pair(
-            names[i], names[j], correct[i].shape[1], (len(correct[i]), len(correct[j])),
-            float(correct[j].mean() - correct[i].mean()), interval, better_on, p_value, p_holm,
-            p_seeds, detectable_difference(interval, len(pairs))))
+            names[i], names[j], correct[i].shape[1], None if groups is None else len(np.unique(groups)),
+            (len(correct[i]), len(correct[j])), float(correct[j].mean() - correct[i].mean()), interval, better_on,
+            p_value, p_holm, p_seeds, detectable_difference(interval, len(pairs))))
     return result
 
 
-def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, draws: int = DRAWS, seed: int = 0
-                       ) -> tuple[float, float]:
+def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, groups: np.ndarray | None = None,
+                       draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval, over reviews and seeds, of a setting's accuracy, or of its lead over `other`.
 
-    Reviews are resampled with replacement, the same ones for both settings (Efron and Tibshirani 1993, chapter 13).
-    Three seeds are too few to resample: their variance would come out a third too small, and the tails would be those
-    of a normal distribution. Instead, each draw adds a deviation from Student's t, scaled by the standard error over
-    the seeds. When two settings are compared, it has Welch's degrees of freedom (1947). The interaction of reviews and
-    seeds (a review that only some seeds get right) is part of both variances, so it is subtracted from that of the
-    reviews: the model is the two-way layout with random effects (Searle, Casella and McCulloch 1992, chapter 4).
-    Nothing is subtracted where the seeds' accuracies are equal, as those of two seeds that always answer the opposite.
+    Reviews, or whole groups, are resampled with replacement, the same for both settings (Efron and Tibshirani 1993,
+    chapter 13). Three seeds are too few to resample: their variance would come out a third too small, and the tails
+    would be those of a normal distribution. Instead, each draw adds a deviation from Student's t, scaled by the
+    standard error over the seeds. When two settings are compared, it has Welch's degrees of freedom (1947). The
+    interaction of reviews and seeds (a review that only some seeds get right) is part of both variances, so it is
+    subtracted from that of the reviews: the model is the two-way layout with random effects (Searle, Casella and
+    McCulloch 1992, chapter 4). Nothing is subtracted where the seeds' accuracies are equal, as those of two seeds that
+    always answer the opposite.
     A single seed says nothing about other seeds, so its interval is over reviews only.
     """
     if other is not None:
-        return _lead(correct, other, draws, seed)[0]
-    drawn, n = _bootstrap(correct, None, draws, seed), correct.shape[1]
+        return _lead(correct, other, groups, draws, seed)[0]
+    drawn, units = _bootstrap(correct, None, groups, draws, seed)
     if (drawn == drawn[0]).all():  # all reviews are alike
-        return wilson_interval(round(drawn[0] * n), n)
+        return wilson_interval(drawn[0], units)
     low, high = np.quantile(drawn, ENDS)
     return float(max(low, 0.0)), float(min(high, 1.0))
 
 
-def _lead(correct: np.ndarray, other: np.ndarray, draws: int, seed: int = 0) -> tuple[tuple[float, float], float]:
+def _lead(correct: np.ndarray, other: np.ndarray, groups: np.ndarray | None, draws: int, seed: int = 0
+          ) -> tuple[tuple[float, float], float]:
     """(`bootstrap_interval` of the lead over `other`, two-sided p: twice the share of the same draws in which the lead
     is 0 or the opposite of what was seen, at least 2 / (draws + 1))."""
-    drawn = _bootstrap(correct, other, draws, seed)
+    drawn, units = _bootstrap(correct, other, groups, draws, seed)
     low, high = np.quantile(drawn, ENDS)
     if (drawn == drawn[0]).all():  # all reviews are alike: they only limit how frequent a different one can be
-        rare = wilson_interval(0, correct.shape[1])[1]
+        rare = wilson_interval(0.0, units)[1]
         low, high = drawn[0] - rare, drawn[0] + rare
     p_value = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (draws + 1))
     return (float(max(low, -1.0)), float(min(high, 1.0))), p_value
 
 
-def _bootstrap(correct: np.ndarray, other: np.ndarray | None, draws: int, seed: int) -> np.ndarray:
-    """(draws,) accuracies, or leads over `other`; see `bootstrap_interval`."""
+def _bootstrap(correct: np.ndarray, other: np.ndarray | None, groups: np.ndarray | None, draws: int, seed: int
+               ) -> tuple[np.ndarray, int]:
+    """((draws,) accuracies, or leads over `other`, the number of reviews or groups); see `bootstrap_interval`."""
+    from scipy.stats import norm, t  # here, because most modes of main.py do not need it
+
     generator = np.random.default_rng(seed)
-    settings = [correct] if other is None else [correct, other]
-    n = correct.shape[1]
-    shares = correct.mean(axis=0) - (0 if other is None else other.mean(axis=0))  # (reviews,)
+    settings = [_units(runs, groups) for runs in ([correct] if other is None else [correct, other])]
+    n = settings[0].shape[1]
+    shares = settings[0].mean(axis=0) - (0 if other is None else settings[1].mean(axis=0))  # (units,)
     center = shares.mean()
-    values, counts = np.unique(shares.round(12), return_counts=True)  # few values, so we draw their counts
+    values, counts = np.unique(shares.round(12), return_counts=True)
     if len(values) == 1:
-        return np.full(draws, center)
-    resampled = generator.multinomial(n, counts / n, size=draws) @ values / n
+        return np.full(draws, center), n
+    if groups is None:  # few values, so we draw their counts
+        resampled = generator.multinomial(n, counts / n, size=draws) @ values / n
+    else:
+        wider = t.ppf(ENDS[1], n - 1) / norm.ppf(ENDS[1]) * np.sqrt(n / (n - 1))  # as few groups scatter too little
+        resampled = center + wider * np.array([generator.choice(shares, n).mean() - center for _ in range(draws)])
     repeated = [runs for runs in settings if len(runs) > 1]
     variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
     interaction = sum(_interaction(runs) / len(runs) for runs in repeated) if variances.sum() > 0 else 0.0
@@ -114,7 +126,18 @@ def _bootstrap(correct: np.ndarray, other: np.ndarray | None, draws: int, seed: 
     if variances.sum() > 0:
         freedom = variances.sum()**2 / sum(variances**2 / [len(runs) - 1 for runs in repeated])
         drawn = drawn + np.sqrt(variances.sum()) * generator.standard_t(freedom, size=draws)
-    return drawn
+    return drawn, n
+
+
+def _units(correct: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """(seeds, units) float64: what is drawn anew, reviews or whole groups. A group stands for the mean, and what its
+    reviews add to it, in units of the mean size of a group: their mean is that of the reviews, and it varies as a ratio
+    does to first order (Cochran 1977, "Sampling Techniques", section 6.3)."""
+    if groups is None:
+        return correct
+    mean, number = correct.mean(axis=1, keepdims=True), np.unique(groups, return_inverse=True)[1]
+    sums = np.stack([np.bincount(number, deviations) for deviations in correct - mean])
+    return mean + sums * (sums.shape[1] / correct.shape[1])
 
 
 def _interaction(correct: np.ndarray) -> float:
@@ -124,26 +147,29 @@ def _interaction(correct: np.ndarray) -> float:
     return float((residual**2).sum() / ((seeds - 1) * (reviews - 1)))
 
 
-def accuracy_interval(correct: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a setting's accuracy: Wilson's for a single seed, else `bootstrap_interval`."""
+def accuracy_interval(correct: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """The 95 % interval of a setting's accuracy: `share_interval` for a single seed, else `bootstrap_interval`."""
     if len(correct) == 1:
-        return wilson_interval(int(correct.sum()), correct.shape[1])
-    return bootstrap_interval(correct)
+        return share_interval(correct[0], groups)
+    return bootstrap_interval(correct, groups=groups)
 
 
-def paired_test(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], float]:
+def paired_test(first: np.ndarray, second: np.ndarray, groups: np.ndarray | None = None
+                ) -> tuple[tuple[int, int], float]:
     """Fisher's exact randomization test: ((reviews that the first gets right more often, the second), two-sided p).
 
-    If neither setting is better, the names of the two might as well be exchanged, on each review independently (Fisher
-    1935, chapter 3). p is the probability that the leads of the second then add up to as much as they do, or more, in
-    either direction. A lead is the difference between the shares of seeds that get the review right. With one seed
-    each, this is McNemar's test (1947) in its exact form.
+    If neither setting is better, the names of the two might as well be exchanged, on each review, or whole group,
+    independently (Fisher 1935, chapter 3). p is the probability that the leads of the second then add up to as much as
+    they do, or more, in either direction. A lead is the difference between the shares of seeds that get the review
+    right. With one seed each and no groups, this is McNemar's test (1947) in its exact form.
     """
     from scipy.stats import binom  # here, because most modes of main.py do not need it
 
     # In units of 1 / (seeds of the first x seeds of the second), the leads are integers.
     leads = second.sum(axis=0) * len(first) - first.sum(axis=0) * len(second)
     better_on = int((leads < 0).sum()), int((leads > 0).sum())
+    if groups is not None:
+        leads = np.rint(np.bincount(np.unique(groups, return_inverse=True)[1], leads)).astype(int)
     chances = np.ones(1)  # of each possible sum of leads, from the least to the greatest
     for lead, count in zip(*np.unique(np.abs(leads[leads != 0]), return_counts=True), strict=True):
         of_these = np.zeros(2 * lead * count + 1)
@@ -178,9 +204,10 @@ def sentence(pair: Pair) -> str:
     """What a pair shows, in one plain sentence, with differences in points of accuracy."""
     points, (low, high) = 100 * pair.difference, (100 * end for end in pair.interval)
     seeds = f"{pair.seeds[0]}" if pair.seeds[0] == pair.seeds[1] else f"{pair.seeds[0]} and {pair.seeds[1]}"
-    basis = f"{pair.reviews:,} reviews and {seeds} seed{'' if pair.seeds == (1, 1) else 's'}"
+    of_groups = f" of {pair.groups:,} groups" if pair.groups else ""
+    basis = f"{pair.reviews:,} reviews{of_groups} and {seeds} seed{'' if pair.seeds == (1, 1) else 's'}"
     basis += " each" if pair.seeds[0] == pair.seeds[1] else ""
-    test = "McNemar's exact test" if pair.seeds == (1, 1) else "exact randomization test"
+    test = "McNemar's exact test" if pair.seeds == (1, 1) and not pair.groups else "exact randomization test"
     test += f" p {_p(pair.p_value)}"
     if pair.p_holm != pair.p_value:
         test += f", corrected {_p(pair.p_holm).removeprefix('= ')}"

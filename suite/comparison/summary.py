@@ -28,18 +28,20 @@ def summarize(settings: Sequence[Setting], title: str, question: str = "", notes
     """The contents of comparison.json. Accuracies and differences are shares of reviews."""
     runs = [run for setting in settings for run in setting.runs]
     config, hard = runs[0].config, hard_reviews(runs)
-    rows = [_row(setting) for setting in settings]
-    pairs = compare([setting.label for setting in settings], [setting.correct for setting in settings])
+    groups = next((run.predictions.groups for run in runs if run.predictions.groups is not None), None)
+    rows = [_row(setting, groups) for setting in settings]
+    pairs = compare([setting.label for setting in settings], [setting.correct for setting in settings],
+                    groups)
     return {
         "title": config.demo_mark + title, "question": question, "demo": config.is_demo,
         "split": SPLITS[runs[0].split], "reviews": len(runs[0].predicted),
         "settings": rows, "data_size": data_size(settings, rows),
         "pairs": [asdict(pair) | {"is_shown": pair.is_shown, "sentence": sentence(pair)} for pair in pairs],
         "wrong_in_all_runs": len(hard["wrong_in_all_runs"]), "runs_disagree": len(hard["disagreements"]),
-        "notes": [*notes, *_conditions(runs)]}
+        "notes": [*notes, *_conditions(runs, groups)]}
 
 
-def _row(setting: Setting) -> dict[str, Any]:
+def _row(setting: Setting, groups: np.ndarray | None) -> dict[str, Any]:
     accuracies = setting.correct.mean(axis=1)
     figures = {name: setting.figures("train" if figure.section == "train" else setting.runs[0].split, name)
                for name, figure in COLUMNS.items()}
@@ -48,28 +50,31 @@ def _row(setting: Setting) -> dict[str, Any]:
             "trained_on": setting.runs[0].metrics.get("data", {}).get("train"), "accuracies": accuracies.tolist(),
             "accuracy": float(accuracies.mean()),
             "accuracy_sd": float(accuracies.std(ddof=1)) if len(accuracies) > 1 else None,
-            "accuracy_ci95": list(accuracy_interval(setting.correct)),
+            "accuracy_ci95": list(accuracy_interval(setting.correct, groups)),
             **{name: float(np.mean(values)) if values else None for name, values in figures.items()},
             "published": setting.published}
 
 
-def _conditions(runs: Sequence[Result]) -> list[str]:
+def _conditions(runs: Sequence[Result], groups: np.ndarray | None) -> list[str]:
     """Sentences about the data, machines and versions that the runs were done with."""
     data = runs[0].config.data_config
     dataset = Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
     limit = f", limited to {data.limit:,} rows" if data.limit else ""
     if data.train_limit and len({run.train_limit for run in runs}) == 1:
         limit += f", train_limit {data.train_limit:,}"
-    groups = f", each {data.group_column} in one part" if data.group_column else ""
-    lines = [f"Data: {dataset}, split {data.split}{groups}, split_seed {data.split_seed}{limit}. All runs were "
+    whole = f", each {data.group_column} in one part" if data.group_column else ""
+    lines = [f"Data: {dataset}, split {data.split}{whole}, split_seed {data.split_seed}{limit}. All runs were "
              f"measured on the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that "
              "were best on validation."]
     if runs[0].split == "valid":
         lines.append("Not all runs were tested, so they are compared on validation, on which their best epochs and "
                      "settings were chosen. The figure to report is that of a test.")
-    if data.group_column:
-        lines.append(f"Intervals and tests take the reviews as independent. Those of one {data.group_column} may "
-                     "resemble each other: then the intervals are too narrow, and p too small.")
+    if groups is not None:
+        lines.append(f"The reviews are of {len(np.unique(groups)):,} groups, and those of one {data.group_column} may "
+                     "resemble each other: intervals and tests count whole groups.")
+    elif data.group_column:
+        lines.append("The runs' predictions are of an earlier version and do not name the groups, so intervals and "
+                     "tests take the reviews as independent. Test the runs again: --mode test")
     places = {_place(found) for run in runs
               for found in (run.metrics.get("environment", {}), run.metrics.get("tested_on")) if found is not None}
     lines.append("Measured on: " + "; ".join(sorted(places)) + ".")

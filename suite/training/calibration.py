@@ -5,6 +5,8 @@ the model is calibrated without knowing of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from suite.training.evaluation import Calibration, Predictions
@@ -24,19 +26,25 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def at_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    return Predictions(predictions.ids, predictions.labels, predictions.logits.astype(np.float64) / temperature)
+    return replace(predictions, logits=predictions.logits.astype(np.float64) / temperature)
 
 
 def calibration_figures(predictions: Predictions, temperature: float) -> dict[str, float | list[float]]:
     """What the temperature has changed: the loss and the calibration error before and after, with 95 % intervals by the
-    percentiles of a bootstrap over the reviews. `predictions`: those after it."""
+    percentiles of a bootstrap over the reviews, or over whole groups. `predictions`: those after it."""
     figures: dict[str, float | list[float]] = {"temperature": temperature}
-    n = len(predictions.labels)
+    n, groups = len(predictions.labels), predictions.groups
+    if groups is not None:
+        _, counts = np.unique(groups, return_counts=True)
+        members = np.split(np.argsort(groups, kind="stable"), counts.cumsum()[:-1])  # the reviews of each group
     for when, given in (("before", at_temperature(predictions, 1 / temperature)), ("after", predictions)):
         losses, generator, resampled = given.losses, np.random.default_rng(0), []
         for _ in range(RESAMPLES):
-            rows = generator.integers(0, n, n)
-            drawn = Predictions(np.arange(n), given.labels[rows], given.logits[rows])
+            if groups is None:
+                rows = generator.integers(0, n, n)
+            else:
+                rows = np.concatenate([members[group] for group in generator.integers(0, len(members), len(members))])
+            drawn = Predictions(np.arange(len(rows)), given.labels[rows], given.logits[rows])
             resampled.append((losses[rows].mean(), Calibration(drawn).error))
         low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
         for name, value, place in (("loss", losses.mean(), 0), ("ece", Calibration(given).error, 1)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,19 @@ class Predictions:
     ids: np.ndarray  # (n,) int64, rows in the pooled data
     labels: np.ndarray  # (n,) int64
     logits: np.ndarray  # (n, num_labels) float32; float64 from a bag of words or a stack
+    groups: np.ndarray | None = None  # (n,) int64, the first id of each review's group; None without a group column
 
     def __post_init__(self):
         order = np.argsort(self.ids)
         self.ids, self.labels, self.logits = self.ids[order], self.labels[order], self.logits[order]
+        self.groups = None if self.groups is None else self.groups[order]
+
+    def in_groups(self, groups: np.ndarray | None) -> Predictions:
+        """The same predictions, of reviews that belong to `groups` (rows of the pooled data,), or to none."""
+        if groups is None:
+            return self
+        _, first, inverse = np.unique(groups[self.ids], return_index=True, return_inverse=True)
+        return replace(self, groups=self.ids[first[inverse]])
 
     @functools.cached_property
     def log_probabilities(self) -> np.ndarray:
@@ -70,7 +79,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     with more, they are unweighted means over the classes. `macro_f1` is always such a mean. `roc_auc` and
     `average_precision` compare each class with the rest and average over the classes, or are those of class 1 with two
     classes; `mcc` is Matthews' correlation coefficient. These three are None if a class does not occur in the split.
-    `accuracy_ci95`: see `wilson_interval`. `ece`: see `Calibration`. `aurc`: see `risk_coverage`.
+    `accuracy_ci95`: see `share_interval`. `ece`: see `Calibration`. `aurc`: see `risk_coverage`.
     """
     from sklearn.metrics import (  # here, because labelling does not need it
         average_precision_score,
@@ -85,7 +94,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
                                  "train_config.max_grad_norm")
     labels, predicted = predictions.labels, predictions.predicted
     n, num_labels = predictions.logits.shape
-    correct = int((predicted == labels).sum())
+    is_right, groups = predicted == labels, predictions.groups
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, labels=range(num_labels), average="binary" if num_labels == 2 else "macro", zero_division=0)
     macro_f1 = f1_score(labels, predicted, labels=range(num_labels), average="macro", zero_division=0)
@@ -95,12 +104,11 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         mcc = float(matthews_corrcoef(labels, predicted))
         roc_auc = float(roc_auc_score(labels, scores, multi_class="ovr"))
         average_precision = float(average_precision_score(labels, scores))
-    risk, sure = risk_coverage(predictions), round(SUREST * n)
-    sure_hits = round(sure * (1 - risk[sure - 1]))
-    return {
+    surest = np.argsort(-predictions.confidence, kind="stable")[:round(SUREST * n)]
+    metrics = {
         "loss": float(predictions.losses.sum() / n),
-        "accuracy": correct / n,
-        "accuracy_ci95": list(wilson_interval(correct, n)),
+        "accuracy": float(is_right.mean()),
+        "accuracy_ci95": list(share_interval(is_right, groups)),
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),
@@ -109,11 +117,12 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "roc_auc": roc_auc,
         "average_precision": average_precision,
         "ece": Calibration(predictions).error,
-        "aurc": float(risk.mean()),
-        "surest_accuracy": sure_hits / sure,
-        "surest_accuracy_ci95": list(wilson_interval(sure_hits, sure)),
+        "aurc": float(risk_coverage(predictions).mean()),
+        "surest_accuracy": float(is_right[surest].mean()),
+        "surest_accuracy_ci95": list(share_interval(is_right[surest], None if groups is None else groups[surest])),
         "n": n,
     }
+    return metrics if groups is None else metrics | {"groups": len(np.unique(groups))}
 
 
 def quality(metrics: dict[str, Any], best_metric: str) -> tuple[float, ...]:
@@ -128,9 +137,9 @@ def threshold_figures(predictions: Predictions, saved: dict[str, Any]) -> dict[s
     decided = (predictions.probabilities[:, 1] >= saved["threshold"]).astype(int)
     precision, recall, f1, _ = precision_recall_fscore_support(predictions.labels, decided, average="binary",
                                                                zero_division=0)
-    correct, n = int((decided == predictions.labels).sum()), len(decided)
-    return {"aim": saved["aim"], "threshold": saved["threshold"], "accuracy": correct / n,
-            "accuracy_ci95": list(wilson_interval(correct, n)), "precision": float(precision),
+    is_right = decided == predictions.labels
+    return {"aim": saved["aim"], "threshold": saved["threshold"], "accuracy": float(is_right.mean()),
+            "accuracy_ci95": list(share_interval(is_right, predictions.groups)), "precision": float(precision),
             "recall": float(recall), "f1": float(f1)}
 
 
@@ -142,12 +151,31 @@ def risk_coverage(predictions: Predictions) -> np.ndarray:
     return np.cumsum(wrong) / np.arange(1, len(wrong) + 1)
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927)."""
-    from scipy.stats import binomtest  # here, because labelling does not need it
+def share_interval(hits: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """The 95 % interval of the share of True among `hits` (n,) bool: Wilson's.
 
-    interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    Reviews of one of the `groups` (n,) may resemble each other. So they count as many as the independent reviews whose
+    share would scatter as that of whole groups does, and fewer where there are few groups (Korn and Graubard 1998,
+    Survey Methodology 24:193). If all hits are alike, a group counts as one review.
+    """
+    from scipy.stats import norm, t  # here, because labelling does not need it
+
+    n, share = len(hits), float(hits.mean())
+    if groups is None:
+        return wilson_interval(share, n)
+    sums = np.bincount(np.unique(groups, return_inverse=True)[1], hits - share)
+    count, binomial = len(sums), share * (1 - share) / n
+    if count == 1 or binomial == 0:
+        return wilson_interval(share, count)
+    variance = max(binomial, count / (count - 1) * float((sums**2).sum()) / n**2)
+    return wilson_interval(share, n * binomial / variance * (norm.ppf(0.975) / t.ppf(0.975, count - 1))**2)
+
+
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """The 95 % score interval of a share of `n` independent reviews (Wilson 1927)."""
+    z = 1.959963984540054  # the normal distribution's 0.975 quantile
+    center, half = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, float((center - half) / (1 + z**2 / n))), min(1.0, float((center + half) / (1 + z**2 / n)))
 
 
 class Calibration:
@@ -168,13 +196,18 @@ class Calibration:
 
 
 def write_predictions(path: Path, predictions: Predictions, label_names: list[str]) -> None:
-    """Write the predictions for a split: id, label, predicted, and one column of probabilities for each class."""
+    """Write the predictions for a split: id, label, predicted, group if there are groups, and one column of
+    probabilities for each class."""
+    groups = np.empty((len(predictions.ids), 0)) if predictions.groups is None else predictions.groups[:, None]
     with atomic_write(path) as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "label", "predicted", *(f"probability_{name}" for name in label_names)])
-        for row, label, predicted, probabilities in zip(predictions.ids, predictions.labels, predictions.predicted,
-                                                        predictions.probabilities, strict=True):
-            writer.writerow([row, label_names[label], label_names[predicted], *(f"{p:.9g}" for p in probabilities)])
+        writer.writerow(["id", "label", "predicted", *["group"] * groups.shape[1],
+                         *(f"probability_{name}" for name in label_names)])
+        for row, label, predicted, group, probabilities in zip(
+                predictions.ids, predictions.labels, predictions.predicted, groups, predictions.probabilities,
+                strict=True):
+            writer.writerow([row, label_names[label], label_names[predicted], *group,
+                             *(f"{p:.9g}" for p in probabilities)])
 
 
 def mistakes(predictions: Predictions, text: Callable[[int], str], label_names: list[str]) -> list[dict]:

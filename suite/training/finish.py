@@ -51,6 +51,7 @@ class FittedRun:
         `train`: what metrics.json says about the training, in so many `iterations` of the solver.
         """
         folder.begin()
+        valid = valid.in_groups(split.groups)
         self.config, self.devices, self.data, metrics = folder.config, devices, split, compute_metrics(valid)
         self.figures = {"train": train, "valid": metrics | {"epoch": 1}}
         record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
@@ -69,7 +70,10 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
     if not run.devices.is_main:
         return
     config, folder = run.config, run.config.run_folder
-    tested = {} if predictions is None else {"test": compute_metrics(predictions)}
+    tested = {}
+    if predictions is not None:
+        predictions = predictions.in_groups(run.data.groups)
+        tested["test"] = compute_metrics(predictions)
     if tested and (temperature := run.figures.get("valid", {}).get("temperature")):
         tested["calibration"] = calibration_figures(predictions, temperature)
     if tested and (chosen := folder / "best" / THRESHOLD).exists():
@@ -130,6 +134,7 @@ def lacks_only_its_test(config: Config) -> bool:
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
     split, train = "test" if "test" in metrics else "valid", metrics.get("train")
     found, unit = metrics[split], "masked words" if config.pretrains else "reviews"
+    unit += f" of {show(found, 'groups')} groups" if "groups" in found else ""
     lines = [f"{SPLITS[split]} {on_console(found)}, {show(found, 'n')} {unit}"]
     if "surest_accuracy" in found:
         lines.append(f"accuracy {show(found, 'surest_accuracy')} on the {100 * SUREST:.0f} % of highest confidence")

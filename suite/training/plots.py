@@ -115,8 +115,7 @@ def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     draw_diagonal(axis, predictions.logits.shape[1])
     x, y = points_of(bins)
     counts = bins.counts[bins.counts > 0]
-    correct = np.rint(counts * y / 100).astype(int)
-    low, high = 100 * np.transpose(list(map(wilson_interval, correct, counts)))
+    low, high = 100 * np.transpose(list(map(wilson_interval, y / 100, counts)))
     axis.errorbar(x, y, yerr=[y - low, high - y], color=BLUE, marker="o", elinewidth=1, capsize=2,
                   label=f"model, with 95 % intervals\n(expected calibration error {100 * bins.error:.1f} points)")
     axis.set_ylabel("accuracy (% of reviews)")

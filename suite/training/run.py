@@ -270,6 +270,8 @@ class Run:
         """Record the metrics on validation, keep the model if it is the best so far, save the state."""
         progress, best_metric = self.progress, self.config.train_config.best_metric
         calibration = {}
+        if not self.config.pretrains:
+            predictions = predictions.in_groups(self.data.groups)
         if self.config.train_config.calibrate and not self.config.pretrains:
             calibration["temperature"] = self.temperature = fit_temperature(predictions)
             predictions = at_temperature(predictions, self.temperature)
