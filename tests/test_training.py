@@ -106,10 +106,25 @@ def test_a_finished_run_is_not_taken_for_one_of_other_reviews(undisturbed, tmp_p
     for dataset in ("reviews.csv", str(tmp_path / "two" / "reviews.csv")):
         monkeypatch.chdir(tmp_path / "two")
         refused = train_here(*given, f"data_config.dataset={dataset}", code=2).stderr
-        assert f"{dataset} holds other reviews than those of the finished run in " in refused
+        assert f"{dataset} holds other reviews than when the run in " in refused
     monkeypatch.chdir(tmp_path / "one")
     shutil.copy(tmp_path / "two" / "reviews.csv", "reviews.csv")
     assert "holds other reviews" in train_here(*given, "data_config.dataset=reviews.csv", code=2).stderr
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_model(undisturbed, tmp_path):
+    """The encoder was trained again under its old name."""
+    overrides, folder = undisturbed
+    shutil.copytree(folder / "best", tmp_path / "encoder" / "best")
+    given = [*overrides, "train_config.epochs=1", f"model_config.model_name={tmp_path / 'encoder' / 'best'}",
+             f"output_dir={tmp_path / 'runs'}", "run_name=further", "train_config.seed=7"]
+    train_here(*given)
+    assert "nothing was done again" in train_here(*given).stdout
+    shutil.rmtree(tmp_path / "encoder" / "best")
+    shutil.copytree(tmp_path / "runs" / "further" / "best", tmp_path / "encoder" / "best")
+    refused = train_here(*given, code=2).stderr
+    assert "holds another model than when the run in " in refused
+    assert "(model_config.model_name)" in refused
 
 
 def test_the_card_of_a_dataset_folder_belongs_to_its_content(tmp_path):
@@ -117,11 +132,11 @@ def test_the_card_of_a_dataset_folder_belongs_to_its_content(tmp_path):
     (tmp_path / "part").mkdir()
     for name in ("train.csv", "README.md", "part/README.md"):
         (tmp_path / name).write_text("text,label\n")
-    before = run_folder.content_of(str(tmp_path))
+    before = run_folder.content_of("data_config.dataset", str(tmp_path))
     (tmp_path / "part/README.md").write_text("other")
-    assert run_folder.content_of(str(tmp_path)) == before
+    assert run_folder.content_of("data_config.dataset", str(tmp_path)) == before
     (tmp_path / "README.md").write_text("other")
-    assert run_folder.content_of(str(tmp_path)) != before
+    assert run_folder.content_of("data_config.dataset", str(tmp_path)) != before
 
 
 def test_a_run_can_leave_the_test_split_alone_until_later(undisturbed):

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from suite.common.checks import problems_of
-from suite.common.storage import OLD, PARTIAL, atomic_write, read_json, refuse_damage, sum_of_files
+from suite.common.storage import (
+    MANIFEST,
+    OLD,
+    PARTIAL,
+    atomic_write,
+    read_json,
+    refuse_damage,
+    sha256_of,
+    sum_of_files,
+)
 from utils import (
     BAG_OF_WORDS,
     INPUTS,
@@ -59,19 +68,37 @@ def best_model(run_folder: Path) -> Path:
     return folder
 
 
-def content_of(dataset: str) -> str | None:
-    """A sum of the files of a dataset that lies here, in hex; None for one on the Hub. A README.md may name classes."""
-    path = Path(dataset)
+def inputs_of(config: Config) -> dict[str, str]:
+    """{key: value} of the dataset, the encoder and, if there is one, the teacher."""
+    values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in INPUTS}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def content_of(key: str, value: str) -> str | None:
+    """A sum, in hex, of the files of an input that lies here: of a dataset, or of a model of this suite; else None.
+
+    A dataset's README.md may name classes. A model is known by its list of sums.
+    """
+    path = Path(value)
+    if key != "data_config.dataset":
+        lists = [folder / MANIFEST for folder in (path, path / "best") if (folder / MANIFEST).is_file()]
+        return sha256_of(lists[0]) if lists else None
     files = [path] * path.is_file()
     if path.is_dir():
         files = [file for file in path.rglob("*") if file_kind(file) or file == path / "README.md"]
     return sum_of_files(path, files) if files else None
 
 
-def is_of_content(metrics: dict[str, Any], content: str | None) -> bool:
-    """Whether a finished run may have been trained on the files of this content: see `content_of`."""
-    then = metrics.get("data", {}).get("content")
-    return None in (then, content) or then == content
+def changed_input(metrics: dict[str, Any], config: Config, content: Callable[[str, str], str | None] = content_of
+                  ) -> str | None:
+    """The key of the first input whose files are not those with which a finished run was trained; None if there is
+    none, as far as both are known. `metrics`: its metrics.json."""
+    data = metrics.get("data", {})
+    then = data.get("contents", {"data_config.dataset": data.get("content")})  # an earlier version knew this one alone
+    for key, value in inputs_of(config).items():
+        if None not in (sums := (then.get(key), content(key, value))) and sums[0] != sums[1]:
+            return key
+    return None
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

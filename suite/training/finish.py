@@ -16,7 +16,7 @@ from data import evaluation_loader, prepare_data
 from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.pages import write_model_card
-from suite.common.run_folder import best_model, content_of, is_encoder, read_history, read_metrics
+from suite.common.run_folder import best_model, content_of, inputs_of, is_encoder, read_history, read_metrics
 from suite.common.storage import THRESHOLD, read_json, write_json, write_text
 from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
@@ -80,7 +80,7 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
         tested["threshold"] = threshold_figures(predictions, read_json(chosen))
     here = environment(run.devices)
     # A TrainedRun's figures hold the data and the environment of its training, which stay.
-    data = run.data.record | {"content": content_of(config.data_config.dataset)}
+    data = run.data.record | {"contents": {key: content_of(key, value) for key, value in inputs_of(config).items()}}
     metrics = {"data": data, "environment": here} | run.figures | tested
     if "environment" in run.figures:
         metrics["tested_on"] = here

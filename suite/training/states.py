@@ -22,9 +22,9 @@ from typing import Any
 from suite.common.run_folder import (
     REPLACED,
     TEACHER,
-    content_of,
+    changed_input,
     differences,
-    is_of_content,
+    inputs_of,
     read_metrics,
     save_config,
 )
@@ -98,10 +98,11 @@ class RunFolder:
             raise UserError(f"{self.path} holds a finished run: choose another run_name, or replace it with "
                             "train_config.overwrite=true")
         self.refuse_differences()
-        if not is_of_content(metrics, content_of(self.config.data_config.dataset)):
-            raise UserError(f"{self.config.data_config.dataset} holds other reviews than those of the finished run in "
-                            f"{self.path}: choose another run_name, or replace the run with train_config.resume=never "
-                            "train_config.overwrite=true")
+        if key := changed_input(metrics, self.config):
+            other = "other reviews" if key == "data_config.dataset" else "another model"
+            raise UserError(f"{inputs_of(self.config)[key]} holds {other} than when the run in {self.path} was "
+                            f"trained ({key}): choose another run_name, or replace the run with "
+                            "train_config.resume=never train_config.overwrite=true")
         return metrics
 
     def state_to_continue(self) -> Path | None:
