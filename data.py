@@ -241,7 +241,7 @@ class PreparedData:
     fingerprint: str  # of the reviews, their labels and the split
     held_out: np.ndarray  # of 16 bytes: the digests of the texts, and groups, that validate and test
     digests: np.ndarray  # the same of what is trained on here, and of what the model was trained on before
-    groups: np.ndarray | None = None  # (rows of the pooled data,) of 16 bytes: equal for equal groups; None for none
+    units: np.ndarray | None = None  # see `Split`
 
     def text(self, review_id: int) -> str:
         """The review whose `id` this is."""
@@ -289,7 +289,7 @@ def prepare_data(config: Config, trained_model: str | None = None, split: Split 
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, reviews.table,
                                 first_windows, class_weights) for name, ids in ids_of.items()}
-    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out, seen, split.groups)
+    return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out, seen, split.units)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

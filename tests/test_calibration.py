@@ -1,6 +1,8 @@
 """train_config.calibrate: the temperature is found, changes no label, and is part of what every reader gets."""
 
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import PROJECT, metrics_of, rows_of, run_here, stop_at, train_here
@@ -34,12 +36,17 @@ def test_its_figures():
     calibrated = at_temperature(draw(2000, 3.0), 3.0)
     figures = calibration_figures(calibrated, 3.0)
     assert figures["loss_before"] == pytest.approx(draw(2000, 3.0).losses.mean())
-    for name in ("loss", "ece"):
-        (low, high), value = figures[f"{name}_after_ci95"], figures[f"{name}_after"]
-        assert high < figures[f"{name}_before_ci95"][0]
-        assert low < high
-        if name == "loss":  # a resampled calibration error is larger than that of the sample
-            assert low < value < high
+    assert figures["ece_after"] < 0.5 * figures["ece_before"]
+    assert figures["loss_after_ci95"][1] < figures["loss_before_ci95"][0]
+    half = 1.96 * calibrated.losses.std() / np.sqrt(2000)
+    assert figures["loss_after_ci95"] == pytest.approx(
+        [figures["loss_after"] - half, figures["loss_after"] + half], abs=0.02 * half)
+    five = replace(calibrated, ids=np.arange(10_000), labels=calibrated.labels.repeat(5),
+                   logits=calibrated.logits.repeat(5, axis=0), groups=np.arange(2000).repeat(5))
+    assert calibration_figures(five, 3.0)["loss_after_ci95"] == pytest.approx(
+        figures["loss_after_ci95"], abs=0.01 * half)  # copies tell nothing new
+    alone = calibration_figures(replace(five, groups=np.zeros(10_000, int)), 3.0)
+    assert "loss_after_ci95" not in alone  # nor does one group about others
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,8 @@ def test_the_report_has_a_curve_for_each_kind_of_model(tmp_path, capsys):
     perfect = [{"trained_on": size, "accuracy": min(1, size / 2000), "accuracy_ci95": [0, 1]} for size in SIZES]
     assert data_size._curve("it", perfect, "")["sentence"] == (
         "it: no forecast, because at one of the sizes nothing is wrong.")
+    falling = [row | {"accuracy": 1 - row["accuracy"]} for row in level]
+    assert data_size._curve("it", falling, "")["sentence"].startswith("it: no forecast, because the error does")
     markdown, page = ((tmp_path / "report" / f"report.{kind}").read_text() for kind in ("md", "html"))
     for text in (capsys.readouterr().out, markdown, page):
         assert all(curve["sentence"] in text for curve in found["curves"])

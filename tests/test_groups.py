@@ -19,6 +19,7 @@ from test_files_people_have import write
 
 from suite.common.run_folder import read_saved_config
 from suite.comparison import stacking
+from suite.comparison.report import show_baseline
 from suite.comparison.results import group, read_result, refuse_different_tests
 from suite.comparison.significance import compare
 from suite.comparison.stacking import stack_runs
@@ -27,7 +28,7 @@ from suite.encoders.loading import TRAINED_TEXTS, trained_texts
 from suite.reviews import splitting
 from suite.reviews.grouping import draw_units, group_digests
 from suite.reviews.splitting import load_split, split_reviews
-from suite.training.evaluation import share_interval
+from suite.training.evaluation import Predictions, share_interval
 from suite.training.pretraining import choose
 from utils import DataConfig, UserError, load_config
 
@@ -244,6 +245,20 @@ def test_blanks_around_a_group_do_not_count_and_a_text_is_no_group(tmp_path):
     assert not np.isin(split.digests, split.groups).any()
 
 
+def test_copies_that_are_kept_count_as_one(tmp_path):
+    """With a group column, so do groups that share a text; where copies are dropped, groups are as they are named."""
+    records = films()
+    path = write(tmp_path / "films.jsonl", records + records[:2] + [records[12] | {"film": records[0]["film"]}])
+    assert records[12]["film"] != records[0]["film"]
+    kept = ["data_config.drop_duplicates=false"]
+    alone = load_split(load_config(PROJECT / "config.yaml", [f"data_config.dataset={path}", *kept])).units
+    assert [np.flatnonzero(alone == alone[row]).tolist() for row in (0, 5, 12)] == [[0, 240], [5], [12, 242]]
+    joined, named = split_of(path, *kept).units, split_of(path).units
+    assert (joined[0] == joined[12], named[0] == named[12], len(np.unique(joined)) + 1) == (True, False, 40)
+    found = Predictions(np.array([240, 3, 0]), np.zeros(3, int), np.zeros((3, 2))).in_groups(alone).groups
+    assert found.tolist() == [0, 3, 0]
+
+
 def test_a_number_that_pandas_wrote_as_a_float_is_the_same_group():
     found = group_digests(datasets.Dataset.from_dict({"group": ["7", "7.0", " 7.00", "70", "7.5", "v1.0", "1.0.0"]}))
     assert [int(np.flatnonzero(found == digest)[0]) for digest in found] == [0, 0, 0, 3, 4, 5, 6]
@@ -321,7 +336,7 @@ def test_a_stack_is_cross_fitted_and_tested_by_films(trained, monkeypatch):
     assert not films_in(runs / "stack", records, "valid") & films_in(runs / "stack", records, "test")
 
 
-def test_runs_are_compared_by_films(trained):
+def test_runs_are_compared_by_films(trained, capsys):
     _, _, runs = trained
     results = [read_result(runs / name) for name in ("bag-of-words", "encoder")]
     summary, film = summarize(group(results), "films"), results[0].predictions.groups
@@ -330,9 +345,11 @@ def test_runs_are_compared_by_films(trained):
     pair = summary["pairs"][0]
     assert (pair["interval"], pair["p_value"], pair["groups"]) == (expected.interval, expected.p_value, 8)
     assert "at 48 reviews of 8 groups and 1 seed each" in pair["sentence"]
+    show_baseline(results[1].config)  # what a training ends with
+    assert capsys.readouterr().out.endswith(pair["sentence"].replace("bert0", "encoder") + "\n")
     for result in results:  # as an earlier version has written them
         result.predictions.groups = None
-    assert "Test the runs again: --mode test" in "\n".join(summarize(group(results), "films")["notes"])
+    assert "test the runs again with --mode test" in "\n".join(summarize(group(results), "films")["notes"])
 
 
 def test_runs_with_and_without_the_column_are_not_compared(trained):

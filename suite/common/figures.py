@@ -20,8 +20,8 @@ class Figure(NamedTuple):
 MEASURED = "valid, test"  # the sections of what was measured on reviews
 FIGURES = {
     "accuracy": Figure(MEASURED, "share of the reviews that get their own class", "accuracy", ".4f", "card console"),
-    "accuracy_ci95": Figure(MEASURED, "the accuracy's 95 % interval (Wilson 1927): two numbers; with "
-                            "data_config.group_column, it counts whole groups"),
+    "accuracy_ci95": Figure(MEASURED, "the accuracy's 95 % interval (Wilson 1927): two numbers; where there "
+                            "are `groups`, it counts whole ones"),
     "loss": Figure(MEASURED, "mean cross-entropy, in nats", "loss", ".4f", "card console table", "nats"),
     "perplexity": Figure("valid", "of a pretraining run: e to the power of the loss", "perplexity", ".2f",
                          "card console"),
@@ -43,11 +43,12 @@ FIGURES = {
     "surest_accuracy_ci95": Figure(MEASURED, "its 95 % interval: two numbers"),
     "temperature": Figure("valid, calibration", "with train_config.calibrate: what the logits are divided by"),
     "loss_before": Figure("calibration", "the test loss without the temperature; `loss_after` with it; `ece_before` "
-                          "and `ece_after` likewise. Each has a bootstrap's 95 % interval, such as `loss_after_ci95`"),
+                          "and `ece_after` likewise. A loss has a 95 % interval, such as `loss_after_ci95`"),
     "threshold": Figure("threshold", "of --mode decide: the probability from which on a review gets class 1, its "
                         "`aim`, and what it gives on the test reviews: `accuracy`, `precision`, `recall`, `f1`"),
     "n": Figure(MEASURED, "number of reviews; of a pretraining run, of masked words", "reviews", ","),
-    "groups": Figure(MEASURED, "with data_config.group_column: the number of groups that they are of", "groups", ","),
+    "groups": Figure(MEASURED, "with data_config.group_column: of how many groups; with data_config.drop_duplicates="
+                     "false: of how many texts, or groups of these", "groups", ","),
     "epoch": Figure("valid", "the epoch of the best model"),
     "optimizer_steps": Figure("train", "optimizer steps; of a model that a solver fits, its iterations",
                               "optimizer steps", ",.0f", "table"),

@@ -63,7 +63,7 @@ def write_model_card(folder: Path, config: Config, metrics: dict[str, Any], labe
         "classifier_card.md", metadata=metadata.to_yaml(), config=config, data=data, train=config.train_config,
         model=_public(encoder), threshold=metrics.get("threshold"),
         teacher=config.train_config.teacher and short_name(config.train_config.teacher),
-        dataset=dataset, classes=label_names, figures=on_card(test), reviews=test["n"],
+        dataset=dataset, classes=label_names, figures=on_card(test), reviews=test["n"], groups=test.get("groups"),
         kind="encoder" if is_encoder(config) else "bag of words" if encoder == BAG_OF_WORDS else "stack",
         split=data.split if isinstance(data.split, str) else " : ".join(f"{share:g}" for share in data.split),
         optimizer_steps=metrics.get("train", {}).get("optimizer_steps"), note=TRUNCATION_NOTES.get(data.truncation)))

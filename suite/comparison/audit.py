@@ -112,7 +112,7 @@ def cross_fitted(split: Split, line_breaks: str) -> Judged:
         logits[held_out] = model.logits_of(features[held_out])
         places = held_out[logits[held_out].argmax(axis=1) != labels[held_out]]
         words |= words_against(model, features[places], Predictions(ids[places], labels[places], logits[places]))
-    predictions = Predictions(ids, labels, logits).in_groups(split.groups)
+    predictions = Predictions(ids, labels, logits).in_groups(split.units)
     return Judged(predictions, words, {f"bags of words that were fitted without them, on {FOLDS - 1} of {FOLDS} folds":
                                        predictions})
 
@@ -153,7 +153,7 @@ def refuse_other_reviews(run: Path, results: Sequence[Result], split: Split) -> 
 def with_run(run: Path, results: Sequence[Result], split: Split, bags: Judged) -> Judged:
     """The validation and test reviews of a run, by its saved predictions and those of the bags of words."""
     own = Predictions(*(np.concatenate([getattr(result.predictions, name) for result in results])
-                        for name in ("ids", "labels", "logits"))).in_groups(split.groups)
+                        for name in ("ids", "labels", "logits"))).in_groups(split.units)
     places = np.searchsorted(bags.ids, own.ids)
     stacked = cross_fit(log_odds([own.probabilities, bags.predictions.probabilities[places]]), own.labels,
                         split.label_names, split_units(split, own.ids))

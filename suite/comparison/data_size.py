@@ -91,6 +91,8 @@ def _curve(model: str, rows: Sequence[dict[str, Any]], where: str) -> dict[str, 
     if min(errors) == 0:
         return curve | {"sentence": f"{model}: no forecast, because at one of the sizes nothing is wrong."}
     law = fit_power_law(sizes, errors)
+    if law.exponent <= 0:
+        return curve | {"sentence": f"{model}: no forecast, because the error does not fall with more reviews."}
     twice, without_last = _forecast(law, 2 * last), _forecast(fit_power_law(sizes[:-1], errors[:-1]), last)
     curve["law"] = {"factor": law.factor, "exponent": law.exponent, "twice": twice, "without_last": without_last}
     seen, interval, verdict = points[-1]["accuracy"], without_last["accuracy_ci95"], ""

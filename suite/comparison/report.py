@@ -149,7 +149,8 @@ def show_baseline(config: Config) -> None:
                 break
     else:
         return
-    [pair] = compare([BAG_OF_WORDS, config.run_name], [words.correct[None], run.correct[None]])
+    [pair] = compare([BAG_OF_WORDS, config.run_name], [words.correct[None], run.correct[None]],
+                     run.predictions.groups)
     say(f"{config.demo_mark}a bag of words on the same reviews, {words.folder}: test accuracy "
         f"{show(words.metrics['test'], 'accuracy')}, {show(words.metrics['train'], 'seconds')} s of training\n"
         f"{config.demo_mark}{sentence(pair)}")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from suite.training.evaluation import share_interval, wilson_interval
+from suite.training.evaluation import effective_groups, group_influence, share_interval, wilson_interval
 
 LEVEL = 0.95  # of the intervals; a difference counts as shown if the corrected p is below 1 - LEVEL
 ENDS = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+FEW = 20  # of so few reviews or groups, the formula of `detectable_difference` promises too much
 POWER = 0.8  # the share of comparisons that would show the smallest difference that we call detectable
 DRAWS = 10_000  # of the bootstrap; with so many, an interval's ends vary by about 2 % of its half-width
 
@@ -36,7 +37,7 @@ class Pair:
     p_value: float  # see `paired_test`
     p_holm: float  # corrected for the number of pairs, see `holm`
     p_seeds: float  # the larger of p_value and of the bootstrap's p, see `_lead`, corrected likewise
-    detectable: float  # see `detectable_difference`
+    detectable: float | None  # see `detectable_difference`; None for fewer than FEW reviews or groups
 
     @property
     def is_shown(self) -> bool:
@@ -57,10 +58,11 @@ def compare(names: Sequence[str], correct: Sequence[np.ndarray], groups: np.ndar
     result = []
     for (i, j), (better_on, p_value), (interval, _), p_holm, p_seeds in zip(pairs, tests, leads, corrected, with_seeds,
                                                                            strict=True):
+        reviews, number = correct[i].shape[1], None if groups is None else len(np.unique(groups))
+        detectable = detectable_difference(interval, len(pairs)) if (number or reviews) >= FEW else None
         result.append(Pair(
-            names[i], names[j], correct[i].shape[1], None if groups is None else len(np.unique(groups)),
-            (len(correct[i]), len(correct[j])), float(correct[j].mean() - correct[i].mean()), interval, better_on,
-            p_value, p_holm, p_seeds, detectable_difference(interval, len(pairs))))
+            names[i], names[j], reviews, number, (len(correct[i]), len(correct[j])),
+            float(correct[j].mean() - correct[i].mean()), interval, better_on, p_value, p_holm, p_seeds, detectable))
     return result
 
 
@@ -80,9 +82,9 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, gro
     """
     if other is not None:
         return _lead(correct, other, groups, draws, seed)[0]
-    drawn, units = _bootstrap(correct, None, groups, draws, seed)
+    drawn = _bootstrap(correct, None, groups, draws, seed)
     if (drawn == drawn[0]).all():  # all reviews are alike
-        return wilson_interval(drawn[0], units)
+        return wilson_interval(drawn[0], _independent(correct, groups))
     low, high = np.quantile(drawn, ENDS)
     return float(max(low, 0.0)), float(min(high, 1.0))
 
@@ -91,18 +93,18 @@ def _lead(correct: np.ndarray, other: np.ndarray, groups: np.ndarray | None, dra
           ) -> tuple[tuple[float, float], float]:
     """(`bootstrap_interval` of the lead over `other`, two-sided p: twice the share of the same draws in which the lead
     is 0 or the opposite of what was seen, at least 2 / (draws + 1))."""
-    drawn, units = _bootstrap(correct, other, groups, draws, seed)
+    drawn = _bootstrap(correct, other, groups, draws, seed)
     low, high = np.quantile(drawn, ENDS)
     if (drawn == drawn[0]).all():  # all reviews are alike: they only limit how frequent a different one can be
-        rare = wilson_interval(0.0, units)[1]
+        rare = wilson_interval(0.0, _independent(correct, groups))[1]
         low, high = drawn[0] - rare, drawn[0] + rare
     p_value = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (draws + 1))
     return (float(max(low, -1.0)), float(min(high, 1.0))), p_value
 
 
 def _bootstrap(correct: np.ndarray, other: np.ndarray | None, groups: np.ndarray | None, draws: int, seed: int
-               ) -> tuple[np.ndarray, int]:
-    """((draws,) accuracies, or leads over `other`, the number of reviews or groups); see `bootstrap_interval`."""
+               ) -> np.ndarray:
+    """(draws,) accuracies, or leads over `other`; see `bootstrap_interval`."""
     from scipy.stats import norm, t  # here, because most modes of main.py do not need it
 
     generator = np.random.default_rng(seed)
@@ -112,12 +114,14 @@ def _bootstrap(correct: np.ndarray, other: np.ndarray | None, groups: np.ndarray
     center = shares.mean()
     values, counts = np.unique(shares.round(12), return_counts=True)
     if len(values) == 1:
-        return np.full(draws, center), n
+        return np.full(draws, center)
     if groups is None:  # few values, so we draw their counts
         resampled = generator.multinomial(n, counts / n, size=draws) @ values / n
     else:
-        wider = t.ppf(ENDS[1], n - 1) / norm.ppf(ENDS[1]) * np.sqrt(n / (n - 1))  # as few groups scatter too little
-        resampled = center + wider * np.array([generator.choice(shares, n).mean() - center for _ in range(draws)])
+        freedom = max(effective_groups(groups) - 1, 0.05)
+        wider = t.ppf(ENDS[1], freedom) / norm.ppf(ENDS[1]) * np.sqrt(n / (n - 1))  # few groups scatter too little
+        some = [generator.choice(shares, (100, n)).mean(axis=1) for _ in range(-(-draws // 100))]  # not all in memory
+        resampled = center + wider * (np.concatenate(some)[:draws] - center)
     repeated = [runs for runs in settings if len(runs) > 1]
     variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
     interaction = sum(_interaction(runs) / len(runs) for runs in repeated) if variances.sum() > 0 else 0.0
@@ -126,18 +130,22 @@ def _bootstrap(correct: np.ndarray, other: np.ndarray | None, groups: np.ndarray
     if variances.sum() > 0:
         freedom = variances.sum()**2 / sum(variances**2 / [len(runs) - 1 for runs in repeated])
         drawn = drawn + np.sqrt(variances.sum()) * generator.standard_t(freedom, size=draws)
-    return drawn, n
+    return drawn
+
+
+def _independent(correct: np.ndarray, groups: np.ndarray | None) -> float:
+    """As how many independent reviews these count at least."""
+    return correct.shape[1] if groups is None else effective_groups(groups)
 
 
 def _units(correct: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
-    """(seeds, units) float64: what is drawn anew, reviews or whole groups. A group stands for the mean, and what its
-    reviews add to it, in units of the mean size of a group: their mean is that of the reviews, and it varies as a ratio
-    does to first order (Cochran 1977, "Sampling Techniques", section 6.3)."""
+    """(seeds, units) float64: what is drawn anew, reviews or whole groups. A group stands for the mean and what leaving
+    it out would take away, so that the mean over groups is that of the reviews, and varies as the jackknife has it."""
     if groups is None:
         return correct
-    mean, number = correct.mean(axis=1, keepdims=True), np.unique(groups, return_inverse=True)[1]
-    sums = np.stack([np.bincount(number, deviations) for deviations in correct - mean])
-    return mean + sums * (sums.shape[1] / correct.shape[1])
+    mean = correct.mean(axis=1, keepdims=True)
+    moves = np.stack([group_influence(deviations, groups) for deviations in correct - mean])
+    return mean + (moves - moves.mean(axis=1, keepdims=True)) * (moves.shape[1] / correct.shape[1])
 
 
 def _interaction(correct: np.ndarray) -> float:
@@ -220,12 +228,16 @@ def sentence(pair: Pair) -> str:
                 f"(95 % interval {ends[0]:.1f} to {ends[1]:.1f}; {test}), at {basis}.")
     reason = ""
     if pair.p_holm < 1 - LEVEL and low <= 0 <= high:
-        reason = " These trained models differ, but with other seeds they might not."
+        reason = (" The test tells them apart, but the interval does not." if pair.seeds == (1, 1) else
+                  " These trained models differ, but with other seeds they might not.")
     elif low > 0 or high < 0:
-        reason = " The interval does not contain 0, but among so many comparisons this may be chance."
-    return (f"{pair.first} and {pair.second}: no difference shown at {basis}; {100 * pair.detectable:.1f} points would "
-            f"be needed, {points:+.1f} for the second were seen (95 % interval {low:+.1f} to {high:+.1f}; {test})."
-            f"{reason}")
+        reason = " The interval does not contain 0, but " + (
+            "the test does not confirm it." if pair.p_holm == pair.p_value else
+            "among so many comparisons this may be chance.")
+    needed = (f"so few {'groups' if pair.groups else 'reviews'} can hardly show one" if pair.detectable is None else
+              f"{100 * pair.detectable:.1f} points would be needed")
+    return (f"{pair.first} and {pair.second}: no difference shown at {basis}; {needed}, {points:+.1f} for the second "
+            f"were seen (95 % interval {low:+.1f} to {high:+.1f}; {test}).{reason}")
 
 
 def _p(value: float) -> str:

@@ -27,7 +27,7 @@ from suite.comparison.results import Result, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits, refuse_other_version
 from suite.encoders.loading import STACK, kind_of
 from suite.inference.classifier import log_odds, member_name
-from suite.reviews.grouping import draw_units, units_of
+from suite.reviews.grouping import draw_units
 from suite.reviews.splitting import load_split
 from suite.training.evaluation import Predictions
 from suite.training.finish import FittedRun, write_results
@@ -65,7 +65,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
     started = time.perf_counter()
     features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels
     ids = valid[0].ids
-    units = None if split.groups is None else units_of(split.digests[ids], split.groups[ids])
+    units = None if split.units is None else np.unique(split.units[ids], return_inverse=True)[1]
     crossed = cross_fit(features, labels, names, units)
     regression = LogisticRegression(max_iter=MOST_ITERATIONS).fit(features, labels)
     seconds, iterations = time.perf_counter() - started, int(regression.n_iter_.max())

@@ -12,7 +12,7 @@ import numpy as np
 
 from suite.common.figures import heading, show, shown_in
 from suite.comparison.data_size import data_size
-from suite.comparison.results import Result, Setting
+from suite.comparison.results import TRAIN_AGAIN, Result, Setting
 from suite.comparison.significance import accuracy_interval, compare, sentence
 from suite.training.evaluation import SPLITS
 
@@ -73,8 +73,9 @@ def _conditions(runs: Sequence[Result], groups: np.ndarray | None) -> list[str]:
         lines.append(f"The reviews are of {len(np.unique(groups)):,} groups, and those of one {data.group_column} may "
                      "resemble each other: intervals and tests count whole groups.")
     elif data.group_column:
+        again = TRAIN_AGAIN if runs[0].split == "valid" else "test the runs again with --mode test"
         lines.append("The runs' predictions are of an earlier version and do not name the groups, so intervals and "
-                     "tests take the reviews as independent. Test the runs again: --mode test")
+                     f"tests take the reviews as independent: {again}")
     places = {_place(found) for run in runs
               for found in (run.metrics.get("environment", {}), run.metrics.get("tested_on")) if found is not None}
     lines.append("Measured on: " + "; ".join(sorted(places)) + ".")

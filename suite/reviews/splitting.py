@@ -24,6 +24,8 @@ class Split:
     ids_of: dict[str, np.ndarray]  # {"train", "valid", "test": rows of `reviews`, ascending}
     fingerprint: str  # of the reviews, their labels and the split
     groups: np.ndarray | None = None  # (rows,) of 16 bytes, see `group_digests`; None without a group column
+    # (labelled rows,) equal for those that intervals count as one: of a group, and of a text whose copies are kept
+    units: np.ndarray | None = None
 
     def digests_of(self, *names: str) -> np.ndarray:
         """(reviews,) the digests of the texts in these splits, and with a group column then those of their groups."""
@@ -72,7 +74,10 @@ def load_split(config: Config) -> Split:
     refuse_contradictions(digests, reviews)
     groups = None if data_config.group_column is None else group_digests(reviews.table)
     ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names, groups)
-    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()), groups)
+    units = groups
+    if not data_config.drop_duplicates:
+        units = units_of(digests, digests if groups is None else groups)
+    return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()), groups, units)
 
 
 def fingerprint(*parts: np.ndarray) -> str:

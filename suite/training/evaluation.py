@@ -29,7 +29,7 @@ class Predictions:
     ids: np.ndarray  # (n,) int64, rows in the pooled data
     labels: np.ndarray  # (n,) int64
     logits: np.ndarray  # (n, num_labels) float32; float64 from a bag of words or a stack
-    groups: np.ndarray | None = None  # (n,) int64, the first id of each review's group; None without a group column
+    groups: np.ndarray | None = None  # (n,) int64, the first id of each review's group; None: each stands alone
 
     def __post_init__(self):
         order = np.argsort(self.ids)
@@ -69,6 +69,7 @@ class Predictions:
         return self.probabilities.max(axis=1)
 
 
+NORMAL = 1.959963984540054  # the 0.975 quantile of the normal distribution, for 95 % intervals
 SUREST = 0.9  # the share of the reviews whose accuracy is given apart, as if the others were left to a person
 
 
@@ -155,27 +156,54 @@ def share_interval(hits: np.ndarray, groups: np.ndarray | None = None) -> tuple[
     """The 95 % interval of the share of True among `hits` (n,) bool: Wilson's.
 
     Reviews of one of the `groups` (n,) may resemble each other. So they count as many as the independent reviews whose
-    share would scatter as that of whole groups does, and fewer where there are few groups (Korn and Graubard 1998,
-    Survey Methodology 24:193). If all hits are alike, a group counts as one review.
+    share would scatter as that of whole groups does, and fewer where few groups tell so (Korn and Graubard 1998, Survey
+    Methodology 24:193), but at least as many as `effective_groups`.
     """
-    from scipy.stats import norm, t  # here, because labelling does not need it
-
     n, share = len(hits), float(hits.mean())
     if groups is None:
         return wilson_interval(share, n)
-    sums = np.bincount(np.unique(groups, return_inverse=True)[1], hits - share)
-    count, binomial = len(sums), share * (1 - share) / n
-    if count == 1 or binomial == 0:
-        return wilson_interval(share, count)
-    variance = max(binomial, count / (count - 1) * float((sums**2).sum()) / n**2)
-    return wilson_interval(share, n * binomial / variance * (norm.ppf(0.975) / t.ppf(0.975, count - 1))**2)
+    error, quantile = standard_error(hits - share, groups)
+    least, binomial = effective_groups(groups), share * (1 - share) / n
+    if error == 0:  # one group, or all hits are alike
+        return wilson_interval(share, least)
+    return wilson_interval(share, max(least, n * binomial / max(binomial, error**2) * (NORMAL / quantile)**2))
+
+
+def standard_error(deviations: np.ndarray, groups: np.ndarray | None) -> tuple[float, float]:
+    """(that of a mean, the factor that makes a 95 % interval of it); `deviations` (n,): from the mean; `groups`: (n,).
+
+    With groups, it is the jackknife's, which leaves out one of them at a time. The factor is Student's t for the
+    degrees of freedom of the jackknife's terms (Satterthwaite 1946).
+    """
+    from scipy.stats import t  # here, because labelling does not need it
+
+    if groups is None:
+        return float(deviations.std(ddof=1)) / len(deviations)**0.5, NORMAL
+    squares = group_influence(deviations, groups)**2
+    terms = squares.sum()**2 / max((squares**2).sum(), 1e-300)
+    freedom = max(min(effective_groups(groups), terms) - 1, 0.05)
+    return float(np.sqrt((1 - 1 / len(squares)) * squares.sum())) / len(groups), float(t.ppf(0.975, freedom))
+
+
+def effective_groups(groups: np.ndarray) -> float:
+    """So many groups of one size would tell as much as these, whose sizes differ (Kish 1965). `groups`: (n,)."""
+    sizes = np.unique(groups, return_counts=True)[1]
+    return float(sizes.sum()**2 / (sizes**2).sum())
+
+
+def group_influence(deviations: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(groups,) n times what leaving out each group would take from the mean; `deviations` (n,) from it."""
+    number = np.unique(groups, return_inverse=True)[1]
+    others = 1 - np.bincount(number) / len(groups)  # the share of the other groups' reviews
+    return np.bincount(number, deviations) / np.maximum(others, 1 / len(groups))
 
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
     """The 95 % score interval of a share of `n` independent reviews (Wilson 1927)."""
-    z = 1.959963984540054  # the normal distribution's 0.975 quantile
-    center, half = share + z**2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, float((center - half) / (1 + z**2 / n))), min(1.0, float((center + half) / (1 + z**2 / n)))
+    square = NORMAL**2 / n
+    center, half = share + square / 2, np.sqrt(square * share * (1 - share) + square**2 / 4)
+    low, high = (center - half) / (1 + square), (center + half) / (1 + square)
+    return max(0.0, min(share, float(low))), min(1.0, max(share, float(high)))  # or the last bit is wrong at 0 and 1
 
 
 class Calibration:
@@ -184,6 +212,7 @@ class Calibration:
     def __init__(self, predictions: Predictions, bins: int = 15):
         self.edges = np.linspace(0, 1, bins + 1)
         index = np.clip(np.digitize(predictions.confidence, self.edges, right=True) - 1, 0, bins - 1)
+        self.index = index  # (n,) the bin of each review
         self.counts = np.bincount(index, minlength=bins)  # (bins,) reviews
         filled, correct = np.maximum(self.counts, 1), predictions.predicted == predictions.labels
         self.accuracies = np.bincount(index, correct, minlength=bins) / filled  # (bins,); 0 in an empty bin

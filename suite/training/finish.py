@@ -51,7 +51,7 @@ class FittedRun:
         `train`: what metrics.json says about the training, in so many `iterations` of the solver.
         """
         folder.begin()
-        valid = valid.in_groups(split.groups)
+        valid = valid.in_groups(split.units)
         self.config, self.devices, self.data, metrics = folder.config, devices, split, compute_metrics(valid)
         self.figures = {"train": train, "valid": metrics | {"epoch": 1}}
         record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
@@ -72,7 +72,7 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
     config, folder = run.config, run.config.run_folder
     tested = {}
     if predictions is not None:
-        predictions = predictions.in_groups(run.data.groups)
+        predictions = predictions.in_groups(run.data.units)
         tested["test"] = compute_metrics(predictions)
     if tested and (temperature := run.figures.get("valid", {}).get("temperature")):
         tested["calibration"] = calibration_figures(predictions, temperature)

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from suite.common.storage import atomic_write
-from suite.training.evaluation import SUREST, Calibration, Predictions, risk_coverage, wilson_interval
+from suite.training.evaluation import SUREST, Calibration, Predictions, risk_coverage, share_interval
 from utils import Config
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct for the colour-blind, too (Okabe and Ito)
@@ -114,8 +114,10 @@ def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     axis, histogram = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     draw_diagonal(axis, predictions.logits.shape[1])
     x, y = points_of(bins)
-    counts = bins.counts[bins.counts > 0]
-    low, high = 100 * np.transpose(list(map(wilson_interval, y / 100, counts)))
+    is_right, groups = predictions.predicted == predictions.labels, predictions.groups
+    in_bins = [bins.index == place for place in np.flatnonzero(bins.counts)]
+    low, high = 100 * np.transpose([share_interval(is_right[rows], None if groups is None else groups[rows])
+                                    for rows in in_bins])
     axis.errorbar(x, y, yerr=[y - low, high - y], color=BLUE, marker="o", elinewidth=1, capsize=2,
                   label=f"model, with 95 % intervals\n(expected calibration error {100 * bins.error:.1f} points)")
     axis.set_ylabel("accuracy (% of reviews)")

@@ -271,7 +271,7 @@ class Run:
         progress, best_metric = self.progress, self.config.train_config.best_metric
         calibration = {}
         if not self.config.pretrains:
-            predictions = predictions.in_groups(self.data.groups)
+            predictions = predictions.in_groups(self.data.units)
         if self.config.train_config.calibrate and not self.config.pretrains:
             calibration["temperature"] = self.temperature = fit_temperature(predictions)
             predictions = at_temperature(predictions, self.temperature)
