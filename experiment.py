@@ -36,6 +36,8 @@ def read_command() -> tuple[Experiment, list[Cell], argparse.Namespace]:
     try:
         experiment = read_experiment(arguments.file, [*unknown, *arguments.overrides])
         cells = [cell for cell in experiment.cells if arguments.only in (None, cell.index)]
+        if arguments.report and arguments.only is not None:
+            raise UserError("--report is on all runs, and --only runs one: leave one of them out")
         if not cells:
             raise UserError(f"--only {arguments.only}: {arguments.file} has the runs 1 to {len(experiment.cells)}")
     except UserError as error:
@@ -76,7 +78,7 @@ def write_report(experiment: Experiment, failed: dict[int, str]) -> None:
     from suite.comparison.report import compare_runs  # imported here, so that --help does not wait for SciPy
 
     compare_runs([cell.folder for cell in finished], experiment.report_folder, experiment.name, experiment.question,
-                 notes, published)
+                 notes, published, on_validation=any(not cell.config.train_config.test for cell in experiment.cells))
 
 
 def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace) -> None:

@@ -296,6 +296,7 @@ def test_settings_are_named_by_what_tells_them_apart(tmp_path):
                ("train_config.weight_decay=0.01",)]
     many = [write_run(tmp_path / f"run{number}", 0.8, *change)[0] for number, change in enumerate(changes)]
     assert labels_of(many) == ["base", "pooling mean", "len 64, epochs 2", "weight_decay 0.01"]
+    assert labels_of([*many[1:], many[0]]) == ["pooling mean", "len 64, epochs 2", "weight_decay 0.01", "base"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

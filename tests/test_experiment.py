@@ -5,6 +5,7 @@ experiment that is killed in the middle goes on without repeating what was finis
 import functools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import pytest
 from conftest import PROJECT, SHARED, run_script, start_script, write_reviews
 from test_compare import write_run
 
-from experiment import list_cells, main, read_command
-from suite.common.run_folder import config_for, shaping_values
-from suite.common.storage import write_json
+from experiment import list_cells, main, read_command, write_report
+from suite.common.run_folder import config_for, content_of, shaping_values
+from suite.common.storage import read_json, write_json
 from suite.comparison.grid import read_experiment
 from suite.comparison.running import remaining_time, run_cell
 from utils import UserError, load_config
@@ -128,8 +129,10 @@ def test_settings_can_be_listed_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "problem"), [
-    (["train_config.learning_rate=0.1"], "runs 1 and 2 are the same"),
-    (["train_config.seed=5"], "runs 1 and 3 are the same"),
+    (["train_config.learning_rate=0.1"],
+     'train_config.learning_rate varies, so one value of it is not for the command line: give '
+     '"grid.train_config.learning_rate=[...]"'),
+    (["train_config.seed=5"], "train_config.seed: give seeds, such as seeds=[42]"),
     (["train_config.epoch=5"], "command line: unknown key train_config.epoch; did you mean train_config.epochs?")])
 def test_a_bad_override_is_refused(tmp_path, overrides, problem):
     with pytest.raises(UserError, match=re.escape(problem)):
@@ -143,6 +146,14 @@ def test_all_problems_come_at_once_before_any_slow_import(tmp_path):
     [line] = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert result.returncode == 2
     assert line.startswith(f"error: {path}: 3 problems: ")
+
+
+def test_a_smaller_grid_may_leave_published_figures_without_their_setting(tmp_path):
+    published = [{"where": {"train_config.learning_rate": 0.002}, "accuracy": {"them": 0.9}}]
+    path = write_experiment(tmp_path, published=published)
+    assert len(read_experiment(path, ["grid.train_config.learning_rate=[0.001]"]).cells) == 2
+    with pytest.raises(UserError, match="published: where is"):
+        read_experiment(write_experiment(tmp_path, published=published, grid={"train_config.learning_rate": [0.001]}))
 
 
 @pytest.mark.parametrize("index", ["0", "5", "-1"])
@@ -176,6 +187,31 @@ def test_finished_runs_are_known_by_their_configurations(tmp_path, capsys):
     list_cells(experiment, experiment.cells)
     states = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert states == ["finished", "to", "finished", "unfinished", "of"]
+
+
+def test_runs_on_reviews_that_were_edited_twice_have_a_place(tmp_path):
+    reviews, folders = tmp_path / "reviews.csv", []
+    for content in ("once", "twice", "three times"):
+        reviews.write_text(content)
+        found, _ = finished_experiment(tmp_path, overrides={"data_config.dataset": str(reviews)})
+        for cell in found.cells:
+            metrics = read_json(cell.folder / "metrics.json")
+            metrics["data"]["contents"] = {"data_config.dataset": content_of("data_config.dataset", str(reviews))}
+            write_json(cell.folder / "metrics.json", metrics)
+        folders += [cell.folder for cell in found.cells]
+    assert len(set(folders)) == 12
+
+
+def test_an_experiment_that_chooses_settings_stays_on_validation_when_its_runs_are_tested(tmp_path, capsys):
+    found, _ = finished_experiment(tmp_path, overrides={"train_config.test": False})
+    for cell in found.cells:
+        write_run(cell.folder.parent.parent / "valid" / cell.folder.name, 0.7, *cell.arguments[3:],
+                  base=cell.arguments[2], split="valid")
+        shutil.copy(cell.folder.parent.parent / "valid" / cell.folder.name / "valid_predictions.csv", cell.folder)
+        metrics = read_json(cell.folder / "metrics.json")
+        write_json(cell.folder / "metrics.json", metrics | {"valid": metrics["test"]})
+    write_report(found, {})
+    assert "validation accuracy" in capsys.readouterr().out
 
 
 def test_settings_that_do_not_shape_a_result_may_differ(tmp_path):

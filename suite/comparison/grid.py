@@ -44,6 +44,7 @@ from suite.common.run_folder import (
     WITHOUT_ENCODER,
     changed_input,
     content_of,
+    inputs_of,
     read_metrics,
     read_saved_config,
     shaping_values,
@@ -154,7 +155,10 @@ def read_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     except ValidationError as error:
         problems = [_problem(found) for found in error.errors()]
     else:
-        problems = _impossible(file, file.all_settings())
+        problems = _impossible(file, file.all_settings(), [key for item in overrides for key, _ in read_override(item)])
+        if not any(item.startswith(("grid", "settings")) for item in own):  # else some of the file's are not asked for
+            problems += [f"published: where is {shown(entry.where)}, which is of no setting" for entry in file.published
+                         if not any(entry.where.items() <= setting.items() for setting in file.all_settings())]
     if problems:
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise UserError(f"{path}: {count}{'; '.join(problems)}")
@@ -222,16 +226,19 @@ def _problem(error: dict[str, Any]) -> str:
     return f"{key} is {shown(error['input'])}: {in_plain_words(error['msg'])}"
 
 
-def _impossible(file: ExperimentFile, settings: list[dict[str, Any]]) -> list[str]:
-    """What a file of the right shape asks for in vain."""
-    problems = []
+def _impossible(file: ExperimentFile, settings: list[dict[str, Any]], overridden: list[str]) -> list[str]:
+    """What a file of the right shape asks for in vain. `overridden`: the keys of the command line that are not its
+    own."""
+    problems, varying = [], dict.fromkeys(itertools.chain(*settings))
     if bool(file.grid) == bool(file.settings):
         problems.append("give the settings either as a grid, such as grid: {train_config.learning_rate: [5e-5, 1e-4]}, "
                         "or one by one under settings")
     problems += [f"{key} varies: set it under overrides, because all runs lie in one folder and are tested on the same "
-                 "reviews" for key in dict.fromkeys(itertools.chain(*settings)) if key in (*SAME_TEST, "output_dir")]
-    problems += [f"published: where is {shown(entry.where)}, which is of no setting" for entry in file.published
-                 if not any(entry.where.items() <= setting.items() for setting in settings)]
+                 "reviews" for key in varying if key in (*SAME_TEST, "output_dir")]
+    problems += [f"{key}: give seeds, such as seeds=[42]" for key in {**varying, **dict.fromkeys(overridden)}
+                 if key == "train_config.seed"]
+    problems += [f"{key} varies, so one value of it is not for the command line: give "
+                 + (f'"grid.{key}=[...]"' if file.grid else "settings") for key in overridden if key in varying]
     return problems
 
 
@@ -251,7 +258,8 @@ def _name_runs(cells: list[Cell]) -> None:
         cell.config.run_name = name
         is_taken = names.count(name) > 1 or cell.folder.exists() and any(cell.folder.iterdir())
         if is_taken or len(name) > LONGEST_RUN_NAME:
-            keys = "".join(result_key(part.config) for part in (*cell.members, cell))
+            keys = "".join(result_key(part.config) + str([content_of(*item) for item in inputs_of(part.config).items()])
+                           for part in (*cell.members, cell))
             digest = hashlib.sha256(keys.encode()).hexdigest()[:8]
             cell.config.run_name = f"{name[:LONGEST_RUN_NAME - 9]}-{digest}"
     find_finished(cells)

@@ -14,7 +14,7 @@ import numpy as np
 from suite.common.figures import show
 from suite.common.pages import render
 from suite.common.run_folder import read_saved_config
-from suite.common.storage import atomic_write, write_json, write_text
+from suite.common.storage import atomic_write, remove, write_json, write_text
 from suite.comparison.data_size import ABOUT
 from suite.comparison.results import Setting, group, read_result, read_results, refuse_different_tests, texts
 from suite.comparison.running import LOGS
@@ -28,14 +28,14 @@ MOST_REVIEWS = 5000  # on the page, those that most runs get wrong; a review of 
 
 
 def compare_runs(folders: Sequence[Path], output: Path, title: str, question: str = "", notes: Sequence[str] = (),
-                 published: Mapping[Path, dict[str, float]] | None = None) -> None:
+                 published: Mapping[Path, dict[str, float]] | None = None, on_validation: bool = False) -> None:
     """Compare the runs in these folders, print the summary, and write the report into the folder `output`.
 
     `published`: {run folder: {source: accuracy}}, figures of others to show beside a run's setting. Raises UserError if
     the runs are not finished or cannot be compared, or if `output` holds other files.
     """
     refuse_other_files(output)
-    runs = read_results(folders)
+    runs = read_results(folders, on_validation)
     refuse_different_tests(runs)
     settings = group(runs)
     for setting in settings:
@@ -81,6 +81,7 @@ def write_report(folder: Path, summary: dict[str, Any], settings: Sequence[Setti
     found = texts(runs)
     for name, places in hard_reviews(runs).items():
         _write_reviews(folder / f"{name}.csv", settings, places, found)
+    remove(folder / "plots")  # those of an earlier report, which may have had others
     plots = try_plots("suite.comparison.comparison_plots", folder / "plots", summary, settings)
     words = {"data_size": summary["data_size"]["words"]} if summary["data_size"] else {}
     shared = {"summary": summary, "settings": settings_table(summary), "published": published_table(summary),

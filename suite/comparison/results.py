@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,11 +119,12 @@ class Setting:
         return [value for value in found if value is not None]
 
 
-def read_results(folders: Sequence[Path]) -> list[Result]:
-    """The runs on the test split; on validation, if not all of them were tested. Raises UserError as `read_result`."""
+def read_results(folders: Sequence[Path], on_validation: bool = False) -> list[Result]:
+    """The runs on the test split; on validation, if that is asked for or not all of them were tested. Raises UserError
+    as `read_result`."""
     parts = [read_metrics(folder).keys() for folder in folders]
     untested = any("train" in found and "test" not in found for found in parts)
-    return [read_result(folder, "valid" if untested else "test") for folder in folders]
+    return [read_result(folder, "valid" if untested or on_validation else "test") for folder in folders]
 
 
 def read_result(folder: Path, split: str = "test") -> Result:
@@ -224,7 +226,8 @@ def by_kind(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
 def _labels(settings: list[dict[str, Any]]) -> list[str]:
     """A name for each setting, such as `bert-base-uncased, batch 64`: the values in which the settings differ.
 
-    Where more than MOST_NAMED keys differ, a setting is named by what it has in place of the first setting's values.
+    Where more than MOST_NAMED keys differ, a setting is named by what it has in place of the usual value, which most
+    settings have.
     """
     # The steps follow from the micro-batch and the effective batch, which are equal without accumulation; the objective
     # follows from the teacher.
@@ -238,7 +241,8 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
         if STEPS not in values or len(alike) < len(settings) or not varying:
             varying = list(dict.fromkeys([NAME, *varying]))
         if len(varying) > MOST_NAMED:
-            varying = [key for key in varying if values[key] != alike[0][key]]
+            usual = {key: Counter(repr(other[key]) for other in alike).most_common(1)[0][0] for key in varying}
+            varying = [key for key in varying if repr(values[key]) != usual[key]]
         # The folders of a path mean nothing on another machine.
         said = {key: _without_folders(values[key]) if key in INPUTS else values[key] for key in varying}
         labels.append(", ".join(value if key in (NAME, "data_config.dataset") else

@@ -52,7 +52,7 @@ def run_cells(experiment: Experiment, cells: Sequence[Cell]) -> dict[int, str]:
             if pending:
                 say(f"{len(pending)} left{remaining_time(experiment, pending)}")
         if SIGNALS.received:
-            say(f"{SIGNALS.received}: give the same command again to go on; {len(pending)} runs have not begun")
+            say(f"{SIGNALS.received}: give the same command again to go on; {len(pending)} other runs are left")
     return failed
 
 

@@ -67,8 +67,9 @@ def _conditions(runs: Sequence[Result], groups: np.ndarray | None) -> list[str]:
              f"measured on the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that "
              "were best on validation."]
     if runs[0].split == "valid":
-        lines.append("Not all runs were tested, so they are compared on validation, on which their best epochs and "
-                     "settings were chosen. The figure to report is that of a test.")
+        lines.append("Runs that are not tested are compared on validation, on which their best epochs and "
+                     "settings were chosen. The figure to report is that of a test. It also saves the texts of wrong "
+                     "reviews, which this report lacks.")
     if groups is not None:
         lines.append(f"The reviews are of {len(np.unique(groups)):,} groups, and those of one {data.group_column} may "
                      "resemble each other: intervals and tests count whole groups.")
