@@ -107,19 +107,17 @@ def evaluate(model: nn.Module, loader: DataLoader, devices: Devices, name: str) 
 def train_and_test(config: Config, devices: Devices, kind: type[Run] = Run) -> None:
     """--mode train: a new run, or the rest of one that was interrupted."""
     if show_finished(config):
-        show_baseline(config)
-        return
-    if lacks_only_its_test(config):
+        pass  # there is nothing left to do
+    elif lacks_only_its_test(config):
         test_again(config, devices)
-        show_baseline(config)
-        return
-    run = kind.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
-    train(run)
-    if config.train_config.test:
-        test(run, run.best_model())
-        show_baseline(config)  # what a bag of words does on the same reviews, if somebody has made one
     else:
-        write_results(run)
+        run = kind.open(config, devices)  # data, model, optimizer and schedule; as they were saved, if a state is there
+        train(run)
+        if config.train_config.test:
+            test(run, run.best_model())
+        else:
+            write_results(run)
+    show_baseline(config)  # what a bag of words does on the same test reviews, if somebody has made one
 
 
 def pretrain(config: Config, devices: Devices) -> None:
