@@ -54,12 +54,12 @@ def draw_by_torchs_generator(_: Any, rate: float, kept: Any) -> float:
     """`cpu_kernels.draw` with torch's generator, and a mask that is compared into booleans first."""
     import torch
 
-    from suite.encoders.cpu_kernels import STEPS
+    from suite.encoders.cpu_kernels import LEVELS
 
-    dropped, count = round(rate * STEPS), kept.numel()
+    dropped, count = round(rate * LEVELS), kept.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-1 << 63, None).view(torch.int16)[:count]
-    kept.copy_(bits.view(kept.shape) >= dropped - STEPS // 2)
-    return STEPS / (STEPS - dropped)
+    kept.copy_(bits.view(kept.shape) >= dropped - LEVELS // 2)
+    return LEVELS / (LEVELS - dropped)
 
 
 def attention_by_autograd(query: Any, key: Any, value: Any, bias: Any, scaling: float, rate: float) -> Any:

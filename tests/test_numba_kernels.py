@@ -14,7 +14,7 @@ from test_model import batch, build
 
 from suite.common import devices
 from suite.common.devices import Devices, numba_works
-from suite.encoders.cpu_kernels import STEPS
+from suite.encoders.cpu_kernels import LEVELS
 from suite.encoders.placement import checkpoint_gradients, place_model
 from utils import Config, TrainConfig, UserError
 
@@ -40,7 +40,7 @@ def doubles(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def scale_of(rate: float) -> float:
-    return STEPS / (STEPS - round(rate * STEPS))
+    return LEVELS / (LEVELS - round(rate * LEVELS))
 
 
 def assert_near(found: tuple, exact: tuple, error: float) -> None:

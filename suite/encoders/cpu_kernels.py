@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-STEPS = 1 << 16
+LEVELS = 1 << 16  # values that 16 random bits take: in so many levels a dropout rate is rounded
 OWN_ATTENTION = ("sdpa_cpu", "sdpa_numba")  # this file's, and that of suite/encoders/numba_layers.py
 SHORT = 256  # tokens up to which `BlockAttention` in bf16 beats the fused kernel, measured in benchmarks/README.md,
 SHORT_FORWARD = 2048  # and without a backward pass, on a CPU without AMX; one review's scores must fit into memory
@@ -46,19 +46,19 @@ def new_generator() -> np.random.SFC64:
     return np.random.SFC64(torch.empty(1, dtype=torch.int64).random_().numpy())
 
 
-def dropped_steps(rate: float) -> tuple[int, float]:
-    """(how many of the STEPS values of 16 bits are dropped at `rate`, 0 <= rate < 1; the factor that preserves the
+def dropped_levels(rate: float) -> tuple[int, float]:
+    """(how many of the LEVELS values of 16 bits are dropped at `rate`, 0 <= rate < 1; the factor that preserves the
     expectation)"""
-    dropped = min(round(rate * STEPS), STEPS - 1)
-    return dropped, STEPS / (STEPS - dropped)
+    dropped = min(round(rate * LEVELS), LEVELS - 1)
+    return dropped, LEVELS / (LEVELS - dropped)
 
 
 def draw(generator: np.random.SFC64, rate: float, kept: torch.Tensor) -> float:
     """Fill `kept` with 1, or with 0 at `rate`, 0 <= rate < 1. Returns the factor that preserves the expectation."""
-    dropped, factor = dropped_steps(rate)
+    dropped, factor = dropped_levels(rate)
     count = kept.numel()
     bits = torch.from_numpy(generator.random_raw((count + 3) // 4).view(np.int16)[:count]).view(kept.shape)
-    torch.ge(bits, dropped - STEPS // 2, out=kept)  # a comparison into booleans takes three times as long
+    torch.ge(bits, dropped - LEVELS // 2, out=kept)  # a comparison into booleans takes three times as long
     return factor
 
 

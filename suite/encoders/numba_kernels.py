@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-STEPS = 1 << 16  # as in suite/encoders/cpu_kernels.py
+LEVELS = 1 << 16  # as in suite/encoders/cpu_kernels.py
 BLOCKS = 64
 I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 f32, i16, u64 = np.float32, np.int16, np.uint64
@@ -85,7 +85,7 @@ def draw(words, seed, row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The kernels. `dropped`: of the STEPS values that 16 random bits take; `factor`: STEPS / (STEPS - dropped)
+# The kernels. `dropped`: of the LEVELS values that 16 random bits take; `factor`: LEVELS / (LEVELS - dropped)
 
 
 @kernel("void(i2[:, ::1], i2[:, ::1], b1[:, :, ::1], f8, f8, i8, i8)")
@@ -94,7 +94,7 @@ def softmax_dropout(scores, kept, mask, scaling, factor, dropped, seed):
     `kept`: probabilities x factor, or 0. `mask`: (1 or reviews, 1 or tokens, keys), which keys a token may read."""
     rows, keys = scores.shape
     reviews, tokens = mask.shape[0], mask.shape[1]
-    limit, scaling, factor = i16(dropped - STEPS // 2), f32(scaling), f32(factor)
+    limit, scaling, factor = i16(dropped - LEVELS // 2), f32(scaling), f32(factor)
     for block in prange(BLOCKS):
         x, words = np.empty(keys, f32), np.empty((keys + 3) // 4, u64)
         bits = words.view(i16)
@@ -143,7 +143,7 @@ def dropout_add_norm(hidden, residual, weight, bias, eps, factor, dropped, seed,
 
     (rows, width), bf16 the first and the last, else float32; `mean` and `scale`, 1 / standard deviation: (rows,)."""
     rows, width = residual.shape
-    limit, factor, eps, share = i16(dropped - STEPS // 2), f32(factor), f32(eps), f32(1) / f32(width)
+    limit, factor, eps, share = i16(dropped - LEVELS // 2), f32(factor), f32(eps), f32(1) / f32(width)
     for block in prange(BLOCKS):
         words = np.empty((width + 3) // 4, u64)
         bits = words.view(i16)
@@ -172,7 +172,7 @@ def dropout_add_norm_backward(of_normed, of_narrowed, total, mean, scale, weight
                               of_hidden, sums):
     """Gradients of `dropout_add_norm`; `sums`: (BLOCKS, 2, width), each block's part of those of weight and bias."""
     rows, width = total.shape
-    limit, factor, share = i16(dropped - STEPS // 2), f32(factor), f32(1) / f32(width)
+    limit, factor, share = i16(dropped - LEVELS // 2), f32(factor), f32(1) / f32(width)
     for block in prange(BLOCKS):
         words, w, z = np.empty((width + 3) // 4, u64), np.empty(width, f32), np.empty(width, f32)
         bits, of_weight, of_bias = words.view(i16), sums[block, 0], sums[block, 1]

@@ -21,7 +21,7 @@ from transformers.activations import GELUActivation
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.bert.modeling_bert import BertOutput
 
-from suite.encoders.cpu_kernels import blocks, cpu_attention, dropped_steps
+from suite.encoders.cpu_kernels import blocks, cpu_attention, dropped_levels
 from utils import PROJECT, UserError
 
 
@@ -62,7 +62,7 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 def dropout_numbers(rate: float) -> tuple[float, int, int]:
     """(factor, dropped, seed) of a kernel, for 0 <= rate < 1."""
-    dropped, factor = dropped_steps(rate)
+    dropped, factor = dropped_levels(rate)
     return factor, dropped, int(torch.empty((), dtype=torch.int64).random_())
 
 
