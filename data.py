@@ -65,7 +65,7 @@ class Step(NamedTuple):
     rows: np.ndarray  # (reviews,) of the effective batch
     micro_batches: list[dict[str, torch.Tensor]]  # this process's, see `IMDBDataset.batch`
     total_weight: float  # what the summed loss is divided by: the reviews, or the sum of the weights of their classes
-    predictions: int  # of the effective batch: one a review
+    num_predictions: int  # of the effective batch: its reviews, or its masked words
 
 
 class IMDBDataset(torch.utils.data.Dataset):

@@ -144,7 +144,7 @@ def test_any_text(random_model, tmp_path, monkeypatch, name, truncation):
         coloured = explain.in_colour(explanation)
         assert len(coloured) < 5000  # what was not read is counted, not printed
         assert not re.search("[\0-\x08\x0b-\x1f]", re.sub("\x1b\\[(0|2|30;48;5;[0-9]+)m", "", coloured))
-    explain.write_page(tmp_path / "page.html", "odd <texts>", "", explanations)
+    explain.write_explanations(tmp_path / "page.html", "odd <texts>", "", explanations)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<title>odd &lt;texts&gt;</title>" in page
     body = page[page.index("<body>"):]

@@ -89,7 +89,7 @@ def audit(command: Command, devices: Devices) -> None:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        write_page(page, config, summary, rows, judged.words)
+        write_suspects_page(page, config, summary, rows, judged.words)
     say("\n".join(config.demo_mark + line for line in [
         *summary, f"all {len(rows):,} labels that the predictions contradict, the most suspicious first: {output}; the "
         f"first of them as a page: {page}"]))
@@ -188,7 +188,7 @@ def rows_of(judged: Judged, split: Split) -> list[dict[str, Any]]:
     return rows
 
 
-def write_page(path: Path, config: Config, summary: Sequence[str], rows: Sequence[dict[str, Any]],
+def write_suspects_page(path: Path, config: Config, summary: Sequence[str], rows: Sequence[dict[str, Any]],
                words: dict[int, list[str]]) -> None:
     """The first of these rows, the words that speak against their labels marked, on a page that needs neither a server
     nor the network."""

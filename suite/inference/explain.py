@@ -77,7 +77,7 @@ def show(heading: str, explanation: Explanation) -> None:
     say("\n".join(remarks(explanation)) + "\n")
 
 
-def write_page(path: Path, title: str, note: str, explanations: list[tuple[str, Explanation]]) -> None:
+def write_explanations(path: Path, title: str, note: str, explanations: list[tuple[str, Explanation]]) -> None:
     """Write a page that needs neither a server nor the network, from (heading, explanation) of each review. Its words
     are coloured by how strongly they speak for or against the predicted class."""
     page = render("explanation.html", title=title, note=note, explanations=explanations, remarks=remarks)
@@ -118,5 +118,5 @@ def explain(command: Command, devices: Devices) -> None:
             show(heading, explanation)
         if output:
             own = read_saved_config(run / "config.yaml") if run and (run / "config.yaml").exists() else config
-            write_page(output, title, f"{own.demo_mark}Model: {folder}", explained)
+            write_explanations(output, title, f"{own.demo_mark}Model: {folder}", explained)
             say(f"as a page: {output}")

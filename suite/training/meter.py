@@ -40,7 +40,7 @@ class Meter:
         tokens."""
         self.sums += torch.stack([loss, correct])
         self.total_weight += step.total_weight
-        self.predictions += step.predictions
+        self.predictions += step.num_predictions
         self.reviews += len(step.rows)
         self.tokens += int(lengths.sum())
         self.flops += float(training_flops(self.work, lengths))
