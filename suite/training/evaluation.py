@@ -20,6 +20,7 @@ from suite.common.storage import atomic_write
 
 SPLITS = {"valid": "validation", "test": "test"}  # what a model is measured on, as texts call it
 VALID_PREDICTIONS, TEST_PREDICTIONS = "valid_predictions.csv", "test_predictions.csv"  # in a run folder
+MISTAKE_COLUMNS = ["id", "text", "label", "predicted", "confidence"]  # of misclassified.csv
 
 
 @dataclass
@@ -252,6 +253,6 @@ def mistakes(predictions: Predictions, text: Callable[[int], str], label_names: 
 def write_mistakes(path: Path, rows: list[dict]) -> None:
     """Write misclassified.csv; `rows`: see `mistakes`."""
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, ["id", "text", "label", "predicted", "confidence"])
+        writer = csv.DictWriter(file, MISTAKE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

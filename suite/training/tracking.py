@@ -24,12 +24,12 @@ from suite.common.devices import Devices
 from suite.common.hub import answers
 from suite.common.pages import escaped
 from suite.common.stopping import stop_if_asked
+from suite.training.evaluation import MISTAKE_COLUMNS as COLUMNS
 from suite.training.evaluation import Predictions
 from utils import Config, brief, process_rank, say
 
 TIMEOUT_SECONDS = 15  # how long an unreachable server may delay the start, and the end; wandb's own is 90
 TABLE_ROWS = 1000  # misclassified reviews that a tracker gets; misclassified.csv has them all
-COLUMNS = ["id", "text", "label", "predicted", "confidence"]  # of their table
 
 
 class ProgressBar:
