@@ -32,4 +32,4 @@ def main(command: argparse.Namespace) -> None:
 if __name__ == "__main__":
     cli.begin()
     COMMAND = read_command()
-    cli.run(lambda: main(COMMAND))
+    cli.run_with_exit_code(lambda: main(COMMAND))

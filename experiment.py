@@ -101,4 +101,4 @@ def main(experiment: Experiment, cells: list[Cell], options: argparse.Namespace)
 if __name__ == "__main__":
     cli.begin()
     COMMAND = read_command()
-    cli.run(lambda: main(*COMMAND))
+    cli.run_with_exit_code(lambda: main(*COMMAND))

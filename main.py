@@ -156,8 +156,8 @@ MODES = {"train": train_and_test, "pretrain": pretrain, "distill": distill, "tes
 
 
 def main(command: cli.Command, devices_class: type[Devices] = Devices) -> None:
-    cli.start(command, devices_class, MODES)
+    cli.run_mode(command, devices_class, MODES)
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(COMMAND))
+    cli.run_with_exit_code(lambda: main(COMMAND))

@@ -186,4 +186,4 @@ class AcceleratedDevices(Devices):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(COMMAND, AcceleratedDevices))
+    cli.run_with_exit_code(lambda: main(COMMAND, AcceleratedDevices))

@@ -206,7 +206,7 @@ def run_here(*arguments: str, mode: str = "train", config: str = "config.yaml", 
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(cli, "atexit"):
         try:  # and what a script does at its end would end the tests
-            cli.run(lambda: main.main(cli.Command(
+            cli.run_with_exit_code(lambda: main.main(cli.Command(
                 mode, cli.config_for(mode, PROJECT / config, arguments, options.get("model")), **options),
                 devices_class or Devices))
         except SystemExit as left:

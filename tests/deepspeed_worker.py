@@ -34,4 +34,4 @@ if __name__ == "__main__":
     PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
     comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     main_accumulation.Accelerator = engine_accelerator
-    cli.run(lambda: main.main(command, main_accumulation.AcceleratedDevices))
+    cli.run_with_exit_code(lambda: main.main(command, main_accumulation.AcceleratedDevices))

@@ -29,4 +29,4 @@ if __name__ == "__main__":
     PartialState(cpu=True)  # gloo on CPUs; what follows lets the plugin in
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     main_accumulation.Accelerator = sharding_accelerator
-    cli.run(lambda: main.main(command, main_accumulation.AcceleratedDevices))
+    cli.run_with_exit_code(lambda: main.main(command, main_accumulation.AcceleratedDevices))

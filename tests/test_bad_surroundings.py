@@ -45,11 +45,11 @@ def test_nothing_is_made_for_wrong_input(tmp_path, monkeypatch, mode, overrides)
 
 
 def raising(error: Exception):
-    """cli.run with work that ends so."""
+    """cli.run_with_exit_code with work that ends so."""
     def work():
         raise error
 
-    cli.run(work)
+    cli.run_with_exit_code(work)
 
 
 MEMORY = "error: out of memory: set a smaller data_config.batch_size"
@@ -80,7 +80,8 @@ def test_an_unforeseen_error_keeps_its_traceback(error):
 
 def test_a_reader_that_leaves_ends_the_command_without_a_word():
     """As `| head` does. `true` is gone before anything is printed."""
-    command = shlex.join([sys.executable, "-c", "from suite.common import cli; cli.run(lambda: print(1, flush=True))"])
+    command = shlex.join([sys.executable, "-c", "from suite.common import cli; "
+                          "cli.run_with_exit_code(lambda: print(1, flush=True))"])
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     result = subprocess.run(["bash", "-c", f"{command} | true; exit $PIPESTATUS"], cwd=PROJECT, env=buffered,
                             capture_output=True, text=True, check=False)

@@ -80,7 +80,7 @@ def reported(tmp_path_factory):
 def refusal(capsys, runs, output) -> str:
     """The one line of a refused comparison."""
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: compare_runs(runs, output, "a comparison"))
+        cli.run_with_exit_code(lambda: compare_runs(runs, output, "a comparison"))
     assert left.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert not output.exists()

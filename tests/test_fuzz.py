@@ -94,7 +94,7 @@ class Bench:
             patch.setattr(finish, "try_plots", lambda *arguments: [])  # they take most of a tiny run's time
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
-                    cli.run(lambda: main.main(cli.read_command("", accumulates=False)))
+                    cli.run_with_exit_code(lambda: main.main(cli.read_command("", accumulates=False)))
                 except SystemExit as left:
                     code = left.code
                 except Exception as error:

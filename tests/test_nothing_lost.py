@@ -71,7 +71,7 @@ def test_a_report_replaces_nothing_but_a_report(two_runs, tmp_path, capsys, make
     make(output)
     before = content_of(tmp_path)
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: compare_runs(two_runs, output, "a comparison"))
+        cli.run_with_exit_code(lambda: compare_runs(two_runs, output, "a comparison"))
     assert left.value.code == 2
     assert f"error: {output} " in capsys.readouterr().err
     assert content_of(tmp_path) == before

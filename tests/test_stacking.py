@@ -180,7 +180,7 @@ def test_a_stack_is_called_after_its_members(tmp_path, names, seeds, kinds, expe
 def refusal(capsys, *arguments) -> str:
     """The one line of a stack that must not be."""
     with pytest.raises(SystemExit) as left:
-        cli.run(lambda: stack_runs(*arguments))
+        cli.run_with_exit_code(lambda: stack_runs(*arguments))
     assert left.value.code == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line

@@ -234,7 +234,7 @@ def check_files(source: str, output: str | None) -> None:
     refuse_missing_folder(output)
 
 
-def start(command: Command, devices_class: type[Devices], own_modes: dict[str, Callable]) -> None:
+def run_mode(command: Command, devices_class: type[Devices], own_modes: dict[str, Callable]) -> None:
     """Do what the command asks for. `own_modes`: the functions of the script's own modes."""
     from suite.common.devices import make_deterministic
     from suite.common.hub import check_hub, quiet_libraries  # these import torch
@@ -259,12 +259,12 @@ def run_other_mode(command: Command) -> None:
     if MODES[command.mode].function is not None:
         from suite.common.devices import Devices
 
-        run(lambda: start(command, Devices, {}))
+        run_with_exit_code(lambda: run_mode(command, Devices, {}))
         raise SystemExit(0)
 
 
-def run(work: Callable[[], None]) -> None:
-    """Call `work` and leave with the exit code that its outcome means."""
+def run_with_exit_code(work: Callable[[], None]) -> None:
+    """Call `work`; if it fails, leave with the exit code that says how."""
     # One process tokenizes the reviews in several threads before data loaders are forked from it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     code = 1  # that of an error nobody foresaw
