@@ -80,6 +80,13 @@ def load_split(config: Config) -> Split:
     return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()), groups, units)
 
 
+def text_digests(table: Dataset) -> np.ndarray:
+    """(rows,) of 16 bytes each: equal for equal texts. They stay in memory in place of the texts."""
+    return np.frombuffer(b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest()
+                                  for batch in table.select_columns("text").iter(batch_size=1000)
+                                  for text in batch["text"]), "V16")
+
+
 def fingerprint(*parts: np.ndarray) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part.tobytes()).digest() for part in parts)).hexdigest()
 
@@ -90,11 +97,15 @@ def data_record(trained_on: int, held_out: np.ndarray) -> dict[str, Any]:
     return {"train": trained_on, "held_out": fingerprint(held_out)}
 
 
-def text_digests(table: Dataset) -> np.ndarray:
-    """(rows,) of 16 bytes each: equal for equal texts. They stay in memory in place of the texts."""
-    return np.frombuffer(b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest()
-                                  for batch in table.select_columns("text").iter(batch_size=1000)
-                                  for text in batch["text"]), "V16")
+def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
+    """Raises UserError, which counts them and names the first pairs, if equal texts carry different labels."""
+    originals = _first_rows(digests)
+    rows = np.flatnonzero(reviews.labels != reviews.labels[originals])
+    if len(rows):
+        first = name_rows(reviews.parts, originals[rows[:1]])
+        raise UserError(name_rows(
+            reviews.parts, rows, f"has the same text as {first}, and another label: correct or remove one of them",
+            f"have the same texts as earlier rows, the first as {first}, and other labels: correct or remove them"))
 
 
 def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarray, data_config: DataConfig,
@@ -157,22 +168,10 @@ def split_reviews(digests: np.ndarray, labels: np.ndarray, split_names: np.ndarr
     return {split: np.sort(rows) for split, rows in splits.items()}
 
 
-def _say_repeats(dropped: int, copies: int, data_config: DataConfig) -> None:
-    if dropped:
-        what = "a text of the official test split" if data_config.group_column is None else (
-            f"a text or {data_config.group_column} of the official test or validation split")
-        say(f"{data_config.dataset}: {dropped:,} rows repeat {what} and are dropped")
-    if copies:
-        say(f"{data_config.dataset}: {copies:,} exact duplicates "
-            + ("dropped" if data_config.drop_duplicates else "kept in the same split as their first occurrence"))
-
-
-def _say_lacking(splits: dict[str, np.ndarray], labels: np.ndarray, label_names: Sequence[str], dataset: str) -> None:
-    for split, rows in splits.items():
-        counts = np.bincount(labels[rows], minlength=len(label_names))
-        if lacking := [str(label_names[label]) for label in np.flatnonzero(counts == 0)]:
-            say(f"{dataset}: no row of {split} has the class {' or '.join(lacking)}: its figures, and means over the "
-                "classes, count it as 0")
+def _first_rows(digests: np.ndarray) -> np.ndarray:
+    """(rows,) the first row that has the same digest as each row."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    return first[inverse]
 
 
 def _is_outranked(rank: np.ndarray, firsts: np.ndarray) -> np.ndarray:
@@ -180,23 +179,6 @@ def _is_outranked(rank: np.ndarray, firsts: np.ndarray) -> np.ndarray:
     highest = np.zeros(len(rank), np.int64)
     np.maximum.at(highest, firsts, rank)
     return rank < highest[firsts]
-
-
-def refuse_contradictions(digests: np.ndarray, reviews: Reviews) -> None:
-    """Raises UserError, which counts them and names the first pairs, if equal texts carry different labels."""
-    originals = _first_rows(digests)
-    rows = np.flatnonzero(reviews.labels != reviews.labels[originals])
-    if len(rows):
-        first = name_rows(reviews.parts, originals[rows[:1]])
-        raise UserError(name_rows(
-            reviews.parts, rows, f"has the same text as {first}, and another label: correct or remove one of them",
-            f"have the same texts as earlier rows, the first as {first}, and other labels: correct or remove them"))
-
-
-def _first_rows(digests: np.ndarray) -> np.ndarray:
-    """(rows,) the first row that has the same digest as each row."""
-    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    return first[inverse]
 
 
 def _draw_splits(pool: np.ndarray, test: np.ndarray, labels: np.ndarray, split_names: np.ndarray,
@@ -292,3 +274,21 @@ def draw_nested(rows: np.ndarray, digests: np.ndarray, units: np.ndarray, labels
         raise UserError(f"{key} is too few for {classes} classes: no row to train on has the class "
                         f"{label_names[min(lacking)]!r}: raise it")
     return rows[is_drawn]
+
+
+def _say_repeats(dropped: int, copies: int, data_config: DataConfig) -> None:
+    if dropped:
+        what = "a text of the official test split" if data_config.group_column is None else (
+            f"a text or {data_config.group_column} of the official test or validation split")
+        say(f"{data_config.dataset}: {dropped:,} rows repeat {what} and are dropped")
+    if copies:
+        say(f"{data_config.dataset}: {copies:,} exact duplicates "
+            + ("dropped" if data_config.drop_duplicates else "kept in the same split as their first occurrence"))
+
+
+def _say_lacking(splits: dict[str, np.ndarray], labels: np.ndarray, label_names: Sequence[str], dataset: str) -> None:
+    for split, rows in splits.items():
+        counts = np.bincount(labels[rows], minlength=len(label_names))
+        if lacking := [str(label_names[label]) for label in np.flatnonzero(counts == 0)]:
+            say(f"{dataset}: no row of {split} has the class {' or '.join(lacking)}: its figures, and means over the "
+                "classes, count it as 0")
