@@ -177,7 +177,8 @@ def test_a_job_knows_the_settings_that_its_model_uses(trained, tmp_path):
         return labelling.Job(source, tmp_path / "out.csv", model, config).describe()
 
     said = described()
-    assert (said["max_len"], said["truncation"], said["eval_batch_size"]) == (32, "head", 256)
+    assert (said["max_len"], said["truncation"], said["eval_batch_size"], "max_windows" in said) == (
+        32, "head", 256, False)
     assert described("data_config.max_len=16", "data_config.truncation=tail", "data_config.max_windows=2") == said
     assert described("data_config.eval_batch_size=7") == said | {"eval_batch_size": 7}
 

@@ -109,7 +109,7 @@ class BagOfWords:
     def __init__(self, config: dict[str, Any], ngrams: NGrams, arrays: dict[str, np.ndarray]):
         self.config, self.ngrams, self.arrays = config, ngrams, arrays
         self.data_fingerprint = config["data_fingerprint"]
-        self.label_names = list(config["id2label"].values())
+        self.label_names = [config["id2label"][str(label)] for label in range(len(config["id2label"]))]
 
     @property
     def temperature(self) -> float:

@@ -124,9 +124,11 @@ class Classifier(Labeller):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"max_len": self.encode.max_len, "truncation": self.encode.truncation,
-                "max_windows": self.encode.max_windows, "eval_batch_size": self.batch_size,
-                "precision": self.devices.precision, **arithmetic(self.devices)}
+        cut = {"max_len": self.encode.max_len, "truncation": self.encode.truncation}
+        if self.encode.truncation == "windows":
+            cut["max_windows"] = self.encode.max_windows
+        return {**cut, "eval_batch_size": self.batch_size, "precision": self.devices.precision,
+                **arithmetic(self.devices)}
 
     def cast_weights(self) -> None:
         """Cast once what autocast would cast in each forward pass, with the same result to the last bit."""
@@ -177,7 +179,7 @@ class Stack(Labeller):
         if (folder / MANIFEST).exists():
             refuse_damage(folder)
         values = read_json(folder / "config.json")
-        self.label_names = list(values["id2label"].values())
+        self.label_names = [values["id2label"][str(label)] for label in range(len(values["id2label"]))]
         self.data_fingerprint = values["data_fingerprint"]
         self.weights, self.intercept = (np.array(values[key], np.float64) for key in ("weights", "intercept"))
         self.members = [open_classifier(folder / member_name(number), config, devices)

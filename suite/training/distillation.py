@@ -93,7 +93,7 @@ def refuse_other_split(teacher: Path, split: Split) -> None:
     if values.get("data_fingerprint") != split.fingerprint:
         raise UserError(f"--teacher: {teacher} was trained on other reviews or another split than data_config "
                         "describes, perhaps on what is tested on here: give data_config the values of its training")
-    names = list(values["id2label"].values())
+    names = [values["id2label"][str(label)] for label in range(len(values["id2label"]))]
     if names != split.label_names:
         raise UserError(f"--teacher: {teacher} has the classes {', '.join(names)}, and the reviews have "
                         f"{', '.join(split.label_names)}: train it on these reviews")
