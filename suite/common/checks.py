@@ -105,7 +105,7 @@ def shown(value: Any) -> str:
 
 def _batch_problem(micro_batch: int, train: Any, processes: int) -> str | None:
     effective, share = train.effective_batch_size, micro_batch * processes
-    if effective is None or share < 1:
+    if effective is None:
         return None
     asked = f"train_config.effective_batch_size is {effective}"
     if effective % share:

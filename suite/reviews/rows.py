@@ -199,7 +199,7 @@ def opened_parquet(path: str) -> Iterator[pyarrow.parquet.ParquetFile]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: Python has no such date
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable parquet file: {brief(error)}") from None
 
 

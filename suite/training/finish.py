@@ -74,10 +74,10 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
     if predictions is not None:
         predictions = predictions.in_groups(run.data.units)
         tested["test"] = compute_metrics(predictions)
-    if tested and (temperature := run.figures.get("valid", {}).get("temperature")):
-        tested["calibration"] = calibration_figures(predictions, temperature)
-    if tested and (chosen := folder / "best" / THRESHOLD).exists():
-        tested["threshold"] = threshold_figures(predictions, read_json(chosen))
+        if temperature := run.figures.get("valid", {}).get("temperature"):
+            tested["calibration"] = calibration_figures(predictions, temperature)
+        if (chosen := folder / "best" / THRESHOLD).exists():
+            tested["threshold"] = threshold_figures(predictions, read_json(chosen))
     here = environment(run.devices)
     # A TrainedRun's figures hold the data and the environment of its training, which stay.
     data = run.data.record | {"contents": {key: content_of(key, value) for key, value in inputs_of(config).items()}}

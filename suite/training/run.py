@@ -272,9 +272,9 @@ class Run:
         calibration = {}
         if not self.config.pretrains:
             predictions = predictions.in_groups(self.data.units)
-        if self.config.train_config.calibrate and not self.config.pretrains:
-            calibration["temperature"] = self.temperature = fit_temperature(predictions)
-            predictions = at_temperature(predictions, self.temperature)
+            if self.config.train_config.calibrate:
+                calibration["temperature"] = self.temperature = fit_temperature(predictions)
+                predictions = at_temperature(predictions, self.temperature)
         metrics = self.metrics_of(predictions) | calibration
         self.record({f"valid/{name}": value for name, value in metrics.items() if isinstance(value, float)})
         progress.epoch, progress.steps_in_epoch = progress.epoch + 1, 0
