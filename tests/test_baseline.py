@@ -17,7 +17,7 @@ from scipy.special import expit, log_expit, softmax
 from suite.common.run_folder import read_saved_config
 from suite.common.storage import seal
 from suite.comparison import report
-from suite.comparison.results import group, read_result
+from suite.comparison.results import group_by_setting, read_result
 from suite.comparison.stacking import stack_runs
 from suite.encoders import bag_of_words
 from suite.encoders.bag_of_words import load_bag_of_words
@@ -253,9 +253,9 @@ def test_its_figure_stands_beside_the_encoder_s(finished, encoder_folder, tmp_pa
     report.compare_runs([runs / "words", runs / "encoder"], tmp_path / "report", "a comparison")
     results = [read_result(runs / name) for name in ("words", "encoder", "encoder")]
     name = results[1].config.model_config.model_name.rpartition("/")[2]
-    assert [setting.label for setting in group(results[:2])] == ["bag-of-words", name]
+    assert [setting.label for setting in group_by_setting(results[:2])] == ["bag-of-words", name]
     results[2].config.data_config.max_len = 16
-    assert [setting.label for setting in group(results)] == [
+    assert [setting.label for setting in group_by_setting(results)] == [
         "bag-of-words", f"{name}, len 32", f"{name}, len 16"]
     smaller = train_here(*encoder, "run_name=smaller", "data_config.train_limit=100").stdout
     assert "a bag of words on" not in smaller  # which was trained on more reviews

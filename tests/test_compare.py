@@ -21,7 +21,7 @@ from suite.common import cli
 from suite.common.run_folder import save_config
 from suite.common.storage import write_json
 from suite.comparison.report import compare_runs
-from suite.comparison.results import _labels, group, read_result, refuse_different_tests
+from suite.comparison.results import _labels, group_by_setting, read_result, refuse_different_tests
 from suite.comparison.summary import _conditions
 from suite.training import finish
 from suite.training.evaluation import Predictions, compute_metrics, mistakes, write_mistakes, write_predictions
@@ -88,7 +88,7 @@ def refusal(capsys, runs, output) -> str:
 
 
 def labels_of(runs) -> list[str]:
-    return [setting.label for setting in group([read_result(run) for run in runs])]
+    return [setting.label for setting in group_by_setting([read_result(run) for run in runs])]
 
 
 def test_the_report_says_what_the_runs_say(reported):
@@ -237,7 +237,7 @@ def test_auto_is_what_it_was_on_each_machine(tmp_path):
         runs.append(write_run(tmp_path / f"auto{seed}", 0.8, f"train_config.seed={seed}", environment=place)[0])
     runs.append(write_run(tmp_path / "named", 0.8, "train_config.seed=9", "train_config.mixed_precision=bf16",
                           "train_config.device=cuda", environment=place)[0])
-    settings = group([read_result(run) for run in runs])
+    settings = group_by_setting([read_result(run) for run in runs])
     assert [(setting.label, [run.seed for run in setting.runs]) for setting in settings] == [
         ("device cpu, mixed_precision no", [0]), ("device cuda, mixed_precision bf16", [1, 2, 9])]
 
@@ -245,7 +245,7 @@ def test_auto_is_what_it_was_on_each_machine(tmp_path):
 def test_seeds_of_a_calibrated_bag_of_words_and_of_another_are_two_settings(tmp_path):
     runs = [write_run(tmp_path / f"words{seed}", 0.8, "model_config.model_name=bag-of-words",
                       f"train_config.seed={seed}", f"train_config.calibrate={seed == 1}")[0] for seed in (1, 2, 3)]
-    settings = group([read_result(run) for run in runs])
+    settings = group_by_setting([read_result(run) for run in runs])
     assert [[run.seed for run in setting.runs] for setting in settings] == [[1], [2, 3]]
 
 
@@ -254,13 +254,13 @@ def test_students_of_teachers_with_other_seeds_are_one_setting(tmp_path):
         [] if teacher is None else ["train_config.objective=distillation", f"train_config.teacher=runs/{teacher}"]))[0]
         for number, (seed, teacher) in enumerate([
             (1, "stack-seed1"), (2, "stack-seed2"), (3, "stack-seed2"), (1, "words"), (1, None)])]
-    settings = group([read_result(run) for run in runs])
+    settings = group_by_setting([read_result(run) for run in runs])
     assert [(setting.label, [run.seed for run in setting.runs]) for setting in settings] == [
         ("teacher stack", [1, 2, 3]), ("teacher words", [1]), ("no teacher", [1])]
     runs.append(write_run(tmp_path / "twin", 0.8, "train_config.seed=1", "train_config.objective=distillation",
                           "train_config.teacher=runs/stack-seed2")[0])
     with pytest.raises(UserError, match="the same setting with the same seed 1"):
-        group([read_result(run) for run in runs])
+        group_by_setting([read_result(run) for run in runs])
 
 
 def test_where_runs_were_trained_and_tested_is_said(tmp_path):

@@ -17,7 +17,7 @@ from suite.comparison import data_size, running
 from suite.comparison.data_size import fit_power_law
 from suite.comparison.grid import find_finished, read_experiment
 from suite.comparison.report import compare_runs
-from suite.comparison.results import group, read_result
+from suite.comparison.results import group_by_setting, read_result
 from suite.comparison.running import run_cells
 from suite.comparison.stacking import stack_runs
 from utils import UserError
@@ -190,7 +190,7 @@ def test_another_encoder_of_the_same_name_gets_a_stack_of_its_own(arguments):
     for cells in (first, second):
         members = read_json(cells[2].folder / "best" / "config.json")["members"]
         assert [member["run"] for member in members] == [cell.folder.name for cell in cells[:2]]
-    settings = group([read_result(cell.folder) for cell in [*first[1:], *second[1:]]])
+    settings = group_by_setting([read_result(cell.folder) for cell in [*first[1:], *second[1:]]])
     assert [setting.label for setting in settings] == [
         "bert, no max_steps", f"stack of bag-of-words, {first[1].folder.name.removesuffix('-seed1')}, no max_steps",
         "bert, max_steps 2", f"stack of bag-of-words, {first[1].folder.name.removesuffix('-seed1')}, max_steps 2"]

@@ -23,7 +23,7 @@ from suite.common import cli
 from suite.common.devices import Devices
 from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import seal
-from suite.comparison.results import group, read_result
+from suite.comparison.results import group_by_setting, read_result
 from suite.comparison.stacking import stack_runs
 from suite.inference.classifier import Words, open_classifier
 from suite.reviews.splitting import load_split, text_digests
@@ -228,7 +228,7 @@ def test_nothing_needs_the_teacher_any_more(overrides, finished, tmp_path):
         path.name for path in finished.with_name("encoder").joinpath("best").iterdir()}
     card = (finished / "best" / "README.md").read_text()
     assert "that the model words gave them" in card
-    labels = {setting.label for setting in group([read_result(finished.with_name(name)) for name in (
+    labels = {setting.label for setting in group_by_setting([read_result(finished.with_name(name)) for name in (
         "finished", "encoder")])}
     assert labels == {"teacher words", "no teacher"}
 

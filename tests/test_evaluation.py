@@ -8,8 +8,8 @@ from sklearn import metrics as reference
 
 from suite.common.figures import heading, on_console, show
 from suite.training.evaluation import (
-    Calibration,
     Predictions,
+    ReliabilityBins,
     compute_metrics,
     mistakes,
     risk_coverage,
@@ -73,7 +73,7 @@ def test_calibration_error_by_hand():
     logits = np.stack([np.log(confidence), np.log(1 - confidence)], axis=1).astype(np.float32)
     predictions = Predictions(np.arange(8), np.array([0, 0, 0, 1, 0, 1, 1, 1]), logits)
     assert compute_metrics(predictions)["ece"] == pytest.approx(0.25, abs=1e-6)
-    assert Calibration(predictions).counts.sum() == 8
+    assert ReliabilityBins(predictions).counts.sum() == 8
 
 
 def test_risk_and_coverage_by_hand():

@@ -20,7 +20,7 @@ from test_files_people_have import write
 from suite.common.run_folder import read_saved_config
 from suite.comparison import stacking
 from suite.comparison.report import show_baseline
-from suite.comparison.results import group, read_result, refuse_different_tests
+from suite.comparison.results import group_by_setting, read_result, refuse_different_tests
 from suite.comparison.significance import compare
 from suite.comparison.stacking import stack_runs
 from suite.comparison.summary import summarize
@@ -339,7 +339,7 @@ def test_a_stack_is_cross_fitted_and_tested_by_films(trained, monkeypatch):
 def test_runs_are_compared_by_films(trained, capsys):
     _, _, runs = trained
     results = [read_result(runs / name) for name in ("bag-of-words", "encoder")]
-    summary, film = summarize(group(results), "films"), results[0].predictions.groups
+    summary, film = summarize(group_by_setting(results), "films"), results[0].predictions.groups
     assert "The reviews are of 8 groups" in "\n".join(summary["notes"])
     expected = compare("AB", [run.correct[None] for run in results], film)[0]
     pair = summary["pairs"][0]
@@ -349,7 +349,7 @@ def test_runs_are_compared_by_films(trained, capsys):
     assert capsys.readouterr().out.endswith(pair["sentence"].replace("bert0", "encoder") + "\n")
     for result in results:  # as an earlier version has written them
         result.predictions.groups = None
-    assert "test the runs again with --mode test" in "\n".join(summarize(group(results), "films")["notes"])
+    assert "test the runs again with --mode test" in "\n".join(summarize(group_by_setting(results), "films")["notes"])
 
 
 def test_runs_with_and_without_the_column_are_not_compared(trained):

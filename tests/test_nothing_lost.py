@@ -9,7 +9,7 @@ from conftest import content_of, train_here
 from test_compare import write_run
 
 from suite.common import cli
-from suite.common.run_folder import best_model
+from suite.common.run_folder import best_folder
 from suite.common.storage import replace_folder, restore
 from suite.comparison.report import compare_runs
 
@@ -36,9 +36,9 @@ def test_killed_at_any_point_of_replacing_the_best_model(tmp_path, monkeypatch, 
         else:
             write("new")
     restore(folder)
-    assert (best_model(tmp_path) / "model").read_text() == ("old" if call < 3 else "new")
+    assert (best_folder(tmp_path) / "model").read_text() == ("old" if call < 3 else "new")
     write("newer")
-    assert (best_model(tmp_path) / "model").read_text() == "newer"
+    assert (best_folder(tmp_path) / "model").read_text() == "newer"
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 

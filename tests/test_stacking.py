@@ -21,7 +21,7 @@ from suite.common import cli
 from suite.common.figures import FIGURES, MEASURED, figures_table, on_card
 from suite.common.run_folder import read_saved_config, without_encoder
 from suite.comparison import stacking
-from suite.comparison.results import group, read_result
+from suite.comparison.results import group_by_setting, read_result
 from suite.comparison.stacking import stack_runs
 from utils import load_config
 
@@ -128,7 +128,7 @@ def test_it_is_a_run_like_any_other(members, stacked):
     reviews = rows_of(stacked.parent.parent / "reviews.csv")
     assert wrong
     assert all(row["text"] == reviews[int(row["id"])]["review"] for row in wrong)
-    assert [setting.label for setting in group([read_result(folder) for folder in (*folders, stacked)])] == [
+    assert [setting.label for setting in group_by_setting([read_result(folder) for folder in (*folders, stacked)])] == [
         "bag-of-words", read_saved_config(folders[1] / "config.yaml").model_config.model_name.rpartition("/")[2],
         "stack of bag-of-words, encoder"]
     train_here(*overrides, "run_name=stack", mode="test")

@@ -50,15 +50,15 @@ REPLACED = ("best", "best" + PARTIAL, "best" + OLD, "plots", "export",  # folder
 
 REVIEWS = ("dataset", "subset", "text_column", "label_column", "group_column", "split", "split_seed", "drop_duplicates",
            "limit", "train_limit", "line_breaks")
-WITHOUT_ENCODER = ("model_config.model_name", "model_config.num_labels", "train_config.calibrate",
-                   *(f"data_config.{key}" for key in REVIEWS))  # what shapes a bag of words
+BAG_OF_WORDS_KEYS = ("model_config.model_name", "model_config.num_labels", "train_config.calibrate",
+                     *(f"data_config.{key}" for key in REVIEWS))  # what shapes a bag of words
 SAME_TEST = tuple(f"data_config.{key}" for key in REVIEWS  # to be compared
                   if key not in ("dataset", "train_limit", "line_breaks"))
 TEACHER = "teacher"  # in the run folder of a student: what its teacher says
 STACK_OF = "stack of "  # how the model_name of runs that were combined begins
 
 
-def best_model(run_folder: Path) -> Path:
+def best_folder(run_folder: Path) -> Path:
     """The folder of a run's best model. Raises UserError if there is none, or it is damaged."""
     folder = run_folder / "best"
     if not folder.is_dir():

@@ -21,7 +21,7 @@ from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.hub import check_hub
 from suite.common.pages import UNPRINTABLE, render
-from suite.common.run_folder import best_model, read_metrics, run_of
+from suite.common.run_folder import best_folder, read_metrics, run_of
 from suite.common.storage import atomic_write, room_for, write_text
 from suite.comparison.confident_learning import class_thresholds, expected_flags, flagged
 from suite.comparison.results import Result, read_result
@@ -144,7 +144,7 @@ def read_run(run: Path) -> list[Result]:
 
 def refuse_other_reviews(run: Path, results: Sequence[Result], split: Split) -> None:
     """Raises UserError if the run's reviews are not those of `split`, or its model is lost or damaged."""
-    best_model(run)
+    best_folder(run)
     if results[0].data_fingerprint != split.fingerprint:
         raise UserError(f"--model: {run} was trained on other reviews, or another split of them, than these: leave "
                         "data_config out of the command, or put the data back as they were")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from suite.comparison.results import Setting
-from suite.training.evaluation import SPLITS, Calibration, Predictions
+from suite.training.evaluation import SPLITS, Predictions, ReliabilityBins
 from suite.training.plots import (
     BLUE,
     ORANGE,
@@ -141,9 +141,9 @@ def plot_reliabilities(settings: Sequence[Setting]) -> Figure:
                                  for name in ("ids", "labels", "logits")))
         draw_diagonal(axis, len(first.label_names))
         for number, seed in enumerate(seeds):
-            axis.plot(*points_of(Calibration(seed)), color=BLUE, alpha=0.3, linewidth=1,
+            axis.plot(*points_of(ReliabilityBins(seed)), color=BLUE, alpha=0.3, linewidth=1,
                       label=None if number else "one seed")
-        axis.plot(*points_of(Calibration(together)), color=BLUE, marker="o", markersize=4, label="all seeds")
+        axis.plot(*points_of(ReliabilityBins(together)), color=BLUE, marker="o", markersize=4, label="all seeds")
         error = np.mean(setting.figures(first.split, "ece"))
         axis.set_title(f"{no_formula(setting.label)}\nexpected calibration error {100 * error:.1f} points", fontsize=9)
         axis.set_xlabel("confidence (%)")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from suite.comparison.results import Setting, by_kind
+from suite.comparison.results import Setting, group_by_kind
 from suite.comparison.significance import LEVEL
 from suite.training.evaluation import SPLITS
 
@@ -70,7 +70,7 @@ def data_size(settings: Sequence[Setting], rows: Sequence[dict[str, Any]]) -> di
     run = settings[0].runs[0]
     where = f"{len(run.predicted):,} {SPLITS[run.split]} reviews"
     curves = []
-    for model, of_kind in by_kind(settings).items():
+    for model, of_kind in group_by_kind(settings).items():
         ascending = sorted((row_of[setting.label] for setting in of_kind), key=lambda row: row["trained_on"])
         curves.append(_curve(model, ascending, where))
     ends = [(curve["model"], curve["points"][0], curve["points"][-1]) for curve in curves]

@@ -39,9 +39,9 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from suite.common.checks import in_plain_words, shown
 from suite.common.run_folder import (
+    BAG_OF_WORDS_KEYS,
     SAME_TEST,
     STACK_OF,
-    WITHOUT_ENCODER,
     changed_input,
     content_of,
     inputs_of,
@@ -190,7 +190,7 @@ def _cells(file: ExperimentFile, path: str, overrides: Sequence[str]) -> list[Ce
             problems.append(f"{path}: script main.py takes one micro-batch a step, and {describe(setting)} needs "
                             f"{steps}: set script: main_accumulation.py")
         if file.also:
-            of_words = {key: value for key, value in setting.items() if key in WITHOUT_ENCODER and key not in NAMED}
+            of_words = {key: value for key, value in setting.items() if key in BAG_OF_WORDS_KEYS and key not in NAMED}
             replaced_here = replaced | {"train_config.seed": file.seeds[0]}  # it has no use for another one
             named = load_config(file.config, [*overrides, f"model_config.model_name={BAG_OF_WORDS}"],
                                 {path: replaced_here})

@@ -16,7 +16,14 @@ from suite.common.pages import render
 from suite.common.run_folder import read_saved_config
 from suite.common.storage import atomic_write, remove, write_json, write_text
 from suite.comparison.data_size import ABOUT
-from suite.comparison.results import Setting, group, read_result, read_results, refuse_different_tests, texts
+from suite.comparison.results import (
+    Setting,
+    group_by_setting,
+    read_result,
+    read_results,
+    refuse_different_tests,
+    wrong_texts,
+)
 from suite.comparison.running import LOGS
 from suite.comparison.significance import compare, sentence
 from suite.comparison.summary import LEGEND, PUBLISHED, counts, hard_reviews, published_table, settings_table, summarize
@@ -37,7 +44,7 @@ def compare_runs(folders: Sequence[Path], output: Path, title: str, question: st
     refuse_other_files(output)
     runs = read_results(folders, on_validation)
     refuse_different_tests(runs)
-    settings = group(runs)
+    settings = group_by_setting(runs)
     for setting in settings:
         setting.published = (published or {}).get(setting.runs[0].folder, {})
     summary = summarize(settings, title, question, notes)
@@ -78,7 +85,7 @@ def write_report(folder: Path, summary: dict[str, Any], settings: Sequence[Setti
     runs = [run for setting in settings for run in setting.runs]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SUMMARY, summary)
-    found = texts(runs)
+    found = wrong_texts(runs)
     for name, places in hard_reviews(runs).items():
         _write_reviews(folder / f"{name}.csv", settings, places, found)
     remove(folder / "plots")  # those of an earlier report, which may have had others

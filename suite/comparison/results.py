@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from suite.common.run_folder import (
+    BAG_OF_WORDS_KEYS,
     SAME_TEST,
-    WITHOUT_ENCODER,
     how_to_write_again,
     is_encoder,
     read_history,
@@ -79,7 +79,7 @@ class Result:
         precision that it was. A teacher is named without its seed."""
         values, measured = shaping_values(self.config), self.metrics.get("environment", {})
         if not is_encoder(self.config):
-            own = {key: values[key] for key in values if key in WITHOUT_ENCODER}
+            own = {key: values[key] for key in values if key in BAG_OF_WORDS_KEYS}
             return own | _joined(self.members) | {NAME: values[NAME]}
         if values[TEACHER_KEY]:
             values[TEACHER_KEY] = without_seed(values[TEACHER_KEY])
@@ -195,7 +195,7 @@ def _held_out(run: Result) -> str:
     return run.metrics["data"]["held_out"]
 
 
-def group(results: Sequence[Result]) -> list[Setting]:
+def group_by_setting(results: Sequence[Result]) -> list[Setting]:
     """The settings in the order of their first runs, each named by the values in which it differs from the others.
 
     Raises UserError if two runs have the same setting and the same seed.
@@ -211,7 +211,7 @@ def group(results: Sequence[Result]) -> list[Setting]:
     return [Setting(label, runs) for label, runs in zip(labels, runs_of, strict=True)]
 
 
-def by_kind(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+def group_by_kind(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
     """{name: the settings that differ in data_config.train_limit alone}, in the order of their first ones."""
     found: dict[str, list[Setting]] = {}
     values_of = []
@@ -259,7 +259,7 @@ def _without_folders(path: str | list | None) -> str | list | None:
     return [*map(_without_folders, path)] if isinstance(path, list) else path and short_name(path)
 
 
-def texts(results: Sequence[Result]) -> dict[int, str]:
+def wrong_texts(results: Sequence[Result]) -> dict[int, str]:
     """{id: text} of every test review that at least one run gets wrong, read from the runs' misclassified.csv."""
     return {int(row["id"]): row["text"] for result in results if result.split == "test"
             for row in read_mistakes(result.folder)}

@@ -21,7 +21,7 @@ from sklearn.model_selection import PredefinedSplit, StratifiedKFold, cross_val_
 from suite.common.checks import problems_of
 from suite.common.devices import Devices
 from suite.common.hub import check_hub, quiet_libraries
-from suite.common.run_folder import best_model, differences, is_encoder, read_metrics, stack_name, without_encoder
+from suite.common.run_folder import best_folder, differences, is_encoder, read_metrics, stack_name, without_encoder
 from suite.common.storage import MANIFEST, room_for, sha256_of, write_json
 from suite.comparison.results import Result, read_result, refuse_different_tests
 from suite.encoders.bag_of_words import class_logits, refuse_other_version
@@ -50,7 +50,7 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
         raise UserError(f"{runs[0].folder} and {other.folder} were trained on different parts of the training reviews "
                         f"(data_config.train_limit: {runs[0].train_limit} and {other.train_limit}): name runs of one "
                         "part")
-    models = [best_model(folder) for folder in folders]  # whole, and the run's own
+    models = [best_folder(folder) for folder in folders]  # whole, and the run's own
     for model in models:
         if kind_of(model) == BAG_OF_WORDS:
             refuse_other_version(model)

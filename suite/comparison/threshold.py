@@ -22,7 +22,7 @@ from suite.common.cli import Command
 from suite.common.devices import Devices
 from suite.common.figures import show
 from suite.common.pages import write_decision
-from suite.common.run_folder import best_model, read_metrics, run_of
+from suite.common.run_folder import best_folder, read_metrics, run_of
 from suite.common.storage import THRESHOLD, lock, remove, write_json
 from suite.comparison.results import read_result
 from suite.training.evaluation import Predictions, threshold_figures
@@ -57,7 +57,7 @@ def decide(command: Command, devices: Devices) -> None:
         raise UserError(f"--threshold: {run} has {len(names)} classes, and a threshold divides two: use "
                         "--min-confidence of --mode predict")
     lock(run)
-    best, metrics = best_model(run), read_metrics(run)
+    best, metrics = best_folder(run), read_metrics(run)
     metrics.pop("threshold", None)
     if aim is None:
         remove(best / THRESHOLD)

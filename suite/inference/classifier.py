@@ -22,7 +22,7 @@ from model import ClassifierConfig
 from suite.common.checks import position_limit, too_long
 from suite.common.cli import Command
 from suite.common.devices import Devices
-from suite.common.run_folder import best_model
+from suite.common.run_folder import best_folder
 from suite.common.storage import MANIFEST, THRESHOLD, read_json, refuse_damage
 from suite.encoders.bag_of_words import class_logits, load_bag_of_words
 from suite.encoders.checkpoints import remark
@@ -45,7 +45,7 @@ LEAST = 1e-9  # a probability below it counts as this: the logarithm of 0 is no 
 def chosen_model(command: Command) -> Path:
     """The folder of the model that a command names, itself or by its run, or of the best one of the configured run."""
     folder = Path(command.model or command.config.run_folder)
-    return folder if command.model and not (folder / "config.yaml").is_file() else best_model(folder)
+    return folder if command.model and not (folder / "config.yaml").is_file() else best_folder(folder)
 
 
 def open_classifier(folder: Path, config: Config, devices: Devices) -> Labeller:

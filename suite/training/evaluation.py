@@ -81,7 +81,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
     with more, they are unweighted means over the classes. `macro_f1` is always such a mean. `roc_auc` and
     `average_precision` compare each class with the rest and average over the classes, or are those of class 1 with two
     classes; `mcc` is Matthews' correlation coefficient. These three are None if a class does not occur in the split.
-    `accuracy_ci95`: see `share_interval`. `ece`: see `Calibration`. `aurc`: see `risk_coverage`.
+    `accuracy_ci95`: see `share_interval`. `ece`: see `ReliabilityBins`. `aurc`: see `risk_coverage`.
     """
     from sklearn.metrics import (  # here, because labelling does not need it
         average_precision_score,
@@ -118,7 +118,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | list[float] |
         "mcc": mcc,
         "roc_auc": roc_auc,
         "average_precision": average_precision,
-        "ece": Calibration(predictions).error,
+        "ece": ReliabilityBins(predictions).error,
         "aurc": float(risk_coverage(predictions).mean()),
         "surest_accuracy": float(is_right[surest].mean()),
         "surest_accuracy_ci95": list(share_interval(is_right[surest], None if groups is None else groups[surest])),
@@ -207,7 +207,7 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
     return max(0.0, min(share, float(low))), min(1.0, max(share, float(high)))  # or the last bit is wrong at 0 and 1
 
 
-class Calibration:
+class ReliabilityBins:
     """How often the model is right, and how confident it is, in bins of equal width over the confidence."""
 
     def __init__(self, predictions: Predictions, bins: int = 15):

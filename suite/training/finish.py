@@ -16,7 +16,7 @@ from data import evaluation_loader, prepare_data
 from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.pages import write_model_card
-from suite.common.run_folder import best_model, content_of, inputs_of, is_encoder, read_history, read_metrics
+from suite.common.run_folder import best_folder, content_of, inputs_of, is_encoder, read_history, read_metrics
 from suite.common.storage import THRESHOLD, read_json, write_json, write_text
 from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
@@ -177,7 +177,7 @@ class TrainedRun:
         self.config, self.devices, folder = config, devices, RunFolder(config)
         folder.lock()
         devices.barrier()
-        best = best_model(folder.path)
+        best = best_folder(folder.path)
         folder.refuse_differences(ignored=MAY_DIFFER)
         self.classifier = open_classifier(best, config, devices)
         self.model = getattr(self.classifier, "model", None)  # None: a bag of words, or a stack

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from suite.common.storage import atomic_write
-from suite.training.evaluation import SUREST, Calibration, Predictions, risk_coverage, share_interval
+from suite.training.evaluation import SUREST, Predictions, ReliabilityBins, risk_coverage, share_interval
 from utils import Config
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # distinct for the colour-blind, too (Okabe and Ito)
@@ -70,7 +70,7 @@ def draw_diagonal(axis: Axes, classes: int) -> None:
     axis.grid(alpha=0.3)
 
 
-def points_of(calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
+def points_of(calibration: ReliabilityBins) -> tuple[np.ndarray, np.ndarray]:
     """(confidence, accuracy) of each bin that is not empty, in percent."""
     filled = calibration.counts > 0
     return 100 * calibration.confidences[filled], 100 * calibration.accuracies[filled]
@@ -109,7 +109,7 @@ def plot_confusion_matrix(config: Config, predictions: Predictions, label_names:
 
 def plot_reliability(config: Config, predictions: Predictions) -> Figure:
     """Accuracy against confidence, above the number of reviews with that confidence."""
-    bins = Calibration(predictions)
+    bins = ReliabilityBins(predictions)
     figure = new_figure(config, f"reliability on {bins.counts.sum():,} test reviews\n{config.run_name}", (5.5, 6))
     axis, histogram = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     draw_diagonal(axis, predictions.logits.shape[1])

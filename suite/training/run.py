@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, set_seed
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.devices import Devices, random_state, set_random_state
-from suite.common.run_folder import best_model
+from suite.common.run_folder import best_folder
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
 from suite.encoders.loading import (
@@ -141,7 +141,7 @@ class Run:
         self.progress = load_progress(state, self.devices.kind)
         self.folder.refuse_other_data(self.progress.data_fingerprint, self.data.fingerprint)
         if self.progress.best_epoch:
-            best_model(self.folder.path)  # raises UserError if it is lost or damaged
+            best_folder(self.folder.path)  # raises UserError if it is lost or damaged
         self.devices.read_state(state, self.model, self.optimizer)
         self.average.load(state)
         loop = torch.load(state / f"process_{process_rank()}.pt", map_location="cpu", weights_only=True)
@@ -324,7 +324,7 @@ class Run:
 
     def best_model(self) -> nn.Module:
         """The best model so far, as it was saved."""
-        return load_model(best_model(self.folder.path))
+        return load_model(best_folder(self.folder.path))
 
     @contextmanager
     def saved_when_stopped(self):
