@@ -71,20 +71,20 @@ class Step(NamedTuple):
 class IMDBDataset(torch.utils.data.Dataset):
     """The tokenized reviews of one split, as flat arrays: nothing is looked up or padded review by review.
 
-    All splits share `tokens` (tokens of all windows,), `offsets` (windows + 1,), `first_windows` (reviews + 1,), the
+    All splits share `tokens` (tokens of all windows,), `offsets` (windows + 1,), `window_bounds` (reviews + 1,), the
     places of the reviews in `offsets` (None: each review is one window), and `texts`, the pooled data. A split has
-    `rows` (n,), its places in `first_windows`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
+    `rows` (n,), its places in `window_bounds`; `labels` (n,), the classes; and `ids` (n,), its rows in the pooled data.
     `class_weights`: (num_labels,) what a review of each class counts in the loss; None: all count the same. `targets`:
     (n, num_labels) float32, the probability of each class, with which the loss is taken in place of the labels.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, labels: np.ndarray, ids: np.ndarray,
                  pad_token_id: int, has_token_types: bool = False, texts: Dataset | None = None,
-                 first_windows: np.ndarray | None = None, class_weights: np.ndarray | None = None,
+                 window_bounds: np.ndarray | None = None, class_weights: np.ndarray | None = None,
                  targets: np.ndarray | None = None):
-        first_windows = np.arange(len(offsets)) if first_windows is None else first_windows
+        window_bounds = np.arange(len(offsets)) if window_bounds is None else window_bounds
         self.tokens, self.offsets, self.labels, self.ids, self.texts = tokens, offsets, labels, ids, texts
-        self.first_windows, self.windows = first_windows[rows], first_windows[rows + 1] - first_windows[rows]
+        self.first_windows, self.windows = window_bounds[rows], window_bounds[rows + 1] - window_bounds[rows]
         self.lengths = self.window_lengths(self.first_windows)  # (n,) tokens of each review's first window, its longest
         self.pad_token_id, self.has_token_types = pad_token_id, has_token_types
         self.class_weights, self.targets = class_weights, targets
@@ -281,14 +281,14 @@ def prepare_data(config: Config, trained_model: str | None = None, split: Split 
         raise UserError(f"model_config.pooling is cls, but the tokenizer of {config.model_config.model_name} puts no "
                         "token before a text, and the first word would stand for it: set model_config.pooling=mean")
     used = np.sort(np.concatenate(list(ids_of.values())))  # with a limit, only these rows are tokenized
-    tokens, offsets, first_windows = tokenize(reviews.table, used, split.digests, encode, reviews.parts)
+    tokens, offsets, window_bounds = tokenize(reviews.table, used, split.digests, encode, reviews.parts)
     class_weights = None
     if config.train_config.class_weights == "balanced":  # their sum over all training reviews is the number of these
         counts = np.bincount(reviews.labels[ids_of["train"]], minlength=len(reviews.label_names))
         class_weights = counts.sum() / (len(counts) * counts)
     splits = {name: IMDBDataset(tokens, offsets, np.searchsorted(used, ids), reviews.labels[ids], ids,
                                 tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names, reviews.table,
-                                first_windows, class_weights) for name, ids in ids_of.items()}
+                                window_bounds, class_weights) for name, ids in ids_of.items()}
     return PreparedData(splits, tokenizer, reviews.label_names, split.fingerprint, split.held_out, seen, split.units)
 
 

@@ -36,7 +36,7 @@ def explicit_data() -> IMDBDataset:
     rows = np.arange(REVIEWS)
     tokens, labels = generator.integers(5, 2500, offsets[-1]), generator.integers(0, 2, REVIEWS)
     return IMDBDataset(tokens, offsets, rows, labels, rows, pad_token_id=0,
-                       first_windows=np.concatenate([[0], windows.cumsum()]))
+                       window_bounds=np.concatenate([[0], windows.cumsum()]))
 
 
 def build_model(folder: str, dtype: torch.dtype = torch.float32) -> EncoderForClassification:

@@ -25,7 +25,7 @@ from suite.common.stopping import SIGNALS, StopRequested
 from suite.common.storage import seal
 from suite.comparison.results import group_by_setting, read_result
 from suite.comparison.stacking import stack_runs
-from suite.inference.classifier import Words, open_classifier
+from suite.inference.classifier import BagOfWordsLabeller, open_classifier
 from suite.reviews.splitting import load_split, text_digests
 from suite.reviews.unlabelled import with_unlabelled
 from suite.training import distillation
@@ -271,7 +271,7 @@ def test_stopped_while_the_student_learns_it_ends_with_the_same_bits(overrides, 
 def test_stopped_while_the_teacher_labels_it_ends_with_the_same_bits(overrides, teachers, finished, monkeypatch, way):
     """The labels of the bag of words do not depend on the chunks, and `finished` has had one."""
     monkeypatch.setattr(distillation, "CHUNK_ROWS", 64)
-    name, of_words, labelled = f"run_name={way}", Words.probabilities, []
+    name, of_words, labelled = f"run_name={way}", BagOfWordsLabeller.probabilities, []
 
     def interrupted(words, texts):
         labelled.append(len(texts))
@@ -281,7 +281,7 @@ def test_stopped_while_the_teacher_labels_it_ends_with_the_same_bits(overrides, 
             os.kill(os.getpid(), signal.SIGTERM)
         return of_words(words, texts)
 
-    monkeypatch.setattr(Words, "probabilities", interrupted)
+    monkeypatch.setattr(BagOfWordsLabeller, "probabilities", interrupted)
     monkeypatch.setattr(SIGNALS, "received", None)
     result = run_here(*overrides, name, f"train_config.teacher={teachers['words']}", mode="distill")
     assert result.returncode == {"SIGTERM": 143, "kill": -9}[way]

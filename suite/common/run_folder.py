@@ -267,18 +267,18 @@ def _config_of_run(saved: Path, path: str | Path, overrides: Sequence[str], conf
 
     What uses it refuses overrides that contradict the run. `config`: that of `path` with the overrides applied.
     """
-    kept = read_saved_config(saved)
-    before, there = shaping_values(kept), shaping_values(config)
-    # A relative path may have been found from another folder. Then what the given configuration says is looked at.
-    gone = {key: there[key] for key in INPUTS
-            if is_same_place(before[key], there[key]) and not os.path.exists(before[key])}
+    saved_config = read_saved_config(saved)
+    saved_values, given = shaping_values(saved_config), shaping_values(config)
+    # A relative path that was saved may not lead there from this folder. Then the given path counts.
+    moved = {key: given[key] for key in INPUTS
+             if is_same_place(saved_values[key], given[key]) and not os.path.exists(saved_values[key])}
     # The run's batch may not suit the number of processes that test it, and need not, because they take no optimizer
     # step. The model card still names the batch that the run was trained with.
-    config = load_config(saved, overrides, {str(path): gone | {
+    config = load_config(saved, overrides, {str(path): moved | {
         "output_dir": config.output_dir, "run_name": config.run_name, "train_config.auto_micro_batch": False,
         "train_config.effective_batch_size": None, "train_config.gradient_accumulation_steps": 1}})
     if not _replaces(overrides, "train_config.effective_batch_size"):
-        config.train_config.effective_batch_size = kept.train_config.effective_batch_size
+        config.train_config.effective_batch_size = saved_config.train_config.effective_batch_size
     return config
 
 

@@ -56,12 +56,12 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
             refuse_other_version(model)
     valid = [read_result(folder, "valid").predictions for folder in folders]
     config = configuration(runs, output)
-    made, devices, names = RunFolder(config), Devices(config), runs[0].label_names
-    made.lock()
+    folder, devices, names = RunFolder(config), Devices(config), runs[0].label_names
+    folder.lock()
     refuse_existing_output(config)
     check_hub(config)
     split = load_split(config)
-    made.refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
+    folder.refuse_other_data(runs[0].data_fingerprint, split.fingerprint)
     started = time.perf_counter()
     features, labels = log_odds([predictions.probabilities for predictions in valid]), valid[0].labels
     ids = valid[0].ids
@@ -73,8 +73,8 @@ def stack_runs(folders: Sequence[Path], output: Path) -> None:
                "optimizer_steps": iterations}
     with room_for(output, sum(path.stat().st_size for model in models for path in model.rglob("*")),
                   fix="make room or choose another --output"):
-        run = FittedRun(made, devices, split, figures, iterations, Predictions(ids, labels, crossed))
-        made.save_best(lambda folder: write_stack(folder, runs, models, regression))
+        run = FittedRun(folder, devices, split, figures, iterations, Predictions(ids, labels, crossed))
+        folder.save_best(lambda best: write_stack(best, runs, models, regression))
         tested = log_odds([run.predictions.probabilities for run in runs])
         predictions = Predictions(runs[0].predictions.ids, runs[0].predictions.labels,
                                   class_logits(regression.decision_function(tested).reshape(len(tested), -1)))

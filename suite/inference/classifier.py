@@ -50,7 +50,7 @@ def chosen_model(command: Command) -> Path:
 
 def open_classifier(folder: Path, config: Config, devices: Devices) -> Labeller:
     """Raises UserError if the folder holds no trained model whose files belong together."""
-    kinds = {BAG_OF_WORDS: Words, STACK: Stack}
+    kinds = {BAG_OF_WORDS: BagOfWordsLabeller, STACK: Stack}
     classifier = kinds.get(kind_of(folder), Classifier)(folder, config, devices)
     if (folder / THRESHOLD).exists():
         classifier.threshold = read_json(folder / THRESHOLD)["threshold"]
@@ -145,7 +145,7 @@ class Classifier(Labeller):
         """(texts, classes) float64. Reviews of similar lengths share a batch, so a batch depends on the texts alone."""
         of_texts = self.encode.windows(texts)
         windows = list(itertools.chain.from_iterable(of_texts))
-        offsets, first_windows = (np.cumsum([0, *map(len, parts)]) for parts in (windows, of_texts))
+        offsets, window_bounds = (np.cumsum([0, *map(len, parts)]) for parts in (windows, of_texts))
         tokens = np.fromiter(itertools.chain.from_iterable(windows), np.int64, offsets[-1])
         if not self.knows_words:
             refuse_unknown_words("--model", str(self.folder), self.tokenizer, tokens)
@@ -153,7 +153,7 @@ class Classifier(Labeller):
             self.knows_words = True
         rows = np.arange(len(texts))
         reviews = IMDBDataset(tokens, offsets, rows, np.zeros_like(rows), rows, self.tokenizer.pad_token_id,
-                              first_windows=first_windows)
+                              window_bounds=window_bounds)
         batches = evaluation_batches(reviews.lengths, self.batch_size, pass_tokens=self.pass_tokens,
                                      windows=reviews.windows)
         ids, _, logits = compute_logits(self.model, map(reviews.batch, batches), len(texts), self.devices)
@@ -162,7 +162,7 @@ class Classifier(Labeller):
         return result
 
 
-class Words(Labeller):
+class BagOfWordsLabeller(Labeller):
     """A bag of words."""
 
     def __init__(self, folder: Path, config: Config, devices: Devices):

@@ -53,8 +53,8 @@ def prepare_texts(config: Config) -> PreparedData:
                         "pretrained with one, such as bert-base-uncased")
     used = np.sort(np.concatenate([train, valid]))
     encode = Encode(tokenizer, data_config.max_len, "windows", max_windows=sys.maxsize)
-    tokens, offsets, first_windows = tokenize(table, used, digests, encode, split.reviews.parts)
-    text_of = np.repeat(used, np.diff(first_windows))  # (windows,)
+    tokens, offsets, window_bounds = tokenize(table, used, digests, encode, split.reviews.parts)
+    text_of = np.repeat(used, np.diff(window_bounds))  # (windows,)
     splits = {}
     for name_of_split, ids, seed in (("train", train, None), ("valid", valid, data_config.split_seed)):
         windows = np.flatnonzero(np.isin(text_of, ids))

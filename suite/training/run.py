@@ -49,9 +49,9 @@ class Run:
 
     @staticmethod
     def new_model(config: Config, encoder_config: PreTrainedConfig, data: PreparedData) -> nn.Module:
-        model, read = new_model(config.model_config, data.label_names, encoder_config), config.data_config
-        model.config.update({"max_len": read.max_len, "truncation": read.truncation, "max_windows": read.max_windows,
-                             "data_fingerprint": data.fingerprint})
+        model, data_config = new_model(config.model_config, data.label_names, encoder_config), config.data_config
+        model.config.update({name: getattr(data_config, name) for name in ("max_len", "truncation", "max_windows")}
+                            | {"data_fingerprint": data.fingerprint})
         return model
 
     def complete_data(self) -> None:
