@@ -82,9 +82,9 @@ def is_as_whole(output: Path) -> bool:
 
 @pytest.mark.parametrize(("content", "rejected", "words", "texts"), [
     pytest.param(b"review,n\none,1\ntwo,2,3\nthree,3\n", [2], ["quotes around"], ["one", "three"], id="many fields"),
-    pytest.param(b'review,n\none,1\n"two,2\nthree,3\n"four",4\n', [2], ["mend the quotes"], ["one", "three", "four"],
+    pytest.param(b'review,n\none,1\n"two,2\nthree,3\n"four",4\n', [2], ["correct the quotes"], ["one", "three", "four"],
                  id="a quote that is never closed"),
-    pytest.param(b'review,n\none,1\n"two,2\nthree,3\n', [2], ["mend the quotes"], ["one", "three"], id="to the end"),
+    pytest.param(b'review,n\none,1\n"two,2\nthree,3\n', [2], ["correct the quotes"], ["one", "three"], id="to the end"),
     pytest.param(b"review,n\none,1\ntw\xf6,2\nthree,3\n", [2], ["line 3 is not UTF-8"], ["one", "three"], id="UTF-8"),
     pytest.param(b"review,n\n,1\n\ntwo,2\n ,3\n", [1, 3], ["no text", "no text"], ["two"], id="two of them")])
 def test_broken_rows_are_set_aside_and_nothing_else(label, tmp_path, capsys, content, rejected, words, texts):

@@ -289,7 +289,7 @@ def run_with_exit_code(work: Callable[[], None]) -> None:
 
 @contextmanager
 def foreseen_errors():
-    """Turns the errors that a user can mend into one line and an exit code. Others keep their traceback."""
+    """Turns the errors that a user can correct into one line and an exit code. Others keep their traceback."""
     try:
         yield
     except UserError as error:

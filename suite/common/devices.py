@@ -175,7 +175,7 @@ class Devices:
             self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Part from the other processes."""
+        """Leave the process group, if there is one."""
 
 
 def pick_device(name: str) -> torch.device:

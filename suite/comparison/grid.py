@@ -227,8 +227,8 @@ def _problem(error: dict[str, Any]) -> str:
 
 
 def _impossible(file: ExperimentFile, settings: list[dict[str, Any]], overridden: list[str]) -> list[str]:
-    """What a file of the right shape asks for in vain. `overridden`: the keys of the command line that are not its
-    own."""
+    """What a file of the right shape asks for and cannot have. `overridden`: the keys on the command line that are not
+    its own."""
     problems, varying = [], dict.fromkeys(itertools.chain(*settings))
     if bool(file.grid) == bool(file.settings):
         problems.append("give the settings either as a grid, such as grid: {train_config.learning_rate: [5e-5, 1e-4]}, "

@@ -57,7 +57,7 @@ def refuse_other_files(folder: Path) -> None:
     """Raises UserError if a report would come among the files of something else."""
     found = {path.name for path in folder.glob("[!.]*")} - {LOGS}  # an experiment writes them before there is a report
     if folder.is_file() or found and SUMMARY not in found:
-        raise UserError(f"{folder} holds other things than a report: name another folder, by --output of "
+        raise UserError(f"{folder} holds files that are not of a report: name another folder, by --output of "
                         "compare.py or name in the experiment's file")
 
 

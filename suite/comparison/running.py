@@ -92,7 +92,7 @@ def run_cell(experiment: Experiment, cell: Cell) -> str | None:
         for line in process.stdout:
             file.write(line)
             file.flush()
-            with suppress(BrokenPipeError):  # the log still has it; unread, the script would wait for ever
+            with suppress(BrokenPipeError):  # the log still has it; unread, the pipe would fill and stop the script
                 say("    " + line.rstrip())
             if line.strip() and not last.startswith("error:"):
                 last = line.strip()

@@ -95,7 +95,7 @@ def new_model(model_config: ModelConfig, label_names: list[str] | None = None,
             encoder = AutoModel.from_config(encoder_config, dtype=torch.float32)
         elif own is None:
             encoder, _ = load_checkpoint(AutoModel, name, encoder_config)
-        encoder_config.name_or_path = ""  # a path of this machine, which concerns nobody else
+        encoder_config.name_or_path = ""  # a path of this machine, which must not be saved
         config = ClassifierConfig(encoder_config, model_config.pooling, model_config.dropout_rate,
                                   id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
         model = EncoderForClassification(config, encoder)

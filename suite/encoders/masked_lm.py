@@ -92,7 +92,7 @@ def new_masked_lm(model_config: ModelConfig, config: PreTrainedConfig) -> Masked
                 say(f"{name} has no head for masked words: a fresh one is trained")
         else:
             model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
-        config.name_or_path = ""  # a path of this machine, which concerns nobody else
+        config.name_or_path = ""  # a path of this machine, which must not be saved
         masked_lm = MaskedLanguageModel(model)
         try_forward_pass(masked_lm, (2, config.vocab_size), masked=torch.arange(2))
     return masked_lm

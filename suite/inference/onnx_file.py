@@ -6,8 +6,8 @@ For a model of windows, a row is a window, and the reader takes the mean over th
 
 In 8 bits (`--int8`) means ONNX Runtime's dynamic quantization: weights are rounded once, one scale for each column;
 activations in each call, one scale for the whole batch. So a review's logits depend a little on what else is in its
-batch. The head keeps its float32 weights. Not all models bear it, so the file stays only if it labels validation
-reviews as the original does.
+batch. The head keeps its float32 weights. Some models lose too much by it, so the file stays only if it labels
+validation reviews as the original does.
 """
 
 from __future__ import annotations

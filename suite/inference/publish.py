@@ -116,6 +116,6 @@ def send(command: Command, files: dict[str, Path | bytes]) -> None:
     except UserError:
         raise
     except Exception as error:  # of any type: the library fails on a server's odd answers in any way
-        raise UserError(f"{command.repo} was not sent ({type(error).__name__}: {brief(error)}): mend this, and give "
+        raise UserError(f"{command.repo} was not sent ({type(error).__name__}: {brief(error)}): correct this, and give "
                         "the same command again; all files arrive together or not at all") from error
     say(f"sent: {commit.commit_url}")

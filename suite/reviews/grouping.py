@@ -94,7 +94,7 @@ def _place(order: np.ndarray, rows_of: Sequence[tuple[np.ndarray, np.ndarray]], 
     """((units,) the part of each unit, what is left of the room), the units placed in this order.
 
     `rows_of`: for each unit, its classes and how many rows it has of each; `room` (parts, classes): how many rows each
-    part shall hold.
+    part should hold.
     """
     parts, is_empty = np.empty(len(order), np.int64), np.ones(len(room), bool)
     for placed, unit in enumerate(order):

@@ -129,7 +129,7 @@ def _read_json(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Ro
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is {other_encoding(error.object)}") from None
     except ValueError as error:
-        raise UserError(f"{path}: {error}: mend it, or write one object a line into a .jsonl file") from None
+        raise UserError(f"{path}: {error}: correct it, or write one object a line into a .jsonl file") from None
     size = os.path.getsize(path)
     for number, values in enumerate(records, start=1):
         row = Row(number, size * number // len(records), values)

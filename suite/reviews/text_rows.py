@@ -98,7 +98,7 @@ def read_header(path: str, file: BinaryIO, columns: Sequence[str]) -> tuple[Line
         try:
             problem, found = None, next((row for row in csv.reader(lines, delimiter=separator, strict=True) if row), [])
         except csv.Error as error:
-            problem, found = f"line {lines.number}: {error}: mend the quotes there", []
+            problem, found = f"line {lines.number}: {error}: correct the quotes there", []
         header = [name.strip() or f"column {place}" for place, name in enumerate(found, start=1)]
         if problem is None and set(columns) <= set(header):
             break
@@ -125,7 +125,7 @@ def read_table(path: str, file: BinaryIO, columns: Sequence[str]) -> Iterator[Ro
             return
         except csv.Error as error:
             lines.give_back(1)  # the quote that is wrong here may have swallowed good rows
-            problem, values = f"line {lines.number}: {error}: mend the quotes there", []
+            problem, values = f"line {lines.number}: {error}: correct the quotes there", []
         # A text of several lines may hold commas, but hardly one tab in each line. These are rows, of a program that
         # writes no quotes around texts: a text begins with a quote, and a later one ends with one.
         swallowed = len(lines.of_row) - 1

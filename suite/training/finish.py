@@ -63,7 +63,7 @@ class FittedRun:
 
 
 def write_results(run: Any, predictions: Predictions | None = None) -> None:
-    """The end of a run, in process 0: write what it has measured, and print the most of it.
+    """The end of a run, in process 0: write what was measured, and print the main figures.
 
     `run`: a Run, a TrainedRun or a FittedRun; `predictions`: for the test reviews, None if it was not tested.
     """
@@ -113,7 +113,7 @@ def try_plots(module: str, *arguments: Any) -> list[Path]:
 
 
 def show_finished(config: Config) -> bool:
-    """Whether the run folder holds this run, finished, and nothing is to be done again; its results are printed.
+    """Whether the run folder holds this run, finished, with nothing left to do; prints its results then.
 
     Raises UserError as `RunFolder.finished_metrics` does.
     """
@@ -127,7 +127,7 @@ def show_finished(config: Config) -> bool:
 
 
 def lacks_only_its_test(config: Config) -> bool:
-    """Whether the run was finished with train_config.test=false, and its test alone is to be made up for."""
+    """Whether the run was finished with train_config.test=false, and only its test is missing."""
     return "train" in read_metrics(config.run_folder) and config.train_config.resume != "never"
 
 

@@ -284,7 +284,7 @@ class Run:
             + (", the best so far" if is_best else ""))
         if is_best:
             progress.best_metrics, progress.best_epoch, progress.epochs_without_improvement = metrics, progress.epoch, 0
-            if self.devices.is_main:  # a kill between the two is mended on resuming, which ends this epoch again
+            if self.devices.is_main:  # after a kill between the two, resuming ends this epoch again
                 self.write_predictions(predictions)
             self.save_best()
         else:
@@ -292,7 +292,7 @@ class Run:
         self.save()
 
     def _is_time_to_save(self) -> bool:
-        """Whether all processes shall save a state now."""
+        """Whether it is time for all processes to save a state."""
         steps, minutes = self.config.train_config.save_every_steps, self.config.train_config.save_every_minutes
         is_step = steps is not None and self.progress.step % steps == 0
         return is_step or self.devices.any(time.monotonic() - self.saved_at >= 60 * minutes)

@@ -73,7 +73,7 @@ class RunFolder:
         self.history_lines = 0
 
     def lock(self) -> None:
-        """Keep other processes out, and mend what a kill may have left of replacing the best model.
+        """Keep other processes out, and put the best model back if a kill stopped its replacement.
 
         Raises UserError if another process uses the folder.
         """
@@ -115,7 +115,7 @@ class RunFolder:
         self.refuse_differences()
         state = newest_good_state(self.last)
         if state is None and self.config.train_config.resume == "must":
-            raise UserError(f"{self.path}: no saved state to go on from; train_config.resume=auto starts one")
+            raise UserError(f"{self.path}: no saved state to continue from; train_config.resume=auto starts the run")
         return state
 
     def refuse_differences(self, ignored: tuple[str, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""What follows a run: the progress bar, and an experiment tracker (wandb, trackio or TensorBoard) where it works.
+"""What watches a run: the progress bar, and an experiment tracker (wandb, trackio or TensorBoard) where it works.
 
 A run never waits at a tracker's prompt and never dies of one. At its first failure the run goes on without it, and the
 files of the run folder are complete all the same.
