@@ -175,7 +175,7 @@ def test_it_labels_as_it_was_tested(finished, tmp_path, named):
     ("train", ["run_name=new", "model_config.model_name={}/best"], {}, "a bag-of-words model, not a text encoder"),
     ("train", ["run_name=new", "model_config.model_name={}"], {}, "is a run folder: name the model in it"),
     ("baseline", ["data_config.line_breaks=space"], {}, "data_config.line_breaks: keep -> space"),
-    ("baseline", ["run_name=new", "train_config.resume=must"], {}, "no saved state to go on from"),
+    ("baseline", ["run_name=new", "train_config.resume=must"], {}, "no saved state to continue from"),
     ("baseline", ["run_name=new", "data_config.text_column=verdict", "data_config.label_column=review",
                   "model_config.num_labels=200"], {}, "have the same texts as earlier rows")])
 def test_what_cannot_be_is_refused_in_one_line(finished, mode, more, options, reason):
