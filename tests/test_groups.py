@@ -340,7 +340,7 @@ def test_runs_are_compared_by_films(trained, capsys):
     _, _, runs = trained
     results = [read_result(runs / name) for name in ("bag-of-words", "encoder")]
     summary, film = summarize(group_by_setting(results), "films"), results[0].predictions.groups
-    assert "The reviews are of 8 groups" in "\n".join(summary["notes"])
+    assert "The reviews are of 8 groups." in "\n".join(summary["notes"])
     expected = compare("AB", [run.correct[None] for run in results], film)[0]
     pair = summary["pairs"][0]
     assert (pair["interval"], pair["p_value"], pair["groups"]) == (expected.interval, expected.p_value, 8)

@@ -189,7 +189,7 @@ def rows_of(judged: Judged, split: Split) -> list[dict[str, Any]]:
 
 
 def write_suspects_page(path: Path, config: Config, summary: Sequence[str], rows: Sequence[dict[str, Any]],
-               words: dict[int, list[str]]) -> None:
+                        words: dict[int, list[str]]) -> None:
     """The first of these rows, the words that speak against their labels marked, on a page that needs neither a server
     nor the network."""
     shown = [(row, marked(row["text"], words.get(row["id"], []), config.data_config.line_breaks))

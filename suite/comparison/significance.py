@@ -77,8 +77,7 @@ def bootstrap_interval(correct: np.ndarray, other: np.ndarray | None = None, gro
     interaction of reviews and seeds (a review that only some seeds get right) is part of both variances, so it is
     subtracted from that of the reviews: the model is the two-way layout with random effects (Searle, Casella and
     McCulloch 1992, chapter 4). Nothing is subtracted where the seeds' accuracies are equal, as those of two seeds that
-    always answer the opposite.
-    A single seed says nothing about other seeds, so its interval is over reviews only.
+    always answer the opposite. A single seed says nothing about other seeds, so its interval is over reviews only.
     """
     if other is not None:
         return _lead(correct, other, groups, draws, seed)[0]

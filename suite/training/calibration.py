@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from suite.training.evaluation import Predictions, ReliabilityBins, standard_error
+from suite.training.evaluation import Predictions, ReliabilityBins, effective_groups, standard_error
 
 LEAST, MOST = 0.05, 20.0  # validation without a mistake would ask for 0, and one wrong review would cost any loss
 
@@ -37,6 +37,6 @@ def calibration_figures(predictions: Predictions, temperature: float) -> dict[st
         loss = float(given.losses.mean())
         error, quantile = standard_error(given.losses - loss, given.groups)
         figures |= {f"loss_{when}": loss, f"ece_{when}": ReliabilityBins(given).error}
-        if error > 0:  # one group tells nothing about others
+        if given.groups is None or effective_groups(given.groups) > 1:  # one group tells nothing about others
             figures[f"loss_{when}_ci95"] = [max(0.0, loss - quantile * error), loss + quantile * error]
     return figures
