@@ -67,11 +67,11 @@ def _conditions(runs: Sequence[Result], groups: np.ndarray | None) -> list[str]:
              f"measured on the same {len(runs[0].predicted):,} {SPLITS[runs[0].split]} reviews with the weights that "
              "were best on validation."]
     if runs[0].split == "valid":
-        lines.append("These figures are of validation, on which the best epochs and settings were chosen. The figure "
+        lines.append("The runs are compared on validation, where the best epochs and settings were chosen. The figure "
                      "to report is that of a test, which also saves the texts of wrong reviews: they are missing here.")
     if groups is not None:
-        lines.append(f"The reviews are of {len(np.unique(groups)):,} groups. Those of one {data.group_column or 'text'} "
-                     "may resemble each other, so intervals and tests count whole groups.")
+        lines.append(f"The reviews are of {len(np.unique(groups)):,} groups. Those of one "
+                     f"{data.group_column or 'text'} may resemble each other, so intervals and tests count whole ones.")
     elif data.group_column:
         again = TRAIN_AGAIN if runs[0].split == "valid" else "test the runs again with --mode test"
         lines.append("The runs' predictions are of an earlier version and do not name the groups, so intervals and "
