@@ -4,11 +4,11 @@
 #
 # Guess, written before the run: the temperature is 1, because dividing the logits by 1 leaves the probabilities as they
 # are, and they are right.
-# What happens: with two classes it is 2 where the model has a decision_function, and 1 where it has predict_proba alone;
-# with three classes it is 1 in both cases. A decision of two classes is one number x, the log-odds, and is made into the
-# logits (-x, x), which are twice as far apart as the log-odds say. The probabilities come out right. But a temperature
-# that is read from the attribute `beta_`, its inverse, says "twice too confident" of a model that is not, and two models
-# of one task cannot be compared by it if only one of them has a decision_function.
+# What happens: with two classes it is 2 where the model has a decision_function, and 1 where it has predict_proba
+# alone; with three classes it is 1 in both cases. A decision of two classes is one number x, the log-odds, and is made
+# into the logits (-x, x), which are twice as far apart as the log-odds say. The probabilities come out right. But a
+# temperature that is read from the attribute `beta_`, its inverse, says "twice too confident" of a model that is not,
+# and two models of one task cannot be compared by it if only one of them has a decision_function.
 #
 # Output (2026-11-30; 20,000 points, logistic regression on labels that were drawn from one):
 #     2 classes, decision_function  temperature 2.000, probabilities change by 0.0000
@@ -59,7 +59,8 @@ for classes in (2, 3):
     for name, given in (("decision_function", model), ("predict_proba", ProbabilitiesOnly(model))):
         seen[classes, name], probabilities = temperature(given, x, y)
         change = abs(probabilities - model.predict_proba(x)).max()
-        print(f"{classes} classes, {name:17}  temperature {seen[classes, name]:.3f}, probabilities change by {change:.4f}")
+        print(f"{classes} classes, {name:17}  temperature {seen[classes, name]:.3f}, "
+              f"probabilities change by {change:.4f}")
 
 assert abs(seen.pop((2, "decision_function")) - 2) < 0.01
 assert all(abs(found - 1) < 0.02 for found in seen.values())
