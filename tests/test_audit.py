@@ -148,17 +148,17 @@ def test_no_row_is_judged_by_a_model_that_has_seen_it_its_copy_or_its_group(tmp_
                                          "data_config.drop_duplicates=false",
                                          *["data_config.group_column=film"] * grouped])
     split = load_split(config)
-    judged = cross_fitted(split, "keep")
-    assert len(judged.ids) == 160
-    fold_of = draw_folds(split, judged.ids)
-    texts = np.array([split.text(review) for review in judged.ids])
+    check = cross_fitted(split, "keep")
+    assert len(check.ids) == 160
+    fold_of = draw_folds(split, check.ids)
+    texts = np.array([split.text(review) for review in check.ids])
     assert sorted(set(fold_of)) == [0, 1, 2, 3, 4]
     for fold in range(5):
         inside = fold_of == fold
         assert not set(texts[inside]) & set(texts[~inside])
         assert not grouped or not set(films[inside]) & set(films[~inside])
-        model, _ = fit(list(texts[~inside]), judged.labels[~inside], split.label_names, "keep", "")
-        assert model.logits(list(texts[inside])).tobytes() == judged.predictions.logits[inside].tobytes()
+        model, _ = fit(list(texts[~inside]), check.labels[~inside], split.label_names, "keep", "")
+        assert model.logits(list(texts[inside])).tobytes() == check.predictions.logits[inside].tobytes()
 
 
 def test_a_run_judges_the_reviews_that_it_has_not_seen_together_with_bags_of_words(

@@ -48,12 +48,12 @@ COLUMNS = ("rank", "id", "where", "split", "row", "label", "suggested", "probabi
 
 
 @dataclass
-class Judged:
+class LabelCheck:
     """Labels, and what a model that has not seen them says."""
 
     predictions: Predictions
     words: dict[int, list[str]]  # {id: n-grams that speak against the label}, where a bag of words contradicts a label
-    by: dict[str, Predictions]  # {who: what they predict}; the accuracy of the first is the one to report
+    measured_by: dict[str, Predictions]  # {who: what they predict}; the accuracy of the first is the one to report
 
     def __post_init__(self):
         logits = np.log(np.maximum(self.predictions.probabilities, LEAST))
@@ -79,17 +79,17 @@ def audit(command: Command, devices: Devices) -> None:
     confirmed = command.confirmed and read_confirmed(command.confirmed, split.reviews)
     if run:
         refuse_other_reviews(run, results, split)
-    judged = cross_fitted(split, config.data_config.line_breaks)
+    check = cross_fitted(split, config.data_config.line_breaks)
     if run:
-        judged = with_run(run, results, split, judged)
-    summary = summary_of(judged) + (confirmed_summary(judged, confirmed, split) if confirmed else [])
-    rows, page = rows_of(judged, split), output.with_suffix(".html")
+        check = with_run(run, results, split, check)
+    summary = summary_of(check) + (confirmed_summary(check, confirmed, split) if confirmed else [])
+    rows, page = rows_of(check, split), output.with_suffix(".html")
     with room_for(output.parent, fix="make room or choose another --output"):
         with atomic_write(output) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        write_suspects_page(page, config, summary, rows, judged.words)
+        write_suspects_page(page, config, summary, rows, check.words)
     say("\n".join(config.demo_mark + line for line in [
         *summary, f"all {len(rows):,} labels that the predictions contradict, the most suspicious first: {output}; the "
         f"first of them as a page: {page}"]))
@@ -99,7 +99,7 @@ def audit(command: Command, devices: Devices) -> None:
 # Probabilities of a model that has not seen the label
 
 
-def cross_fitted(split: Split, line_breaks: str) -> Judged:
+def cross_fitted(split: Split, line_breaks: str) -> LabelCheck:
     """All labelled reviews of the split, each fold by a bag of words that was fitted on the other folds."""
     ids = np.sort(np.concatenate(list(split.ids_of.values())))
     labels, names = split.reviews.labels[ids], split.label_names
@@ -113,8 +113,8 @@ def cross_fitted(split: Split, line_breaks: str) -> Judged:
         places = held_out[logits[held_out].argmax(axis=1) != labels[held_out]]
         words |= words_against(model, features[places], Predictions(ids[places], labels[places], logits[places]))
     predictions = Predictions(ids, labels, logits).in_groups(split.units)
-    return Judged(predictions, words, {f"bags of words that were fitted without them, on {FOLDS - 1} of {FOLDS} folds":
-                                       predictions})
+    who = f"bags of words that were fitted without them, on {FOLDS - 1} of {FOLDS} folds"
+    return LabelCheck(predictions, words, {who: predictions})
 
 
 def draw_folds(split: Split, ids: np.ndarray) -> np.ndarray:
@@ -150,7 +150,7 @@ def refuse_other_reviews(run: Path, results: Sequence[Result], split: Split) -> 
                         "data_config out of the command, or put the data back as they were")
 
 
-def with_run(run: Path, results: Sequence[Result], split: Split, bags: Judged) -> Judged:
+def with_run(run: Path, results: Sequence[Result], split: Split, bags: LabelCheck) -> LabelCheck:
     """The validation and test reviews of a run, by its saved predictions and those of the bags of words."""
     own = Predictions(*(np.concatenate([getattr(result.predictions, name) for result in results])
                         for name in ("ids", "labels", "logits"))).in_groups(split.units)
@@ -159,9 +159,9 @@ def with_run(run: Path, results: Sequence[Result], split: Split, bags: Judged) -
                         split.label_names, split_units(split, own.ids))
     predictions = replace(own, logits=stacked)
     agreed = own.ids[predictions.predicted == bags.predicted[places]]
-    return Judged(predictions, {review: bags.words[review] for review in agreed.tolist() if review in bags.words},
-                  {f"{run}, which has not learnt from them": own,
-                   "the two together, it and bags of words that were fitted without them": predictions})
+    return LabelCheck(predictions, {review: bags.words[review] for review in agreed.tolist() if review in bags.words},
+                      {f"{run}, which has not learnt from them": own,
+                       "the two together, it and bags of words that were fitted without them": predictions})
 
 
 def words_against(model: BagOfWords, features: csr_matrix, contradicted: Predictions) -> dict[int, list[str]]:
@@ -174,16 +174,16 @@ def words_against(model: BagOfWords, features: csr_matrix, contradicted: Predict
 # What is shown
 
 
-def rows_of(judged: Judged, split: Split) -> list[dict[str, Any]]:
+def rows_of(check: LabelCheck, split: Split) -> list[dict[str, Any]]:
     """Those of the .csv file. `split`, `row` and `label` are what --confirmed takes; `where` is the row as its author
     counts it."""
     reviews, names, numbers, rows = split.reviews, split.label_names, rows_in_split(split.reviews), []
-    for rank, place in enumerate(judged.suspects, start=1):
-        review = int(judged.ids[place])
+    for rank, place in enumerate(check.suspects, start=1):
+        review = int(check.ids[place])
         rows.append(dict(zip(COLUMNS, (
             rank, review, name_rows(reviews.parts, [review]), reviews.split_names[review], numbers[review],
-            names[judged.labels[place]], names[judged.predicted[place]], f"{judged.of_label[place]:.6g}",
-            "yes" if judged.flagged[place] else "no", " | ".join(judged.words.get(review, [])), split.text(review)),
+            names[check.labels[place]], names[check.predicted[place]], f"{check.of_label[place]:.6g}",
+            "yes" if check.flagged[place] else "no", " | ".join(check.words.get(review, [])), split.text(review)),
             strict=True)))
     return rows
 
@@ -198,31 +198,31 @@ def write_suspects_page(path: Path, config: Config, summary: Sequence[str], rows
     write_text(path, page.translate(UNPRINTABLE))
 
 
-def summary_of(judged: Judged) -> list[str]:
-    n, flags = len(judged.ids), int(judged.flagged.sum())
+def summary_of(check: LabelCheck) -> list[str]:
+    n, flags = len(check.ids), int(check.flagged.sum())
     return [
         *(f"{n:,} labels compared with the predictions of {who}: accuracy "
-          f"{accuracy(predictions, predictions.labels)}" for who, predictions in judged.by.items()),
+          f"{accuracy(predictions, predictions.labels)}" for who, predictions in check.measured_by.items()),
         f"flagged as probably wrong: {flags:,} ({100 * flags / n:.1f} %), by confident learning, at the temperature "
-        f"{judged.temperature:.3f}",
-        f"if no label were wrong and reviews were as hard as the probabilities say, {judged.expected_flags:,.0f} would "
+        f"{check.temperature:.3f}",
+        f"if no label were wrong and reviews were as hard as the probabilities say, {check.expected_flags:,.0f} would "
         "be flagged: the number is no estimate of the wrong labels, so read them from the top"]
 
 
-def confirmed_summary(judged: Judged, confirmed: Confirmed, split: Split) -> list[str]:
+def confirmed_summary(check: LabelCheck, confirmed: Confirmed, split: Split) -> list[str]:
     """Accuracy on all labels and on those that people confirmed or corrected, of the run if there is one, and what
     people said of the suspects; of the dataset's splits that the file names, as nobody was asked about others."""
-    asked = np.isin(split.reviews.split_names[judged.ids], confirmed.splits)
+    asked = np.isin(split.reviews.split_names[check.ids], confirmed.splits)
     if not asked.any():
         return ["none of these labels is in a split of which --confirmed names rows"]
-    (who, measured), labels = next(iter(judged.by.items())), confirmed.labels[judged.ids]
-    agreed, doubted = asked & (labels != NO_CLASS), asked & (labels != judged.labels)
-    suspects = judged.suspects[asked[judged.suspects]]
+    (who, measured), labels = next(iter(check.measured_by.items())), confirmed.labels[check.ids]
+    agreed, doubted = asked & (labels != NO_CLASS), asked & (labels != check.labels)
+    suspects = check.suspects[asked[check.suspects]]
     first = ", ".join(f"{doubted[suspects[:count]].sum()} of the first {count}"
                       for count in sorted({min(count, len(suspects)) for count in FIRST}))
-    flags = asked & judged.flagged
+    flags = asked & check.flagged
     return [
-        f"{' and '.join(confirmed.splits)}: accuracy {accuracy(measured, judged.labels, asked)} on all "
+        f"{' and '.join(confirmed.splits)}: accuracy {accuracy(measured, check.labels, asked)} on all "
         f"{asked.sum():,} labels; {accuracy(measured, labels, agreed)} on the {agreed.sum():,} that "
         f"people confirmed or corrected, or were not asked about: that of {who}",
         f"people did not confirm {doubted.sum():,} labels: {first}, {(doubted & flags).sum():,} of the {flags.sum():,} "

@@ -37,7 +37,7 @@ def publish(command: Command, devices: Devices) -> None:
     if not devices.is_main:
         return
     folder = chosen_model(command)
-    is_demo = refuse_unpublishable(folder)
+    is_demo = is_demo_model(folder)
     card = fit_card((folder / CARD).read_text(encoding="utf-8"), command.repo, command.license)
     files = {name: card.encode() if name == CARD else folder / name for name in FILES if (folder / name).is_file()}
     show_plan(command, folder, files)
@@ -50,8 +50,8 @@ def publish(command: Command, devices: Devices) -> None:
         say("Nothing was sent. To send it, give the same command with --yes.")
 
 
-def refuse_unpublishable(folder: Path) -> bool:
-    """Whether the model is a demo's. Raises UserError for what is damaged, unfinished, or no encoder."""
+def is_demo_model(folder: Path) -> bool:
+    """Whether the model is a demo's. Raises UserError for a model that must not be published."""
     if (kind := kind_of(folder)) in WITHOUT_ENCODER:
         raise UserError(f"{folder} holds a {kind} model, which no program but this one reads: publish an encoder")
     refuse_damage(folder)
