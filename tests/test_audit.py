@@ -248,8 +248,9 @@ def test_what_people_said_against_a_computation_by_hand(data, bag_of_words, tmp_
 
     flags = sum(row["flagged"] == "yes" for row in rows)
     lines = [
-        f"train: accuracy {shown(len(correct), 80)} on all 80 labels; {shown(agreed, 79)} on the 79 that people "
-        f"confirmed or corrected, or were not asked about: that of {bag_of_words}, which has not learnt from them",
+        f"labels of the dataset's split train, and {bag_of_words}, which has not learnt from them: accuracy "
+        f"{shown(len(correct), 80)} on all 80, and {shown(agreed, 79)} on the 79 that people confirmed or corrected, "
+        "or were not asked about",
         f"people did not confirm 2 labels: 2 of the first {len(rows)}, "
         f"{sum(row['flagged'] == 'yes' for row in rows[:2])} of the {flags} that are flagged"]
     assert all(line in printed and line in (tmp_path / "second.html").read_text() for line in lines)

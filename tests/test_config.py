@@ -225,7 +225,7 @@ def test_every_mode_has_its_function_and_every_option_its_modes():
     ("--confg x.yaml", "--confg is not an override"),
     ("train_config.gradient_accumulation_steps=4", "run main_accumulation.py"),
     ("--text film", "--text is for --mode predict, explain, not for train: leave it out"),
-    ("--mode predict --text ' '", "--text: it is empty"),
+    ("--mode predict --text ' '", "--text: it is empty"), ("--mode predict --text a --text b", "--text is given twice"),
     ("--mode predict --text film --model /nowhere", "no such folder"),
     ("--mode predict", "either --text"), ("--mode predict --text film --input IN", "either --text"),
     ("--mode predict --text film --output OUT.csv", "the label of --text is printed"),

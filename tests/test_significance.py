@@ -88,6 +88,15 @@ def test_models_that_are_right_about_whole_films_are_not_certain():
     assert covered / SIMULATIONS >= 0.935
 
 
+def test_seeds_of_equal_accuracy_take_nothing_from_the_interval():
+    """In groups, too, where their means may differ in the last bit."""
+    film = np.repeat(np.arange(30), 7)
+    generator = np.random.default_rng(11)
+    right = np.stack([generator.permutation(np.arange(210) < 150) for _ in range(3)])
+    low, high = bootstrap_interval(right, right[:1], film)
+    assert high - low > 0.05
+
+
 def test_an_interval_ends_at_0_and_1_to_the_last_bit():
     """Or error bars would be negative."""
     assert all(wilson_interval(0.0, n)[0] == 0 and wilson_interval(1.0, n)[1] == 1 for n in range(1, 3000))

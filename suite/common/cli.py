@@ -128,6 +128,15 @@ def refuse_missing_tracker(name: str) -> None:
         raise UserError(f"log_config.tracker={name} needs {name}: pip install -r requirements-trackers.txt")
 
 
+class Once(argparse.Action):
+    """An option that cannot be repeated: the last one would replace the others in silence."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def new_parser(description: str, **arguments: Any) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring, and says on one line what is wrong with the options."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,7 +153,7 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--mode", default="train", choices=MODES, help="default: train")
     for name, how in OPTIONS.items():
         of_parser = {key: value for key, value in how.items() if key not in ("modes", "flag")}
-        parser.add_argument(f"--{how.get('flag', name)}", dest=name, default=None, **of_parser)
+        parser.add_argument(f"--{how.get('flag', name)}", dest=name, **{"default": None, "action": Once} | of_parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value",
                         help="replaces a value of the configuration; docs/settings.md lists them all")
     given, unknown = parser.parse_known_intermixed_args()

@@ -222,9 +222,10 @@ def confirmed_summary(check: LabelCheck, confirmed: Confirmed, split: Split) -> 
                       for count in sorted({min(count, len(suspects)) for count in FIRST}))
     flags = asked & check.flagged
     return [
-        f"{' and '.join(confirmed.splits)}: accuracy {accuracy(measured, check.labels, asked)} on all "
-        f"{asked.sum():,} labels; {accuracy(measured, labels, agreed)} on the {agreed.sum():,} that "
-        f"people confirmed or corrected, or were not asked about: that of {who}",
+        f"labels of the dataset's split {' and '.join(confirmed.splits)}, and {who}: accuracy "
+        f"{accuracy(measured, check.labels, asked)} on all {asked.sum():,}, and "
+        f"{accuracy(measured, labels, agreed)} on the {agreed.sum():,} that people confirmed or corrected, or were not "
+        "asked about",
         f"people did not confirm {doubted.sum():,} labels: {first}, {(doubted & flags).sum():,} of the {flags.sum():,} "
         "that are flagged"]
 

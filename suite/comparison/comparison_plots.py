@@ -25,6 +25,7 @@ from suite.training.plots import (
 )
 
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # distinct for the colour-blind, too
+LONG_LABEL = 40  # characters; two longer ones do not fit side by side
 DASHES = ("-", "--", ":", "-.")  # the next one each time the colours have run out
 
 
@@ -39,8 +40,9 @@ def save_plots(folder: Path, summary: dict[str, Any], settings: Sequence[Setting
 
 
 def legend_below(figure: Figure, axis: Axes, columns: int = 2) -> None:
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False,
-                  fontsize=9)
+    handles, labels = axis.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels), default=0) > LONG_LABEL else columns
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def plot_accuracies(summary: dict[str, Any], settings: Sequence[Setting]) -> Figure:

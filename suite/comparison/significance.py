@@ -107,9 +107,10 @@ def _bootstrap(correct: np.ndarray, other: np.ndarray | None, groups: np.ndarray
     from scipy.stats import norm, t  # here, because most modes of main.py do not need it
 
     generator = np.random.default_rng(seed)
-    settings = [_units(runs, groups) for runs in ([correct] if other is None else [correct, other])]
-    n = settings[0].shape[1]
-    shares = settings[0].mean(axis=0) - (0 if other is None else settings[1].mean(axis=0))  # (units,)
+    settings = [correct] if other is None else [correct, other]
+    units = [_units(runs, groups) for runs in settings]
+    n = units[0].shape[1]
+    shares = units[0].mean(axis=0) - (0 if other is None else units[1].mean(axis=0))  # (units,)
     center = shares.mean()
     values, counts = np.unique(shares.round(12), return_counts=True)
     if len(values) == 1:
@@ -123,7 +124,7 @@ def _bootstrap(correct: np.ndarray, other: np.ndarray | None, groups: np.ndarray
         resampled = center + wider * (np.concatenate(some)[:draws] - center)
     repeated = [runs for runs in settings if len(runs) > 1]
     variances = np.array([runs.mean(axis=1).var(ddof=1) / len(runs) for runs in repeated])
-    interaction = sum(_interaction(runs) / len(runs) for runs in repeated) if variances.sum() > 0 else 0.0
+    interaction = sum(_interaction(runs) / len(runs) for runs in units if len(runs) > 1) if variances.sum() > 0 else 0.0
     reviews_share = max(0.0, 1 - interaction / shares.var(ddof=1))  # of the variance of `shares`
     drawn = center + np.sqrt(reviews_share) * (resampled - center)
     if variances.sum() > 0:
@@ -211,7 +212,7 @@ def sentence(pair: Pair) -> str:
     """What a pair shows, in one plain sentence, with differences in points of accuracy."""
     points, (low, high) = 100 * pair.difference, (100 * end for end in pair.interval)
     seeds = f"{pair.seeds[0]}" if pair.seeds[0] == pair.seeds[1] else f"{pair.seeds[0]} and {pair.seeds[1]}"
-    of_groups = f" of {pair.groups:,} groups" if pair.groups else ""
+    of_groups = f" of {pair.groups:,} group{'' if pair.groups == 1 else 's'}" if pair.groups else ""
     basis = f"{pair.reviews:,} reviews{of_groups} and {seeds} seed{'' if pair.seeds == (1, 1) else 's'}"
     basis += " each" if pair.seeds[0] == pair.seeds[1] else ""
     test = "McNemar's exact test" if pair.seeds == (1, 1) and not pair.groups else "exact randomization test"

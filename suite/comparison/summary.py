@@ -88,7 +88,8 @@ def _conditions(runs: Sequence[Result], groups: np.ndarray | None) -> list[str]:
 def _place(environment: dict[str, Any]) -> str:
     """Where a run was trained or tested, as metrics.json says it."""
     found = defaultdict(lambda: None, environment)
-    return (f"{found['device_name']} ({found['device']}, {found['precision']}, {found['processes']} process(es), "
+    precision = "fp32" if found["precision"] == "no" else found["precision"]
+    return (f"{found['device_name']} ({found['device']}, {precision}, {found['processes']} process(es), "
             f"{found['threads']} thread(s)), torch {found['torch']}, transformers {found['transformers']}, "
             + (f"numba {found['numba']}, " if found["numba"] else "") + f"commit {str(found['git_commit'])[:10]}")
 

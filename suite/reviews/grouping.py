@@ -144,7 +144,9 @@ def say_groups(splits: dict[str, np.ndarray], units: np.ndarray, labels: np.ndar
     split, label = np.unravel_index(np.abs(of_class - whole).argmax(), counts.shape)
     shown = [f"{name} {len(rows):,} rows ({len(rows) / counts.sum():.1%}) of {len(np.unique(units[rows])):,} groups"
              for name, rows in splits.items()]
-    say("; ".join([
-        f"{data_config.dataset}: each {data_config.group_column} stands in one part: {', '.join(shown)}",
-        f"the class whose share differs most is {label_names[label]}, {of_class[split, label]:.1%} of {names[split]} "
-        f"and {whole[label]:.1%} of all"]))
+    text = f"{data_config.dataset}: each {data_config.group_column} stands in one part: {', '.join(shown)}"
+    here, of_all = f"{of_class[split, label]:.1%}", f"{whole[label]:.1%}"
+    if here != of_all:
+        text += (f"; the class whose share differs most is {label_names[label]}, {here} of {names[split]} and {of_all} "
+                 "of all")
+    say(text)

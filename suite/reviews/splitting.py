@@ -75,7 +75,7 @@ def load_split(config: Config) -> Split:
     groups = None if data_config.group_column is None else group_digests(reviews.table)
     ids_of = split_reviews(digests, reviews.labels, reviews.split_names, data_config, reviews.label_names, groups)
     units = groups
-    if not data_config.drop_duplicates:
+    if not data_config.drop_duplicates and len(np.unique(digests)) < len(digests):
         units = units_of(digests, digests if groups is None else groups)
     return Split(reviews, digests, ids_of, fingerprint(digests, reviews.labels, *ids_of.values()), groups, units)
 

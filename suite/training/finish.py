@@ -134,7 +134,8 @@ def lacks_only_its_test(config: Config) -> bool:
 def print_results(config: Config, metrics: dict[str, Any]) -> None:
     split, train = "test" if "test" in metrics else "valid", metrics.get("train")
     found, unit = metrics[split], "masked words" if config.pretrains else "reviews"
-    unit += f" of {show(found, 'groups')} groups" if "groups" in found else ""
+    if "groups" in found:
+        unit += f" of {show(found, 'groups')} group{'' if found['groups'] == 1 else 's'}"
     lines = [f"{SPLITS[split]} {on_console(found)}, {show(found, 'n')} {unit}"]
     if "surest_accuracy" in found:
         lines.append(f"accuracy {show(found, 'surest_accuracy')} on the {100 * SUREST:.0f} % of highest confidence")
@@ -149,10 +150,10 @@ def print_results(config: Config, metrics: dict[str, Any]) -> None:
         lines.append("this run is not finished, and this is its best model so far: give the command that trains it "
                      "again")
     elif is_encoder(config):
-        lines.append(f"{show(train, 'optimizer_steps')} optimizer steps in {show(train, 'seconds')} s, "
+        lines.append(f"trained in {show(train, 'optimizer_steps')} optimizer steps and {show(train, 'seconds')} s, "
                      f"{show(train, 'samples_per_second')} {'windows' if config.pretrains else 'reviews'} a second")
     else:
-        lines.append(f"{show(train, 'seconds')} s of training")
+        lines.append(f"trained in {show(train, 'seconds')} s")
     if config.pretrains:
         lines.append(f"fine-tuning starts from it with model_config.model_name={config.run_folder / 'best'}"
                      + ("" if config.model_config.pretrained else " model_config.pretrained=true"))

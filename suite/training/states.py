@@ -127,7 +127,8 @@ class RunFolder:
                                 "or start it afresh with train_config.resume=never")
         elif found := differences(saved, self.config, ignored):
             fix = ("leave these settings out, or choose another run_name" if ignored else "choose another run_name, "
-                   "give the settings of that run, or start afresh in its place with train_config.resume=never")
+                   "give the settings of that run, or start afresh in its place with train_config.resume=never "
+                   "train_config.overwrite=true")
             raise UserError(f"{self.path} holds a run with other settings ({'; '.join(found)}): {fix}")
 
     def refuse_other_data(self, then: str, now: str) -> None:
