@@ -9,7 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, RESULTS, bits_of, history_of, metrics_of, rows_of, train, train_here, write_reviews
+from conftest import (
+    PROJECT,
+    RESULTS,
+    bits_of,
+    history_of,
+    metrics_of,
+    rows_of,
+    stop_at,
+    train,
+    train_here,
+    write_reviews,
+)
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,7 +123,7 @@ def test_a_finished_run_is_not_taken_for_one_of_other_reviews(undisturbed, tmp_p
     assert "holds other reviews" in train_here(*given, "data_config.dataset=reviews.csv", code=2).stderr
 
 
-def test_a_finished_run_is_not_taken_for_one_of_another_model(undisturbed, tmp_path):
+def test_a_run_is_not_taken_for_one_of_another_model(undisturbed, tmp_path, monkeypatch):
     """The encoder was trained again under its old name."""
     overrides, folder = undisturbed
     shutil.copytree(folder / "best", tmp_path / "encoder" / "best")
@@ -120,11 +131,13 @@ def test_a_finished_run_is_not_taken_for_one_of_another_model(undisturbed, tmp_p
              f"output_dir={tmp_path / 'runs'}", "run_name=further", "train_config.seed=7"]
     train_here(*given)
     assert "nothing was done again" in train_here(*given).stdout
+    train_here(*given, "run_name=untested", "train_config.test=false")
+    stop_at(1, [*given, "run_name=stopped"], monkeypatch)
     shutil.rmtree(tmp_path / "encoder" / "best")
     shutil.copytree(tmp_path / "runs" / "further" / "best", tmp_path / "encoder" / "best")
-    refused = train_here(*given, code=2).stderr
-    assert "holds another model than when the run in " in refused
-    assert "(model_config.model_name)" in refused
+    for name in ("further", "untested", "stopped"):
+        refused = train_here(*given, f"run_name={name}", code=2).stderr
+        assert f"holds another model than when the run in {tmp_path / 'runs' / name} began (model_c" in refused
 
 
 def test_the_card_of_a_dataset_folder_belongs_to_its_content(tmp_path):

@@ -89,11 +89,15 @@ def content_of(key: str, value: str) -> str | None:
     return sum_of_files(path, files) if files else None
 
 
-def changed_input(metrics: dict[str, Any], config: Config, content: Callable[[str, str], str | None] = content_of
+def contents_of(config: Config) -> dict[str, str | None]:
+    """{key: `content_of`} of the inputs."""
+    return {key: content_of(key, value) for key, value in inputs_of(config).items()}
+
+
+def changed_input(data: dict[str, Any], config: Config, content: Callable[[str, str], str | None] = content_of
                   ) -> str | None:
-    """The key of the first input whose files are not those with which a finished run was trained; None if there is
-    none, as far as both are known. `metrics`: its metrics.json."""
-    data = metrics.get("data", {})
+    """The key of the first input whose files are not those with which a run began; None if there is none, as far as
+    both are known. `data`: that of its metrics.json."""
     then = data.get("contents", {"data_config.dataset": data.get("content")})  # an earlier version knew this one alone
     for key, value in inputs_of(config).items():
         if None not in (sums := (then.get(key), content(key, value))) and sums[0] != sums[1]:

@@ -278,7 +278,7 @@ def find_finished(cells: list[Cell]) -> None:
             cell.config.model_config.model_name = stack_name(member.config.run_name for member in cell.members)
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
         if matching := [(needed <= metrics.keys(), name) for metrics, name in found.get(result_key(cell.config), ())
-                        if not changed_input(metrics, cell.config, content)
+                        if not changed_input(metrics.get("data", {}), cell.config, content)
                         and not (cell.members and metrics and _has_other_members(cell, name))]:
             own = cell.config.run_name
             cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))

@@ -19,6 +19,7 @@ from suite.comparison.data_size import ABOUT
 from suite.comparison.results import (
     Setting,
     group_by_setting,
+    groups_of,
     read_result,
     read_results,
     refuse_different_tests,
@@ -158,7 +159,7 @@ def show_baseline(config: Config) -> None:
     else:
         return
     [pair] = compare([BAG_OF_WORDS, config.run_name], [words.correct[None], run.correct[None]],
-                     run.predictions.groups)
+                     groups_of([run, words]))
     say(f"{config.demo_mark}a bag of words on the same reviews, {words.folder}: test accuracy "
         f"{show(words.metrics['test'], 'accuracy')}, {show(words.metrics['train'], 'seconds')} s of training\n"
         f"{config.demo_mark}{sentence(pair)}")

@@ -29,6 +29,7 @@ from suite.training.evaluation import SPLITS, TEST_PREDICTIONS, VALID_PREDICTION
 from utils import INPUTS, Config, UserError, short_name
 
 NAME, STEPS = "model_config.model_name", "train_config.gradient_accumulation_steps"
+EFFECTIVE = "train_config.effective_batch_size"
 TEACHER_KEY = "train_config.teacher"
 PREDICTIONS = {"valid": VALID_PREDICTIONS, "test": TEST_PREDICTIONS}
 MOST_NAMED = 3  # keys that a setting's name has room for
@@ -166,6 +167,11 @@ def read_predictions(path: Path, fix: str) -> tuple[list[str], Predictions]:
         return names, Predictions(ids, labels, np.log(np.array([row[first:] for row in rows], np.float64)), groups)
 
 
+def groups_of(results: Sequence[Result]) -> np.ndarray | None:
+    """(reviews,) the groups of the reviews that all runs share, of the first run that knows them."""
+    return next((run.predictions.groups for run in results if run.predictions.groups is not None), None)
+
+
 def refuse_different_tests(results: Sequence[Result]) -> None:
     """Raises UserError unless all runs were tested on the same reviews, from the same split of the same data. Where
     data_config.train_limit differs, they were trained on different parts of it."""
@@ -232,7 +238,8 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
     # The steps follow from the micro-batch and the effective batch, which are equal without accumulation; the objective
     # follows from the teacher.
     implied = {STEPS, "train_config.objective"}
-    if all(values.get(STEPS, 1) == 1 for values in settings):
+    if all(values.get(STEPS, 1) == 1 and values.get("data_config.batch_size") == values.get(EFFECTIVE)
+           for values in settings):
         implied.add("data_config.batch_size")
     labels = []
     for values in settings:

@@ -12,7 +12,7 @@ import numpy as np
 
 from suite.common.figures import heading, show, shown_in
 from suite.comparison.data_size import data_size
-from suite.comparison.results import TRAIN_AGAIN, Result, Setting
+from suite.comparison.results import TRAIN_AGAIN, Result, Setting, groups_of
 from suite.comparison.significance import accuracy_interval, compare, sentence
 from suite.training.evaluation import SPLITS
 
@@ -28,7 +28,7 @@ def summarize(settings: Sequence[Setting], title: str, question: str = "", notes
     """The contents of comparison.json. Accuracies and differences are shares of reviews."""
     runs = [run for setting in settings for run in setting.runs]
     config, hard = runs[0].config, hard_reviews(runs)
-    groups = next((run.predictions.groups for run in runs if run.predictions.groups is not None), None)
+    groups = groups_of(runs)
     rows = [_row(setting, groups) for setting in settings]
     pairs = compare([setting.label for setting in settings], [setting.correct for setting in settings],
                     groups)

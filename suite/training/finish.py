@@ -16,7 +16,7 @@ from data import evaluation_loader, prepare_data
 from suite.common.devices import Devices
 from suite.common.figures import on_console, show
 from suite.common.pages import write_model_card
-from suite.common.run_folder import best_folder, content_of, inputs_of, is_encoder, read_history, read_metrics
+from suite.common.run_folder import best_folder, contents_of, is_encoder, read_history, read_metrics
 from suite.common.storage import THRESHOLD, read_json, write_json, write_text
 from suite.encoders.placement import pass_tokens, place_model
 from suite.inference.classifier import open_classifier
@@ -53,6 +53,7 @@ class FittedRun:
         folder.begin()
         valid = valid.in_groups(split.units)
         self.config, self.devices, self.data, metrics = folder.config, devices, split, compute_metrics(valid)
+        self.contents = contents_of(folder.config)
         self.figures = {"train": train, "valid": metrics | {"epoch": 1}}
         record = {"step": iterations, "epoch": 1.0} | {f"valid/{name}": value for name, value in metrics.items()
                                                        if isinstance(value, float)}
@@ -80,7 +81,7 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
             tested["threshold"] = threshold_figures(predictions, read_json(chosen))
     here = environment(run.devices)
     # A TrainedRun's figures hold the data and the environment of its training, which stay.
-    data = run.data.record | {"contents": {key: content_of(key, value) for key, value in inputs_of(config).items()}}
+    data = run.data.record | {"contents": run.contents}
     metrics = {"data": data, "environment": here} | run.figures | tested
     if "environment" in run.figures:
         metrics["tested_on"] = here
@@ -189,6 +190,7 @@ class TrainedRun:
             raise UserError(f"{config.data_config.dataset} has the classes {self.data.label_names}, {best} was trained "
                             f"on {self.classifier.label_names}: test it on the data of its training")
         self.figures, self.tracker = read_metrics(folder.path), Tracker(config, job_type="test")
+        self.contents = contents_of(config)
 
     def predictions(self) -> Predictions:
         """Those of a bag of words or a stack for the test reviews."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, set_seed
 
 from data import PreparedData, Step, evaluation_loader, new_sampler, prepare_data, train_loader
 from suite.common.devices import Devices, random_state, set_random_state
-from suite.common.run_folder import best_folder
+from suite.common.run_folder import best_folder, contents_of
 from suite.common.stopping import SIGNALS, StopRequested, stop_if_asked
 from suite.common.storage import room_for
 from suite.encoders.loading import (
@@ -118,7 +118,7 @@ class Run:
         self.average = AveragedWeights(self.model, devices, train_config.ema_decay)
         if process_rank() > 0:
             torch.manual_seed(train_config.seed + process_rank())  # no two processes draw the same dropout
-        self.progress = Progress(data.fingerprint, devices.kind)
+        self.progress = Progress(data.fingerprint, devices.kind, contents=contents_of(config))
         self.start_step, self.saved_at = 0, time.monotonic()  # where this process began, and when it last saved
 
     @property
@@ -139,6 +139,8 @@ class Run:
     def resume(self, state: Path) -> None:
         """Continue from a saved state."""
         self.progress = load_progress(state, self.devices.kind)
+        models = {key: content for key, content in self.progress.contents.items() if key != "data_config.dataset"}
+        self.folder.refuse_changed_inputs({"contents": models})  # the reviews are compared by the next line
         self.folder.refuse_other_data(self.progress.data_fingerprint, self.data.fingerprint)
         if self.progress.best_epoch:
             best_folder(self.folder.path)  # raises UserError if it is lost or damaged
@@ -337,6 +339,10 @@ class Run:
                 say(f"{SIGNALS.name}: saved at optimizer step {self.progress.step}; the same command continues from "
                     "there")
                 raise SystemExit(SIGNALS.exit_code) from None
+
+    @property
+    def contents(self) -> dict[str, str | None]:
+        return self.progress.contents
 
     @property
     def figures(self) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Progress:
     epochs_without_improvement: int = 0
     micro_batch: int | None = None  # None: data_config.batch_size; smaller after an out-of-memory error
     history_lines: int = 0
+    contents: dict = field(default_factory=dict)  # of its inputs when it began, see `contents_of`
     wandb_id: str | None = None  # of the run in the tracker, whichever it is
     version: int = 6  # raised when a state's values mean something else, or the same seed draws other numbers
 
@@ -90,20 +91,25 @@ class RunFolder:
         Raises UserError if the user has not asked plainly to replace it, or if the run has another configuration.
         """
         metrics, train_config = read_metrics(self.path), self.config.train_config
-        if "train" not in metrics or train_config.test and "test" not in metrics:
+        if "train" not in metrics:
             return None
+        lacks_its_test = train_config.test and "test" not in metrics
         if train_config.resume == "never":
-            if train_config.overwrite:
+            if train_config.overwrite or lacks_its_test:
                 return None
             raise UserError(f"{self.path} holds a finished run: choose another run_name, or replace it with "
                             "train_config.overwrite=true")
         self.refuse_differences()
-        if key := changed_input(metrics, self.config):
+        self.refuse_changed_inputs(metrics.get("data", {}))
+        return None if lacks_its_test else metrics
+
+    def refuse_changed_inputs(self, data: dict[str, Any]) -> None:
+        """Raises UserError if the dataset, the encoder or the teacher is not that with which the run began."""
+        if key := changed_input(data, self.config):
             other = "other reviews" if key == "data_config.dataset" else "another model"
-            raise UserError(f"{inputs_of(self.config)[key]} holds {other} than when the run in {self.path} was "
-                            f"trained ({key}): choose another run_name, or replace the run with "
+            raise UserError(f"{inputs_of(self.config)[key]} holds {other} than when the run in {self.path} began "
+                            f"({key}): choose another run_name, or replace the run with "
                             "train_config.resume=never train_config.overwrite=true")
-        return metrics
 
     def state_to_continue(self) -> Path | None:
         """The saved state to continue from, as train_config.resume says; None to start from the beginning.
@@ -135,7 +141,7 @@ class RunFolder:
         """Raises UserError if the reviews or their split have changed: the test could hold what was trained on."""
         if then != now:
             raise UserError(f"{self.config.data_config.dataset} has changed since the run in {self.path} began, and so "
-                            "has its split: choose another run_name")
+                            "has its split: choose another run_name, or remove that folder")
 
     def begin(self) -> None:
         """Remove what an earlier run has left, and write the configuration of this one.
