@@ -210,8 +210,8 @@ def test_files_that_belong_to_no_split_are_named(many, capsys):
     for name in ("train.csv", "test.csv", "heldout.csv"):
         write(many / name, films(20, name=name))
     assert len(reviews_of(many).table) == 40
-    assert (f"files whose names tell none of the splits train, test are not read (1, such as "
-            f"{many / 'heldout.csv'})") in capsys.readouterr().out
+    assert (f"{many}: 1 file(s) not read, such as {many / 'heldout.csv'}, because their names tell none of the splits "
+            "train, test\n") in capsys.readouterr().out
     snapshot = many.with_name("snapshot")  # as the Hub's cache has it: links to files that lie elsewhere
     snapshot.mkdir()
     for name in ("train.csv", "test.csv"):
