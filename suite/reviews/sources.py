@@ -155,8 +155,8 @@ def _load_folder(name: str, subset: str | None, columns: tuple[str, ...]) -> lis
     unread = [path for path in everything  # the library's names lead to the folder, and then may be links
               if file_kind(path) == kinds[0] and Path(name).resolve() / path.relative_to(name) not in used]
     if unread and subset is None:
-        say(f"{name}: {len(unread):,} file(s) not read, such as {unread[0]}, because their names tell none of the splits "
-            + ", ".join(files))
+        say(f"{name}: {len(unread):,} file(s) not read, such as {unread[0]}, because their names tell none of the "
+            f"splits {', '.join(files)}")
     return _load_files(files, columns, _class_names(builder.info.features, columns[1]))
 
 
