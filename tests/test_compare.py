@@ -281,6 +281,14 @@ def test_a_stack_of_a_student_and_an_encoder_has_a_name():
                    ) == [f"stack of a and b, {teacher}" for teacher in ("teacher [None, 'words']", "no teacher")]
 
 
+def test_a_micro_batch_on_two_processes_has_a_name():
+    alone = {"model_config.model_name": "bert", "train_config.gradient_accumulation_steps": 1,
+             "data_config.batch_size": 64, "train_config.effective_batch_size": 64}
+    assert _labels([alone, alone | {"data_config.batch_size": 32}]) == ["micro-batch 64", "micro-batch 32"]
+    twice = alone | {"data_config.batch_size": 128, "train_config.effective_batch_size": 128}
+    assert _labels([alone, twice]) == ["batch 64", "batch 128"]
+
+
 def test_settings_are_named_by_what_tells_them_apart(tmp_path):
     """And the same data in two places is the same data."""
     runs = [write_run(tmp_path / name, 0.8, *overrides)[0] for name, overrides in {
