@@ -248,7 +248,7 @@ def test_what_people_said_against_a_computation_by_hand(data, bag_of_words, tmp_
 
     flags = sum(row["flagged"] == "yes" for row in rows)
     lines = [
-        f"labels of the dataset's split train, and {bag_of_words}, which has not learnt from them: accuracy "
+        f"labels of the split train of the dataset, and {bag_of_words}, which has not learnt from them: accuracy "
         f"{shown(len(correct), 80)} on all 80, and {shown(agreed, 79)} on the 79 that people confirmed or corrected, "
         "or were not asked about",
         f"people did not confirm 2 labels: 2 of the first {len(rows)}, "

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,11 +74,15 @@ def test_a_state_of_another_version_is_refused_with_one_line(undisturbed):
 
 
 def test_a_state_with_other_items_has_another_version():
-    """Killed at any moment, a run goes on: an item that is added here without a new version would stop older runs."""
+    """Killed at any moment, a run goes on: an item that is added here without a new version would stop older runs,
+    unless it may be missing, as `contents` may."""
     assert (Progress.version, [entry.name for entry in fields(Progress)], SAVED) == (6, [
         "data_fingerprint", "device", "step", "epoch", "steps_in_epoch", "best_epoch", "best_metrics",
-        "epochs_without_improvement", "micro_batch", "history_lines", "wandb_id", "version"], (
+        "epochs_without_improvement", "micro_batch", "history_lines", "contents", "wandb_id", "version"], (
         "sums", "reviews", "tokens", "flops", "executed_flops", "seconds", "predictions", "total_weight"))
+    before = asdict(Progress("a", "cpu (fp32)", contents={"model_config.model_name": None}))
+    del before["contents"]
+    assert Progress(**before).contents == {}
 
 
 def test_a_state_is_saved_by_the_clock(undisturbed, monkeypatch):

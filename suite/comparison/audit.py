@@ -222,7 +222,7 @@ def confirmed_summary(check: LabelCheck, confirmed: Confirmed, split: Split) -> 
                       for count in sorted({min(count, len(suspects)) for count in FIRST}))
     flags = asked & check.flagged
     return [
-        f"labels of the dataset's split {' and '.join(confirmed.splits)}, and {who}: accuracy "
+        f"labels of the split {' and '.join(confirmed.splits)} of the dataset, and {who}: accuracy "
         f"{accuracy(measured, check.labels, asked)} on all {asked.sum():,}, and "
         f"{accuracy(measured, labels, agreed)} on the {agreed.sum():,} that people confirmed or corrected, or were not "
         "asked about",
