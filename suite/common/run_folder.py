@@ -70,8 +70,8 @@ def best_folder(run_folder: Path) -> Path:
 
 def inputs_of(config: Config) -> dict[str, str]:
     """{key: value} of the dataset, the encoder and, if there is one, the teacher."""
-    values = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in INPUTS}
-    return {key: value for key, value in values.items() if value is not None}
+    values = shaping_values(config)
+    return {key: values[key] for key in INPUTS if values[key] is not None}
 
 
 def content_of(key: str, value: str) -> str | None:
@@ -89,20 +89,16 @@ def content_of(key: str, value: str) -> str | None:
     return sum_of_files(path, files) if files else None
 
 
-def contents_of(config: Config) -> dict[str, str | None]:
-    """{key: `content_of`} of the inputs."""
-    return {key: content_of(key, value) for key, value in inputs_of(config).items()}
+def contents_of(config: Config, content: Callable[[str, str], str | None] = content_of) -> dict[str, str | None]:
+    """{key: `content_of`} of the inputs. `content`: `content_of`, or what remembers its answers."""
+    return {key: content(key, value) for key, value in inputs_of(config).items()}
 
 
-def changed_input(data: dict[str, Any], config: Config, content: Callable[[str, str], str | None] = content_of
-                  ) -> str | None:
+def changed_input(data: dict[str, Any], now: dict[str, str | None]) -> str | None:
     """The key of the first input whose files are not those with which a run began; None if there is none, as far as
-    both are known. `data`: that of its metrics.json."""
+    both are known. `data`: that of its metrics.json; `now`: see `contents_of`."""
     then = data.get("contents", {"data_config.dataset": data.get("content")})  # an earlier version knew this one alone
-    for key, value in inputs_of(config).items():
-        if None not in (sums := (then.get(key), content(key, value))) and sums[0] != sums[1]:
-            return key
-    return None
+    return next((key for key in now if None not in (then.get(key), now[key]) and then[key] != now[key]), None)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,7 @@ from suite.common.run_folder import (
     STACK_OF,
     changed_input,
     content_of,
-    inputs_of,
+    contents_of,
     read_metrics,
     read_saved_config,
     shaping_values,
@@ -253,32 +253,33 @@ def describe(setting: dict[str, Any]) -> str:
 
 def _name_runs(cells: list[Cell]) -> None:
     """Give each cell the name of the run folder that holds it already, or else a name that no other run has."""
-    names = [_name(cell) for cell in cells]
+    names, content = [_name(cell) for cell in cells], functools.cache(content_of)  # most cells have one dataset
     for cell, name in zip(cells, names, strict=True):
         cell.config.run_name = name
         is_taken = names.count(name) > 1 or cell.folder.exists() and any(cell.folder.iterdir())
         if is_taken or len(name) > LONGEST_RUN_NAME:
-            keys = "".join(result_key(part.config) + str([content_of(*item) for item in inputs_of(part.config).items()])
+            keys = "".join(result_key(part.config) + str(contents_of(part.config, content))
                            for part in (*cell.members, cell))
             digest = hashlib.sha256(keys.encode()).hexdigest()[:8]
             cell.config.run_name = f"{name[:LONGEST_RUN_NAME - 9]}-{digest}"
-    find_finished(cells)
+    find_finished(cells, content)
 
 
-def find_finished(cells: list[Cell]) -> None:
-    """Look for the cells among the run folders. A cell takes over the name of the folder that has its configuration."""
+def find_finished(cells: list[Cell], content: Callable[[str, str], str | None] | None = None) -> None:
+    """Look for the cells among the run folders. A cell takes over the name of the folder that has its configuration.
+    `content`: see `contents_of`."""
     found: dict[str, list[tuple[dict[str, Any], str]]] = {}  # {result_key: [(its metrics.json, its folder's name)]}
     for path in sorted(Path(cells[0].config.output_dir).glob("*/config.yaml")):
         with suppress(UserError):  # not a run of this version; if a cell needs its name, the script says so
             found.setdefault(result_key(read_saved_config(path)), []).append(
                 (read_metrics(path.parent), path.parent.name))
-    content = functools.cache(content_of)  # most cells have one dataset
+    content = content or functools.cache(content_of)
     for cell in sorted(cells, key=lambda cell: len(cell.members)):  # stacks last
         if cell.members:
             cell.config.model_config.model_name = stack_name(member.config.run_name for member in cell.members)
         needed = {"train", "test"} if cell.config.train_config.test else {"train"}
         if matching := [(needed <= metrics.keys(), name) for metrics, name in found.get(result_key(cell.config), ())
-                        if not changed_input(metrics.get("data", {}), cell.config, content)
+                        if not changed_input(metrics.get("data", {}), contents_of(cell.config, content))
                         and not (cell.members and metrics and _has_other_members(cell, name))]:
             own = cell.config.run_name
             cell.is_finished, cell.config.run_name = max(matching, key=lambda run: (run[0], run[1] == own))

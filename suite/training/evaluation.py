@@ -176,10 +176,10 @@ def standard_error(deviations: np.ndarray, groups: np.ndarray | None) -> tuple[f
     With groups, it is the jackknife's, which leaves out one of them at a time. The factor is Student's t for the
     degrees of freedom of the jackknife's terms (Satterthwaite 1946).
     """
-    from scipy.stats import t  # here, because labelling does not need it
-
     if groups is None:
         return float(deviations.std(ddof=1)) / len(deviations)**0.5, NORMAL
+    from scipy.stats import t  # here, because labelling does not need it
+
     squares = group_influence(deviations, groups)**2
     terms = squares.sum()**2 / max((squares**2).sum(), 1e-300)
     freedom = max(min(effective_groups(groups), terms) - 1, 0.05)

@@ -81,7 +81,7 @@ def write_results(run: Any, predictions: Predictions | None = None) -> None:
             tested["threshold"] = threshold_figures(predictions, read_json(chosen))
     here = environment(run.devices)
     # A TrainedRun's figures hold the data and the environment of its training, which stay.
-    data = run.data.record | {"contents": run.contents}
+    data = run.figures.get("data") or run.data.record | {"contents": run.contents}
     metrics = {"data": data, "environment": here} | run.figures | tested
     if "environment" in run.figures:
         metrics["tested_on"] = here
@@ -190,7 +190,10 @@ class TrainedRun:
             raise UserError(f"{config.data_config.dataset} has the classes {self.data.label_names}, {best} was trained "
                             f"on {self.classifier.label_names}: test it on the data of its training")
         self.figures, self.tracker = read_metrics(folder.path), Tracker(config, job_type="test")
-        self.contents = contents_of(config)
+
+    @property
+    def contents(self) -> dict[str, str | None]:
+        return contents_of(self.config)
 
     def predictions(self) -> Predictions:
         """Those of a bag of words or a stack for the test reviews."""

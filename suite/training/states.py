@@ -23,6 +23,7 @@ from suite.common.run_folder import (
     REPLACED,
     TEACHER,
     changed_input,
+    contents_of,
     differences,
     inputs_of,
     read_metrics,
@@ -105,7 +106,7 @@ class RunFolder:
 
     def refuse_changed_inputs(self, data: dict[str, Any]) -> None:
         """Raises UserError if the dataset, the encoder or the teacher is not that with which the run began."""
-        if key := changed_input(data, self.config):
+        if key := changed_input(data, contents_of(self.config)):
             other = "other reviews" if key == "data_config.dataset" else "another model"
             raise UserError(f"{inputs_of(self.config)[key]} holds {other} than when the run in {self.path} began "
                             f"({key}): choose another run_name, or replace the run with "
